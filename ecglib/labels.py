@@ -1,0 +1,99 @@
+"""Splits by patient and nested label subsets: which records a study may train on, select with and test on."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+
+from ecglib.errors import DataError
+from ecglib.records import Records
+
+TRAINING_FOLDS = range(1, 9)
+VALIDATION_FOLD, TEST_FOLD = 9, 10
+
+
+def split_indices(records: Records) -> dict[str, np.ndarray]:
+    """Record positions of `train` (folds 1-8), `validation` (9) and `test` (10).
+
+    DataError where a patient lies in two folds, or where one of the three is empty.
+    """
+    folds = records.table["fold"]
+    crossing = records.table.groupby("patient_id")["fold"].nunique()
+    if (crossing > 1).any():
+        patient = crossing.index[crossing > 1][0]
+        found = sorted(folds[records.table["patient_id"] == patient].unique().tolist())
+        raise DataError(f"Patient {patient} lies in the folds {', '.join(map(str, found))}; give each patient one fold.")
+    members = {"train": TRAINING_FOLDS, "validation": [VALIDATION_FOLD], "test": [TEST_FOLD]}
+    split = {name: np.flatnonzero(folds.isin(list(wanted))) for name, wanted in members.items()}
+    for name, indices in split.items():
+        if not len(indices):
+            raise DataError(f"No record lies in the {name} folds ({', '.join(map(str, members[name]))}); assign folds 1 to 10.")
+    return split
+
+
+def label_subsets(
+    records: Records, fractions: Sequence[float], seed: int, folds: Iterable[int] = TRAINING_FOLDS
+) -> dict[float, np.ndarray]:
+    """Nested random label subsets of the records in `folds`: fraction -> sorted positions in `records`.
+
+    Whole patients in one random order, cut where the number of records is closest to fraction x N, so that a smaller
+    subset lies within each larger one. Classes are not balanced: for each class that the smallest subset lacks, one
+    patient of it is exchanged for the next patient in the order who has that class; where even that fails, a warning
+    names the class. DataError for a fraction outside (0, 1], for no records, and for fewer records than classes.
+    """
+    pool = np.flatnonzero(records.table["fold"].isin(list(folds)))
+    fractions = sorted(fractions)
+    positive = records.targets[pool] > 0
+    _check_request(fractions, len(pool), int(positive.any(axis=0).sum()))
+    patient, names = pd.factorize(records.table["patient_id"].iloc[pool])
+    sizes = np.bincount(patient, minlength=len(names))
+    has = np.zeros((len(names), positive.shape[1]), dtype=bool)
+    np.logical_or.at(has, patient, positive)
+
+    order = np.random.default_rng(seed).permutation(len(names))
+    order = _cover_classes(order, _cut(sizes[order], fractions[0]), sizes, has, records.classes)
+    place = np.empty(len(names), dtype=int)
+    place[order] = np.arange(len(names))
+    return {fraction: pool[place[patient] < _cut(sizes[order], fraction)] for fraction in fractions}
+
+
+def _check_request(fractions: Sequence[float], count: int, classes: int) -> None:
+    """DataError where the wanted fractions of `count` records with `classes` classes make no sense."""
+    if not count:
+        raise DataError("No record lies in the training folds, so there is nothing to label; check the fold column.")
+    if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
+        raise DataError(f"The label fractions {list(fractions)} must be shares above 0 and at most 1, such as 0.01 for 1 %.")
+    if round(fractions[0] * count) < max(classes, 1):
+        raise DataError(
+            f"A label fraction of {fractions[0]:g} of {count} records is fewer than one record for each of {classes} "
+            f"classes; use at least {max(classes, 1) / count:.2g} or fewer classes."
+        )
+
+
+def _cut(sizes: np.ndarray, fraction: float) -> int:
+    """How many patients, at least one, to take from the front so that their records are closest to `fraction` of all."""
+    records = np.cumsum(sizes)
+    return int(np.argmin(np.abs(records - fraction * records[-1]))) + 1
+
+
+def _cover_classes(order: np.ndarray, cut: int, sizes: np.ndarray, has: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+    """`order` with the fewest exchanges over `cut` that give its front a patient of each class, rarest class first.
+
+    sizes `(patients,)` records of each patient, has `(patients, classes)`. The patient who leaves is, of those whose
+    leaving uncovers no class, the last one whose number of records differs least from the newcomer's.
+    """
+    order = order.copy()
+    for rare in np.argsort(has.sum(axis=0), kind="stable"):
+        carriers = cut + np.flatnonzero(has[order[cut:], rare])
+        if has[order[:cut], rare].any() or not len(carriers):
+            continue
+        front = has[order[:cut]]
+        free = np.flatnonzero(~(front & (front.sum(axis=0) == 1)).any(axis=1))
+        if not len(free):
+            warnings.warn(f"The smallest label subset has no record of the class {classes[rare]}.", stacklevel=3)
+            continue
+        differs = np.abs(sizes[order[free]] - sizes[order[carriers[0]]])
+        leaving = free[np.flatnonzero(differs == differs.min())[-1]]
+        order[[leaving, carriers[0]]] = order[[carriers[0], leaving]]
+    return order

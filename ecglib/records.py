@@ -1,0 +1,256 @@
+"""`Records`: the one data type that flows through the study.
+
+Signals are int16 counts `(record, lead, time)`, memory-mapped from disk, with one scale for all of them. The count
+-32768 marks a missing sample, as in WFDB format 16.
+"""
+
+import hashlib
+import itertools
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ecglib.errors import DataError, explain_storage
+from ecglib.files import atomic_folder, read_json, write_json
+
+LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
+MISSING = np.int16(-32768)
+MICROVOLT = 0.001  # millivolts a count: the study's usual scale, good for +-32.7 mV
+TABLE_COLUMNS = ("record_id", "patient_id", "fold", "source")
+LEFT_OUT_COLUMNS = ("record_id", "lead", "fault", "action", "detail")
+
+# Each limb lead as a sum of I and II (Einthoven 1908, Goldberger 1942).
+LIMB_FROM_I_AND_II = np.array(
+    [[1.0, 0.0], [0.0, 1.0], [-1.0, 1.0], [-0.5, -0.5], [1.0, -0.5], [-0.5, 1.0]], dtype=np.float32
+)
+
+FLAT_RANGE = 0.005  # mV; a lead that moves less than this over the whole record carries no heart beat
+ABSURD_PEAK = 20.0  # mV; no surface ECG reaches this, a wrong gain does
+ABSURDLY_SMALL = 0.01  # mV; largest lead range below this is a wrong gain the other way
+SATURATED_SHARE = 0.05  # share of a lead's samples that sit at its own extreme value
+LAW_TOLERANCE = 0.1  # residual of Einthoven's law over the size of the limb leads
+LAW_FLOOR = 0.02  # mV; smaller residuals are rounding and filter differences
+CHUNK = 1024  # records looked at together, so that memory does not grow with their number
+
+
+def empty_left_out() -> pd.DataFrame:
+    """An empty "what was left out and why" table."""
+    return pd.DataFrame({column: pd.Series(dtype=str) for column in LEFT_OUT_COLUMNS})
+
+
+@dataclass(eq=False)
+class Records:
+    """12-lead ECGs with their table, targets and classes.
+
+    signals `(n, 12, time)` int16 counts; scale mV per count; sampling_rate Hz; table one row a record with at least
+    `record_id, patient_id, fold, source`; targets `(n, classes)` 0/1; left_out one row for each repair or omission;
+    about a JSON-like description (source, version, whether simulated). Raises DataError where the parts do not fit.
+    """
+
+    signals: np.ndarray
+    scale: float
+    sampling_rate: float
+    table: pd.DataFrame
+    targets: np.ndarray
+    classes: tuple[str, ...]
+    left_out: pd.DataFrame = field(default_factory=empty_left_out)
+    about: dict = field(default_factory=dict)
+    known_fingerprint: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.classes = tuple(self.classes)
+        self.table = self.table.reset_index(drop=True)
+        self.targets = np.asarray(self.targets)
+        count = len(self.signals)
+        if self.signals.ndim != 3 or self.signals.shape[1] != len(LEADS) or self.signals.dtype != np.int16:
+            raise DataError(
+                f"Records need int16 signals (records, 12, time), not {self.signals.dtype} {self.signals.shape}; "
+                "use Records.from_millivolts for signals in mV."
+            )
+        if len(self.table) != count or self.targets.shape != (count, len(self.classes)):
+            raise DataError(
+                f"Records hold {count} signals, {len(self.table)} table rows and targets {self.targets.shape} for "
+                f"{len(self.classes)} classes; give one row a record and one column a class."
+            )
+        lacking = [column for column in TABLE_COLUMNS if column not in self.table]
+        if lacking:
+            raise DataError(f"The records' table lacks the column {lacking[0]!r}; it needs {', '.join(TABLE_COLUMNS)}.")
+        if not (np.isfinite(self.scale) and self.scale > 0 and np.isfinite(self.sampling_rate) and self.sampling_rate > 0):
+            raise DataError(f"scale {self.scale} and sampling rate {self.sampling_rate} must both be positive numbers.")
+
+    @classmethod
+    def from_millivolts(cls, millivolts: np.ndarray, *arguments, **keywords) -> "Records":
+        """Records from float signals `(n, 12, time)` in mV, NaN where missing; the rest as in the constructor."""
+        return cls(to_counts(millivolts), MICROVOLT, *arguments, **keywords)
+
+    def __len__(self) -> int:
+        return len(self.signals)
+
+    def millivolts(self, indices: np.ndarray | slice | None = None) -> np.ndarray:
+        """Signals in mV, float32 `(n, 12, time)`, NaN where a sample is missing."""
+        counts = np.asarray(self.signals if indices is None else self.signals[indices])
+        values = counts.astype(np.float32) * np.float32(self.scale)
+        values[counts == MISSING] = np.nan
+        return values
+
+    def select(self, mask_or_indices: np.ndarray | Sequence[int]) -> "Records":
+        """The records of a boolean mask or of an index list, in that order; out of range raises DataError."""
+        chosen = np.asarray(mask_or_indices)
+        if chosen.dtype == bool:
+            if chosen.shape != (len(self),):
+                raise DataError(f"The mask has {chosen.shape} entries for {len(self)} records; give one entry a record.")
+            chosen = np.flatnonzero(chosen)
+        chosen = chosen.astype(np.int64).reshape(-1)
+        if len(chosen) and (chosen.min() < -len(self) or chosen.max() >= len(self)):
+            raise DataError(f"Record index {chosen.max()} does not exist among {len(self)} records; select by position.")
+        part = hashlib.sha256(self.fingerprint.encode() + chosen.tobytes()).hexdigest()
+        return Records(
+            self.signals[chosen], self.scale, self.sampling_rate, self.table.iloc[chosen], self.targets[chosen],
+            self.classes, self.left_out, self.about, part,
+        )  # fmt: skip
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over signals, targets, classes and the table's identifying columns; runs are keyed by it."""
+        if self.known_fingerprint:
+            return self.known_fingerprint
+        digest = hashlib.sha256(repr((self.classes, float(self.scale), float(self.sampling_rate), self.signals.shape)).encode())
+        for start in range(0, len(self), CHUNK):
+            digest.update(np.ascontiguousarray(self.signals[start : start + CHUNK]))
+        digest.update(np.ascontiguousarray(self.targets.astype(np.float32)))
+        for column in TABLE_COLUMNS:
+            digest.update("\0".join(self.table[column].astype(str)).encode())
+        return digest.hexdigest()
+
+    def validate(self) -> pd.DataFrame:
+        """Faults of the stored signals: one row each with record_id, lead, fault and detail; empty when all is well."""
+        rows = []
+        for start in range(0, len(self), CHUNK):
+            part = slice(start, min(start + CHUNK, len(self)))
+            ids = self.table["record_id"].iloc[part].astype(str).tolist()
+            for index, lead, fault, detail in find_faults(self.millivolts(part)):
+                rows.append((ids[index], lead, fault, detail))
+        return pd.DataFrame(rows, columns=["record_id", "lead", "fault", "detail"])
+
+    def save(self, folder: str | Path) -> Path:
+        """Write everything below `folder` atomically; raises StorageError and leaves an older folder as it was."""
+        folder = Path(folder)
+        with atomic_folder(folder) as temporary:
+            needed = self.signals.nbytes + self.targets.nbytes + 1_000_000
+            free = shutil.disk_usage(temporary).free
+            with explain_storage(folder):
+                if free < needed:
+                    raise OSError(28, f"{needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
+            stored = np.lib.format.open_memmap(temporary / "signals.npy", "w+", np.int16, self.signals.shape)
+            for start in range(0, len(self), CHUNK):
+                stored[start : start + CHUNK] = self.signals[start : start + CHUNK]
+            stored.flush()
+            np.save(temporary / "targets.npy", self.targets)
+            self.table.to_csv(temporary / "table.csv", index=False)
+            self.left_out.to_csv(temporary / "left_out.csv", index=False)
+            write_json(temporary / "records.json", {
+                "scale": float(self.scale), "sampling_rate": float(self.sampling_rate), "classes": list(self.classes),
+                "leads": list(LEADS), "shape": list(self.signals.shape), "fingerprint": self.fingerprint,
+                "about": self.about,
+            })  # fmt: skip
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Records":
+        """Open a saved folder; signals stay on disk. Raises DataError where the folder is missing or damaged."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise DataError(f"{folder}: there is no such records folder; run notebook 00_prepare_data first.")
+        about = read_json(folder / "records.json")
+        try:
+            signals = np.load(folder / "signals.npy", mmap_mode="r", allow_pickle=False)
+            targets = np.load(folder / "targets.npy", allow_pickle=False)
+            table = pd.read_csv(folder / "table.csv", dtype={"record_id": str, "patient_id": str, "source": str})
+            left_out = pd.read_csv(folder / "left_out.csv", dtype=str, keep_default_na=False)
+            if list(signals.shape) != about["shape"] or about["leads"] != list(LEADS):
+                raise ValueError("signals do not match records.json")
+            return cls(signals, about["scale"], about["sampling_rate"], table, targets, about["classes"], left_out,
+                       about["about"], about["fingerprint"])  # fmt: skip
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{folder}: damaged records ({error}); delete the folder and prepare the data again.") from error
+
+
+def to_counts(millivolts: np.ndarray) -> np.ndarray:
+    """Millivolts, NaN where missing, as int16 counts of 1 microvolt; values beyond +-32.767 mV are clipped."""
+    counts = np.clip(np.rint(np.asarray(millivolts, dtype=np.float32) / np.float32(MICROVOLT)), -32767, 32767)
+    return np.where(np.isnan(counts), MISSING, counts).astype(np.int16)
+
+
+def find_faults(millivolts: np.ndarray) -> list[tuple[int, str, str, str]]:
+    """Faults in signals `(n, 12, time)` in mV as (position, lead, fault, detail); see the constants above for limits."""
+    faults: list[tuple[int, str, str, str]] = []
+    missing = np.isnan(millivolts)
+    signals = np.where(missing, np.float32(0), millivolts) if missing.any() else millivolts
+    high, low = signals.max(axis=2), signals.min(axis=2)
+    span = high - low
+    at_extreme = np.maximum((signals == high[..., None]).mean(axis=2), (signals == low[..., None]).mean(axis=2))
+
+    def add(where: np.ndarray, fault: str, detail: str, values: np.ndarray) -> None:
+        for index, lead in zip(*np.nonzero(where), strict=True):
+            faults.append((int(index), LEADS[lead], fault, detail.format(float(values[index, lead]))))
+
+    flat = span < FLAT_RANGE
+    share = missing.mean(axis=2)
+    add(share > 0, "missing samples", "{:.1%} of the samples", share)
+    add(flat, "flat lead", "range {:.3f} mV", span)
+    add((at_extreme > SATURATED_SHARE) & ~flat & (span > 1.0), "saturated", "{:.1%} at one extreme", at_extreme)
+    peak = np.maximum(np.abs(high), np.abs(low))
+    add(peak > ABSURD_PEAK, "absurd amplitude", "peak {:.1f} mV", peak)
+    for index in np.flatnonzero((span.max(axis=1) < ABSURDLY_SMALL) & ~flat.all(axis=1)):
+        faults.append((int(index), "all", "absurd amplitude", f"largest range {span[index].max():.4f} mV"))
+    residual = limb_residual(signals)
+    for index in np.flatnonzero((residual > LAW_TOLERANCE) & ~flat[:, :6].any(axis=1) & (share[:, :6].max(axis=1) == 0)):
+        faults.append((int(index), "limb leads", "Einthoven's law broken", _law_detail(signals[index], residual[index])))
+    return faults
+
+
+def limb_residual(millivolts: np.ndarray) -> np.ndarray:
+    """How far limb leads `(n, 12, time)` are from Einthoven's and Goldberger's laws: rms error over rms signal, `(n,)`.
+
+    Means are removed first: an offset of the amplifier is not a permuted lead.
+    """
+    limb = millivolts[:, :6] - millivolts[:, :6].mean(axis=2, keepdims=True)
+    expected = np.einsum("lk,nkt->nlt", LIMB_FROM_I_AND_II, limb[:, :2])
+    error = np.sqrt(np.square(limb - expected).mean(axis=(1, 2)))
+    size = np.sqrt(np.square(limb).mean(axis=(1, 2)))
+    return np.where(error < LAW_FLOOR, 0.0, error / np.maximum(size, 1e-9))
+
+
+def limb_permutation(millivolts: np.ndarray) -> tuple[int, ...] | None:
+    """The one order of the six limb leads of `(12, time)` that obeys the laws, or None where none or several do."""
+    fitting = []
+    limb = millivolts[:6] - millivolts[:6].mean(axis=1, keepdims=True)
+    covariance = (limb @ limb.T) / limb.shape[1]
+    size = max(float(np.trace(covariance)), 1e-12)
+    laws = np.concatenate([LIMB_FROM_I_AND_II[2:], -np.eye(4, dtype=np.float32)], axis=1)  # law @ limb == 0
+    for order in itertools.permutations(range(6)):
+        error = np.einsum("ij,jk,ik->", laws, covariance[np.ix_(order, order)], laws)
+        if np.sqrt(max(error, 0.0) / size) < LAW_TOLERANCE / 2:
+            fitting.append(order)
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _law_detail(signal: np.ndarray, residual: float) -> str:
+    """What the limb leads look like instead: permuted in a way that can be told, or not explained."""
+    order = limb_permutation(signal)
+    if order is None:
+        return f"residual {residual:.2f} of the signal, no order of the leads explains it"
+    return "permuted: the channels hold " + ", ".join(_inverse_names(order))
+
+
+def _inverse_names(order: tuple[int, ...]) -> list[str]:
+    """Names of what each limb channel really holds, given the order that puts them right."""
+    names = [""] * 6
+    for lead, channel in enumerate(order):
+        names[channel] = LEADS[lead]
+    return names

@@ -1,0 +1,177 @@
+"""PTB-XL (Wagner et al., Scientific Data 7:154, 2020) in PhysioNet's own layout."""
+
+import ast
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ecglib.errors import DataError
+from ecglib.files import inside
+from ecglib.records import Records
+from ecglib.sources.assemble import Recording, assemble, read_each
+from ecglib.sources.wfdb_files import read_header, read_millivolts
+
+TASKS = ("all", "diagnostic", "subclass", "superclass", "form", "rhythm")
+VERSIONS = {21_837: "1.0.1 or 1.0.2", 21_799: "1.0.3"}  # told apart by the number of records
+LIKELY = 50.0  # per cent; the optional rule for diagnostic statements
+INDEX, STATEMENTS = "ptbxl_database.csv", "scp_statements.csv"
+_NEEDED = ("ecg_id", "patient_id", "scp_codes", "strat_fold", "filename_lr", "filename_hr")
+_KEPT = ("age", "sex", "device", "validated_by_human", "baseline_drift", "static_noise", "burst_noise",
+         "electrodes_problems", "scp_codes")  # fmt: skip
+
+
+def read_ptbxl(folder: str | Path, task: str = "superclass", *, sampling_rate: int = 100, likely_only: bool = False,
+               verify: bool = True, rules: Mapping[str, str] | None = None) -> Records:  # fmt: skip
+    """All recordings of a PTB-XL folder, 10 s of 12 leads at 100 or 500 Hz, with the classes of one of `TASKS`.
+
+    A statement counts whatever its likelihood; with `likely_only` diagnostic statements count from 50 % on. Both
+    counts a class are in `about["class_counts"]`. Recordings without a class of the task are kept with an all-zero
+    target. `verify` compares each file with SHA256SUMS.txt where that exists. Raises DataError.
+    """
+    folder = Path(folder)
+    if task not in TASKS:
+        raise DataError(f"There is no PTB-XL task {task!r}; choose one of {', '.join(TASKS)}.")
+    if sampling_rate not in (100, 500):
+        raise DataError(f"PTB-XL has recordings at 100 and 500 Hz, not at {sampling_rate}; choose one of them.")
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder; give the folder that holds {INDEX} or download PTB-XL.")
+    sums = _checksums(folder) if verify else {}
+    index = _read_index(folder, sums)
+    classes, code_to_class = _classes(folder, task, sums)
+    any_statement, likely = _targets(folder, index, classes, code_to_class)
+    column = "filename_lr" if sampling_rate == 100 else "filename_hr"
+    present = np.ones(len(index), dtype=bool)
+    if sampling_rate == 500:  # the 500 Hz files are optional in a download; how many are not there is said in `about`
+        present = np.array([inside(folder, f"{name}.hea", INDEX).exists() for name in index[column]])
+    targets = likely if likely_only else any_statement
+
+    def read(position: int) -> Recording:
+        entry = index.iloc[position]
+        header = read_header(inside(folder, f"{entry[column]}.hea", f"{folder / INDEX}, ecg_id {entry['ecg_id']}"))
+        _verify(folder, header.path, sums)
+        _verify(folder, header.path.with_suffix(".dat"), sums)
+        row = {"record_id": str(entry["ecg_id"]), "patient_id": str(int(entry["patient_id"])),
+               "fold": int(entry["strat_fold"]), "source": "ptb-xl", **{c: entry[c] for c in _KEPT if c in entry}}  # fmt: skip
+        return Recording(header.leads, read_millivolts(header), header.sampling_rate, row, targets[position])
+
+    about = {
+        "source": "PTB-XL", "simulated": False, "task": task, "folder": folder.name, **_version(folder, index),
+        "likely_only": likely_only, "not_downloaded": int((~present).sum()), "without_class": int((~targets.any(axis=1)).sum()),
+        "class_counts": {name: {"any statement": int(a), f"likelihood {LIKELY:.0f} or more": int(b)}
+                         for name, a, b in zip(classes, any_statement.sum(0), likely.sum(0), strict=True)},
+    }  # fmt: skip
+    stream = read_each(np.flatnonzero(present), read, lambda position: str(index.iloc[position]["ecg_id"]), rules)
+    return assemble(stream, classes, sampling_rate, 10.0, about, rules)
+
+
+def _read_index(folder: Path, sums: Mapping[str, str]) -> pd.DataFrame:
+    """`ptbxl_database.csv`, its columns and values checked."""
+    path = folder / INDEX
+    _verify(folder, path, sums)
+    index = _read_csv(path, _NEEDED)
+    for column in ("ecg_id", "patient_id", "strat_fold"):
+        numbers = pd.to_numeric(index[column], errors="coerce")
+        if numbers.isna().any():
+            row = int(numbers.isna().idxmax())
+            raise DataError(f"{path}: line {row + 2} has {column} {index[column][row]!r}, not a number; correct it.")
+        index[column] = numbers.astype(int)
+    if index["ecg_id"].duplicated().any():
+        twice = index["ecg_id"][index["ecg_id"].duplicated()].iloc[0]
+        raise DataError(f"{path}: ecg_id {twice} stands there twice; download the file again.")
+    if not index["strat_fold"].between(1, 10).all():
+        raise DataError(f"{path}: strat_fold must be 1 to 10; download the file again.")
+    return index
+
+
+def _read_csv(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    """A CSV file with the given columns, or a DataError."""
+    try:
+        table = pd.read_csv(path, low_memory=False)
+    except FileNotFoundError:
+        raise DataError(f"{path}: the file is missing; give the folder that holds it or download PTB-XL.") from None
+    except (ValueError, OSError) as error:  # ParserError, EmptyDataError and UnicodeDecodeError are ValueErrors
+        raise DataError(f"{path}: cannot be read as CSV ({error}); download it again.") from None
+    for column in columns:
+        if column not in table:
+            raise DataError(f"{path}: the column {column!r} is missing; download the file again.")
+    return table
+
+
+def _version(folder: Path, index: pd.DataFrame) -> dict:
+    """The recognised version; a record count that disagrees with the folder's own list is a DataError."""
+    listing = folder / "RECORDS"
+    if listing.exists():
+        listed = {line.strip() for line in listing.read_text().splitlines() if line.startswith("records100/")}
+        unknown = set(index["filename_lr"]) ^ listed
+        if listed and unknown:
+            raise DataError(
+                f"{listing}: lists {len(listed)} recordings at 100 Hz where {INDEX} has {len(index)} (first difference "
+                f"{min(unknown, key=str)}); download both files of one version."
+            )
+    version = VERSIONS.get(len(index))
+    return {"version": version or f"a subset of {len(index):,} records", "subset": version is None}
+
+
+def _classes(folder: Path, task: str, sums: Mapping[str, str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The class names of a task and the class of each statement, from `scp_statements.csv`."""
+    path = folder / STATEMENTS
+    _verify(folder, path, sums)
+    table = _read_csv(path, ("diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass"))
+    table = table.set_index(table.columns[0])
+    if task == "all":
+        chosen = pd.Series(table.index, index=table.index)
+    elif task in ("subclass", "superclass"):
+        column = "diagnostic_class" if task == "superclass" else "diagnostic_subclass"
+        chosen = table.loc[table["diagnostic"] == 1, column].dropna()
+    else:
+        chosen = pd.Series(table.index, index=table.index)[table[task] == 1]
+    return tuple(sorted(set(chosen))), chosen.to_dict()
+
+
+def _targets(folder: Path, index: pd.DataFrame, classes: tuple[str, ...],
+             code_to_class: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """0/1 targets `(records, classes)` by any statement, and by statements of at least 50 % likelihood.
+
+    Form and rhythm statements carry no likelihood (it is 0): they always count. For a diagnostic statement 0 means
+    that no likelihood was noted, so that the likelihood rule leaves it out.
+    """
+    diagnostic = set(_classes(folder, "diagnostic", {})[1])
+    column = {name: position for position, name in enumerate(classes)}
+    any_statement = np.zeros((len(index), len(classes)), dtype=np.uint8)
+    likely = np.zeros_like(any_statement)
+    for row, text in enumerate(index["scp_codes"]):
+        for code, likelihood in _parse_codes(folder, index["ecg_id"].iloc[row], text).items():
+            if code in code_to_class:
+                any_statement[row, column[code_to_class[code]]] = 1
+                if likelihood >= LIKELY or code not in diagnostic:
+                    likely[row, column[code_to_class[code]]] = 1
+    return any_statement, likely
+
+
+def _parse_codes(folder: Path, ecg_id: int, text: object) -> dict[str, float]:
+    """The statements of one record, `{"NORM": 100.0, ...}`."""
+    try:
+        return {str(code): float(value) for code, value in ast.literal_eval(str(text)).items()}
+    except (ValueError, SyntaxError, AttributeError, TypeError, RecursionError, MemoryError):
+        raise DataError(f"{folder / INDEX}: ecg_id {ecg_id} has scp_codes {text!r}, not a list of statements.") from None
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Relative path -> SHA-256 from SHA256SUMS.txt; empty where there is none."""
+    path = folder / "SHA256SUMS.txt"
+    if not path.exists():
+        return {}
+    pairs = (line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip())
+    return {name.strip().lstrip("*"): digest.lower() for digest, name in (pair for pair in pairs if len(pair) == 2)}
+
+
+def _verify(folder: Path, path: Path, sums: Mapping[str, str]) -> None:
+    """Compare one file with its listed checksum, if it has one and is there."""
+    expected = sums.get(path.relative_to(folder if path.is_relative_to(folder) else folder.resolve()).as_posix())
+    if expected is None or not path.is_file():
+        return
+    if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+        raise DataError(f"{path}: its checksum differs from SHA256SUMS.txt; download the file again.")
