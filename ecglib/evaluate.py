@@ -46,6 +46,9 @@ class Ranking(NamedTuple):
     peers: np.ndarray
 
 
+Statistic = Callable[[Ranking, np.ndarray], np.ndarray]  # one class and record weights (n, draws) -> (draws,)
+
+
 def rank_class(positive: np.ndarray, scores: np.ndarray) -> Ranking:
     """Sort the scores `(n,)` of one class with its mask of positive records `(n,)`."""
     order = np.argsort(scores, kind="stable")
@@ -55,6 +58,12 @@ def rank_class(positive: np.ndarray, scores: np.ndarray) -> Ranking:
         positives, negatives, np.searchsorted(low, high, "left"), np.searchsorted(low, high, "right"),
         np.searchsorted(high, high, "left"),
     )  # fmt: skip
+
+
+def rank_classes(targets: np.ndarray, scores: np.ndarray) -> list[Ranking]:
+    """One `Ranking` a class of targets and scores `(n, classes)`; DataError where they do not fit."""
+    targets, scores = _check(targets, scores)
+    return [rank_class(targets[:, c], scores[:, c]) for c in range(targets.shape[1])]
 
 
 def weighted_auroc(ranking: Ranking, weights: np.ndarray) -> np.ndarray:
@@ -77,7 +86,7 @@ def weighted_average_precision(ranking: Ranking, weights: np.ndarray) -> np.ndar
     return np.where(negatives > 0, _divide(total, positives), np.nan)
 
 
-STATISTICS = {"auroc": weighted_auroc, "average_precision": weighted_average_precision}
+STATISTICS: dict[str, Statistic] = {"auroc": weighted_auroc, "average_precision": weighted_average_precision}
 
 
 def class_auroc(targets: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -165,7 +174,7 @@ def ranking_report(
 
 
 def _macro_f(targets: np.ndarray, predicted: np.ndarray, beta: float) -> float:
-    """Mean F_beta over the columns, NaN where there is none."""
+    """Mean F_beta over the columns, NaN where there is none; one by one, for a single column is not multi-label."""
     if not targets.shape[1]:
         return np.nan
     return float(np.mean([fbeta_score(*pair, beta=beta, zero_division=0) for pair in zip(targets.T, predicted.T)]))
@@ -181,6 +190,8 @@ def _macro_g(targets: np.ndarray, predicted: np.ndarray, beta: float) -> float:
 def expected_calibration_error(targets: np.ndarray, probabilities: np.ndarray, bins: int = 15) -> float:
     """Mean over classes of sum_b (n_b / n) |share of positives - mean probability| over equal-width bins b of [0, 1]."""
     targets, probabilities = _check(targets, probabilities)
+    if probabilities.min() < 0 or probabilities.max() > 1:
+        raise DataError("Calibration is measured on probabilities between 0 and 1; apply the sigmoid to the logits first.")
     place = np.minimum((probabilities * bins).astype(int), bins - 1)
     gaps = [np.bincount(place[:, c], targets[:, c] - probabilities[:, c], bins) for c in range(targets.shape[1])]
     return float(np.abs(gaps).sum(axis=1).mean() / len(targets))
@@ -218,19 +229,22 @@ def _bootstrap(
         raise DataError(f"The statistic {statistic!r} is unknown; choose one of {', '.join(STATISTICS)}.")
     if draws < 1:
         raise DataError(f"A bootstrap of {draws} draws gives no interval; ask for 1,000.")
-    repeats = [scores if np.ndim(scores) == 3 else np.asarray(scores)[None] for scores in models]
-    checked = [[_check(targets, scores) for scores in model] for model in repeats]
+    models = [scores if np.ndim(scores) == 3 else np.asarray(scores)[None] for scores in models]
+    rankings = [[rank_classes(targets, scores) for scores in model] for model in models]
     _require_present(targets, classes)
-    rankings = [[[rank_class(*column) for column in zip(*(part.T for part in pair))] for pair in model] for model in checked]
 
-    def macro(model: list[list[Ranking]], weights: np.ndarray) -> np.ndarray:
-        each = [[STATISTICS[statistic](ranking, weights) for ranking in repeat] for repeat in model]
-        return _mean_finite(np.array(each), axis=1).mean(axis=0)  # (repeats, classes, draws) -> (draws,)
+    def macro(weights: np.ndarray) -> list[np.ndarray]:
+        return [_macro_of_repeats(STATISTICS[statistic], model, weights) for model in rankings]
 
     whole = np.ones((len(targets), 1))
-    value = np.array([macro(model, whole)[0] for model in rankings])
-    parts = [[macro(model, weights) for model in rankings] for weights in draw_weights(groups, len(targets), draws, seed)]
-    return value, np.concatenate(parts, axis=1)
+    drawn = [macro(weights) for weights in draw_weights(groups, len(targets), draws, seed)]
+    return np.array(macro(whole))[:, 0], np.concatenate(drawn, axis=1)
+
+
+def _macro_of_repeats(statistic: Statistic, repeats: list[list[Ranking]], weights: np.ndarray) -> np.ndarray:
+    """Mean over repeats of the mean over the classes present, for record weights `(n, draws)`: `(draws,)`."""
+    each = np.array([[statistic(ranking, weights) for ranking in classes] for classes in repeats])
+    return _mean_finite(each, axis=1).mean(axis=0)
 
 
 def draw_weights(groups: Sequence, records: int, draws: int, seed: int) -> Iterator[np.ndarray]:
@@ -267,7 +281,7 @@ def predict_windows(
     """
     window, stride = (max(1, round(seconds * records.sampling_rate)) for seconds in (window_seconds, stride_seconds))
     starts = window_starts(records.signals.shape[2], window, stride)
-    indices, together = np.asarray(indices), max(1, batch_size // len(starts))
+    indices, together = np.arange(len(records))[indices], max(1, batch_size // len(starts))  # a mask will do as well
     was_training = getattr(encode, "training", False)
     if was_training:
         encode.eval()
@@ -307,16 +321,16 @@ def _require_finite(probabilities: np.ndarray, record_ids: pd.Series) -> np.ndar
 
 
 def _class_statistic(
-    statistic: Callable[[Ranking, np.ndarray], np.ndarray], targets: np.ndarray, scores: np.ndarray, weights: np.ndarray | None
+    statistic: Statistic, targets: np.ndarray, scores: np.ndarray, weights: np.ndarray | None
 ) -> np.ndarray:
     """The statistic of each class; the leading shape is that of the weights without their records."""
-    targets, scores = _check(targets, scores)
-    weights = np.ones(len(targets)) if weights is None else np.asarray(weights, dtype=np.float64)
-    if weights.shape[-1:] != (len(targets),):
-        raise DataError(f"Weights {weights.shape} do not fit {len(targets)} records; give one weight a record.")
+    rankings, count = rank_classes(targets, scores), len(targets)
+    weights = np.ones(count) if weights is None else np.asarray(weights, dtype=np.float64)
+    if weights.shape[-1:] != (count,):
+        raise DataError(f"Weights {weights.shape} do not fit {count} records; give one weight a record.")
     columns = np.ascontiguousarray(np.atleast_2d(weights).T)
-    each = [statistic(rank_class(*column), columns) for column in zip(targets.T, scores.T)]
-    return np.stack(each, axis=1).reshape(*weights.shape[:-1], targets.shape[1])
+    each = [statistic(ranking, columns) for ranking in rankings]
+    return np.stack(each, axis=1).reshape(*weights.shape[:-1], len(rankings))
 
 
 def _check(targets: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

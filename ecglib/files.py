@@ -88,7 +88,10 @@ def short_hash(value: object, length: int = 12) -> str:
 def inside(folder: str | Path, name: str, listed_in: str) -> Path:
     """Path of `name` below `folder`; a name that leads outside (absolute, `..`, a link) is a `DataError`."""
     root = Path(folder).resolve()
-    path = (root / name).resolve()
+    try:
+        path = (root / name).resolve()
+    except (ValueError, OSError, RuntimeError) as error:  # a null byte, a name too long, links in a circle
+        raise DataError(f"{listed_in}: the entry {name!r} is not a file name ({error}); correct the entry.") from None
     if not path.is_relative_to(root):
         raise DataError(
             f"{listed_in}: the entry {name!r} points outside {folder}; correct the entry, it was not opened."

@@ -38,9 +38,9 @@ def label_subsets(
     """Nested random label subsets of the records in `folds`: fraction -> sorted positions in `records`.
 
     Whole patients in one random order, cut where the number of records is closest to fraction x N, so that a smaller
-    subset lies within each larger one. Classes are not balanced: for each class that the smallest subset lacks, one
-    patient of it is exchanged for the next patient in the order who has that class; where even that fails, a warning
-    names the class. DataError for a fraction outside (0, 1], for no records, and for fewer records than classes.
+    subset lies within each larger one. Classes are not balanced: for each class that the smallest subset lacks, the next
+    patient in the order who has it takes the place of the last patient; a warning names a class for which there is no
+    room. DataError for a fraction outside (0, 1], for no records, and for fewer records than classes.
     """
     pool = np.flatnonzero(records.table["fold"].isin(list(folds)))
     fractions = sorted(fractions)
@@ -52,7 +52,11 @@ def label_subsets(
     np.logical_or.at(has, patient, positive)
 
     order = np.random.default_rng(seed).permutation(len(names))
-    order = _cover_classes(order, _cut(sizes[order], fractions[0]), sizes, has, records.classes)
+    order = _cover_classes(order, fractions[0], sizes, has)
+    missing = _missing_classes(order, fractions[0], sizes, has)
+    if len(missing):
+        listed = ", ".join(records.classes[index] for index in missing)
+        warnings.warn(f"The label subset of {fractions[0]:g} has no room for a patient with {listed}.", stacklevel=2)
     place = np.empty(len(names), dtype=int)
     place[order] = np.arange(len(names))
     return {fraction: pool[place[patient] < _cut(sizes[order], fraction)] for fraction in fractions}
@@ -77,23 +81,24 @@ def _cut(sizes: np.ndarray, fraction: float) -> int:
     return int(np.argmin(np.abs(records - fraction * records[-1]))) + 1
 
 
-def _cover_classes(order: np.ndarray, cut: int, sizes: np.ndarray, has: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    """`order` with the fewest exchanges over `cut` that give its front a patient of each class, rarest class first.
+def _cover_classes(order: np.ndarray, fraction: float, sizes: np.ndarray, has: np.ndarray) -> np.ndarray:
+    """`order` with the patients moved to its head that its front lacks to hold each class, the rarest class first.
 
-    sizes `(patients,)` records of each patient, has `(patients, classes)`. The patient who leaves is, of those whose
-    leaving uncovers no class, the last one whose number of records differs least from the newcomer's.
+    sizes `(patients,)` records of each patient, has `(patients, classes)`. Each patient who comes in pushes the last one
+    out; a class that is lost by this is brought back in the next round, so there are at most as many moves as classes.
     """
-    order = order.copy()
-    for rare in np.argsort(has.sum(axis=0), kind="stable"):
-        carriers = cut + np.flatnonzero(has[order[cut:], rare])
-        if has[order[:cut], rare].any() or not len(carriers):
-            continue
-        front = has[order[:cut]]
-        free = np.flatnonzero(~(front & (front.sum(axis=0) == 1)).any(axis=1))
-        if not len(free):
-            warnings.warn(f"The smallest label subset has no record of the class {classes[rare]}.", stacklevel=3)
-            continue
-        differs = np.abs(sizes[order[free]] - sizes[order[carriers[0]]])
-        leaving = free[np.flatnonzero(differs == differs.min())[-1]]
-        order[[leaving, carriers[0]]] = order[[carriers[0], leaving]]
+    carriers = has.sum(axis=0)
+    for _ in range(has.shape[1]):
+        missing = _missing_classes(order, fraction, sizes, has)
+        if not len(missing):
+            break
+        rarest = missing[np.argmin(carriers[missing])]
+        newcomer = int(np.argmax(has[order, rarest]))
+        order = np.concatenate([order[[newcomer]], np.delete(order, newcomer)])
     return order
+
+
+def _missing_classes(order: np.ndarray, fraction: float, sizes: np.ndarray, has: np.ndarray) -> np.ndarray:
+    """Classes that some patient has, but none of the front that `fraction` takes."""
+    front = order[: _cut(sizes[order], fraction)]
+    return np.flatnonzero(has.any(axis=0) & ~has[front].any(axis=0))

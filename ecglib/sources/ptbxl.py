@@ -1,7 +1,6 @@
 """PTB-XL (Wagner et al., Scientific Data 7:154, 2020) in PhysioNet's own layout."""
 
 import ast
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from ecglib.errors import DataError
 from ecglib.files import inside
 from ecglib.records import Records
 from ecglib.sources.assemble import Recording, assemble, read_each
-from ecglib.sources.wfdb_files import read_header, read_millivolts
+from ecglib.sources.index_files import existing_folder, read_checksums, read_csv, verify_file, whole_numbers
+from ecglib.sources.wfdb_files import read_wfdb
 
 TASKS = ("all", "diagnostic", "subclass", "superclass", "form", "rhythm")
 VERSIONS = {21_837: "1.0.1 or 1.0.2", 21_799: "1.0.3"}  # told apart by the number of records
@@ -29,16 +29,15 @@ def read_ptbxl(folder: str | Path, task: str = "superclass", *, sampling_rate: i
 
     A statement counts whatever its likelihood; with `likely_only` diagnostic statements count from 50 % on. Both
     counts a class are in `about["class_counts"]`. Recordings without a class of the task are kept with an all-zero
-    target. `verify` compares each file with SHA256SUMS.txt where that exists. Raises DataError.
+    target. `verify` compares each file with SHA256SUMS.txt where that exists, and the samples with the header's
+    own checksums. Raises DataError.
     """
-    folder = Path(folder)
     if task not in TASKS:
         raise DataError(f"There is no PTB-XL task {task!r}; choose one of {', '.join(TASKS)}.")
     if sampling_rate not in (100, 500):
         raise DataError(f"PTB-XL has recordings at 100 and 500 Hz, not at {sampling_rate}; choose one of them.")
-    if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such folder; give the folder that holds {INDEX} or download PTB-XL.")
-    sums = _checksums(folder) if verify else {}
+    folder = existing_folder(folder, f"PTB-XL's {INDEX}")
+    sums = read_checksums(folder) if verify else {}
     index = _read_index(folder, sums)
     classes, code_to_class = _classes(folder, task, sums)
     any_statement, likely = _targets(folder, index, classes, code_to_class)
@@ -50,12 +49,11 @@ def read_ptbxl(folder: str | Path, task: str = "superclass", *, sampling_rate: i
 
     def read(position: int) -> Recording:
         entry = index.iloc[position]
-        header = read_header(inside(folder, f"{entry[column]}.hea", f"{folder / INDEX}, ecg_id {entry['ecg_id']}"))
-        _verify(folder, header.path, sums)
-        _verify(folder, header.path.with_suffix(".dat"), sums)
+        path = inside(folder, f"{entry[column]}.hea", f"{folder / INDEX}, ecg_id {entry['ecg_id']}")
+        header, millivolts = read_wfdb(path, folder, sums, verify)
         row = {"record_id": str(entry["ecg_id"]), "patient_id": str(int(entry["patient_id"])),
                "fold": int(entry["strat_fold"]), "source": "ptb-xl", **{c: entry[c] for c in _KEPT if c in entry}}  # fmt: skip
-        return Recording(header.leads, read_millivolts(header), header.sampling_rate, row, targets[position])
+        return Recording(header.leads, millivolts, header.sampling_rate, row, targets[position])
 
     about = {
         "source": "PTB-XL", "simulated": False, "task": task, "folder": folder.name, **_version(folder, index),
@@ -70,34 +68,16 @@ def read_ptbxl(folder: str | Path, task: str = "superclass", *, sampling_rate: i
 def _read_index(folder: Path, sums: Mapping[str, str]) -> pd.DataFrame:
     """`ptbxl_database.csv`, its columns and values checked."""
     path = folder / INDEX
-    _verify(folder, path, sums)
-    index = _read_csv(path, _NEEDED)
+    verify_file(folder, path, sums)
+    index = read_csv(path, _NEEDED)
     for column in ("ecg_id", "patient_id", "strat_fold"):
-        numbers = pd.to_numeric(index[column], errors="coerce")
-        if numbers.isna().any():
-            row = int(numbers.isna().idxmax())
-            raise DataError(f"{path}: line {row + 2} has {column} {index[column][row]!r}, not a number; correct it.")
-        index[column] = numbers.astype(int)
+        index[column] = whole_numbers(path, index, column)
     if index["ecg_id"].duplicated().any():
         twice = index["ecg_id"][index["ecg_id"].duplicated()].iloc[0]
         raise DataError(f"{path}: ecg_id {twice} stands there twice; download the file again.")
     if not index["strat_fold"].between(1, 10).all():
         raise DataError(f"{path}: strat_fold must be 1 to 10; download the file again.")
     return index
-
-
-def _read_csv(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
-    """A CSV file with the given columns, or a DataError."""
-    try:
-        table = pd.read_csv(path, low_memory=False)
-    except FileNotFoundError:
-        raise DataError(f"{path}: the file is missing; give the folder that holds it or download PTB-XL.") from None
-    except (ValueError, OSError) as error:  # ParserError, EmptyDataError and UnicodeDecodeError are ValueErrors
-        raise DataError(f"{path}: cannot be read as CSV ({error}); download it again.") from None
-    for column in columns:
-        if column not in table:
-            raise DataError(f"{path}: the column {column!r} is missing; download the file again.")
-    return table
 
 
 def _version(folder: Path, index: pd.DataFrame) -> dict:
@@ -118,8 +98,8 @@ def _version(folder: Path, index: pd.DataFrame) -> dict:
 def _classes(folder: Path, task: str, sums: Mapping[str, str]) -> tuple[tuple[str, ...], dict[str, str]]:
     """The class names of a task and the class of each statement, from `scp_statements.csv`."""
     path = folder / STATEMENTS
-    _verify(folder, path, sums)
-    table = _read_csv(path, ("diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass"))
+    verify_file(folder, path, sums)
+    table = read_csv(path, ("diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass"))
     table = table.set_index(table.columns[0])
     if task == "all":
         chosen = pd.Series(table.index, index=table.index)
@@ -157,21 +137,3 @@ def _parse_codes(folder: Path, ecg_id: int, text: object) -> dict[str, float]:
         return {str(code): float(value) for code, value in ast.literal_eval(str(text)).items()}
     except (ValueError, SyntaxError, AttributeError, TypeError, RecursionError, MemoryError):
         raise DataError(f"{folder / INDEX}: ecg_id {ecg_id} has scp_codes {text!r}, not a list of statements.") from None
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    """Relative path -> SHA-256 from SHA256SUMS.txt; empty where there is none."""
-    path = folder / "SHA256SUMS.txt"
-    if not path.exists():
-        return {}
-    pairs = (line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip())
-    return {name.strip().lstrip("*"): digest.lower() for digest, name in (pair for pair in pairs if len(pair) == 2)}
-
-
-def _verify(folder: Path, path: Path, sums: Mapping[str, str]) -> None:
-    """Compare one file with its listed checksum, if it has one and is there."""
-    expected = sums.get(path.relative_to(folder if path.is_relative_to(folder) else folder.resolve()).as_posix())
-    if expected is None or not path.is_file():
-        return
-    if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-        raise DataError(f"{path}: its checksum differs from SHA256SUMS.txt; download the file again.")

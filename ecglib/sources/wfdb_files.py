@@ -7,6 +7,7 @@ here; every other format goes through the library.
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from ecglib.errors import DataError
 from ecglib.records import MISSING
+from ecglib.sources.index_files import verify_file
 
 UNITS_PER_MILLIVOLT = {"mv": 1.0, "uv": 1000.0, "v": 0.001, "nv": 1e6}
 # The first release of the Georgia set gave 4880 counts per mV for counts of 1 microvolt; 1000 is right.
@@ -166,14 +168,35 @@ def wrong_checksums(header: Header, counts: np.ndarray) -> list[str]:
             if c.checksum is not None and (int(total) - c.checksum) % 65536]  # fmt: skip
 
 
-def read_millivolts(header: Header) -> np.ndarray:
-    """Signals in mV `(channels, time)` float32, NaN where the file marks a missing sample."""
+def read_millivolts(header: Header, verify: bool = False) -> np.ndarray:
+    """Signals in mV `(channels, time)` float32, NaN where the file marks a missing sample.
+
+    With `verify`, samples that do not sum to the checksums in the header are a DataError.
+    """
     counts = read_counts(header)
+    wrong = wrong_checksums(header, counts) if verify else []
+    if wrong:
+        raise DataError(
+            f"{header.path}: the samples of {', '.join(wrong)} do not sum to the checksum in the header; download the "
+            "record again, or read with verify=False."
+        )
     gain = np.array([channel.gain for channel in header.channels], dtype=np.float32)[:, None]
     baseline = np.array([channel.baseline for channel in header.channels], dtype=np.float32)[:, None]
     values = (counts.astype(np.float32) - baseline) / gain
     values[counts == MISSING] = np.nan
     return values
+
+
+def read_wfdb(path: Path, root: Path, sums: Mapping[str, str], verify: bool = True) -> tuple[Header, np.ndarray]:
+    """Header and signals in mV `(channels, time)` of one record below `root`.
+
+    Its files are compared with the SHA-256 listed in `sums`, and with `verify` the samples with the header's checksums.
+    """
+    verify_file(root, path, sums)
+    header = read_header(path)
+    for name in {channel.file for channel in header.channels}:
+        verify_file(root, _signal_path(header, name), sums)
+    return header, read_millivolts(header, verify)
 
 
 def _signal_path(header: Header, name: str) -> Path:

@@ -1,0 +1,194 @@
+"""Augmentations of Mehari & Strodthoff 2022, a whole batch at a time on the device.
+
+Every transform maps `(batch, leads, time)` mV to the same shape, never writes into its input, and draws each record's
+randomness from the `torch.Generator` given. The values are the published defaults. What each does to the label is said
+where it matters: a gain per lead breaks voltage criteria (hypertrophy), a time warp breaks rate and interval criteria.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+Transform = Callable[[Tensor, Generator], Tensor]
+
+
+def apply(transforms: Sequence[Transform], signals: Tensor, generator: Generator) -> Tensor:
+    """Every transform in the order given, each always applied."""
+    for transform in transforms:
+        signals = transform(signals, generator)
+    return signals
+
+
+def _uniform(shape: Sequence[int], low: float, high: float, signals: Tensor, generator: Generator) -> Tensor:
+    """Uniform numbers of `shape` on the device of `signals`."""
+    return low + (high - low) * torch.rand(shape, generator=generator, device=signals.device, dtype=signals.dtype)
+
+
+def _normal(shape: Sequence[int], signals: Tensor, generator: Generator) -> Tensor:
+    """Standard normal numbers of `shape` on the device of `signals`."""
+    return torch.randn(shape, generator=generator, device=signals.device, dtype=signals.dtype)
+
+
+def gaussian_noise(signals: Tensor, generator: Generator, scale: float = 0.005) -> Tensor:
+    """Adds white noise of standard deviation `scale` mV to every value."""
+    return signals + scale * _normal(signals.shape, signals, generator)
+
+
+def gaussian_blur(signals: Tensor, generator: Generator) -> Tensor:
+    """Smooths each lead with the five taps (0.1, 0.2, 0.4, 0.2, 0.1), zeros beyond the ends."""
+    leads = signals.shape[1]
+    taps = signals.new_tensor([0.1, 0.2, 0.4, 0.2, 0.1]).expand(leads, 1, 5)
+    return F.conv1d(signals, taps, padding=2, groups=leads)
+
+
+def channel_resize(signals: Tensor, generator: Generator, low: float = 0.5, high: float = 2.0) -> Tensor:
+    """Multiplies each lead by its own gain, log-uniform from `low` to `high`; breaks Einthoven's law on purpose."""
+    gain = _uniform((*signals.shape[:2], 1), math.log(low), math.log(high), signals, generator).exp()
+    return signals * gain
+
+
+def time_out(signals: Tensor, generator: Generator, low: float = 0.2, high: float = 0.4) -> Tensor:
+    """Sets one window of a random fraction `low` to `high` of the time to zero, on all leads of a record."""
+    batch, _, time = signals.shape
+    length = (_uniform((batch, 1), low, high, signals, generator) * time).floor()
+    start = (torch.rand((batch, 1), generator=generator, device=signals.device) * (time - length + 1)).floor()
+    clock = torch.arange(time, device=signals.device)
+    hidden = (clock >= start) & (clock < start + length)
+    return signals.masked_fill(hidden[:, None, :], 0.0)
+
+
+def _sample_at(signals: Tensor, positions: Tensor) -> Tensor:
+    """Linear interpolation of `(batch, leads, time)` at fractional sample positions `(batch, new time)`."""
+    last = signals.shape[2] - 1
+    left = positions.floor().clamp(0, max(last - 1, 0)).long()
+    weight = (positions - left)[:, None, :].to(signals.dtype)
+    index = left[:, None, :].expand(-1, signals.shape[1], -1)
+    return torch.lerp(signals.gather(2, index), signals.gather(2, (index + 1).clamp(max=last)), weight)
+
+
+def _inverse_map(knots: Tensor, values: Tensor, time: int) -> Tensor:
+    """Piecewise linear function through (knots, values), both `(batch, k)` with rising knots, at 0..time-1."""
+    clock = torch.arange(time, device=knots.device, dtype=knots.dtype).expand(len(knots), -1).contiguous()
+    right = torch.searchsorted(knots.contiguous(), clock, right=True).clamp(1, knots.shape[1] - 1)
+    x0, x1 = knots.gather(1, right - 1), knots.gather(1, right)
+    y0, y1 = values.gather(1, right - 1), values.gather(1, right)
+    return y0 + (y1 - y0) * (clock - x0) / (x1 - x0).clamp_min(1e-6)
+
+
+def random_resized_crop(signals: Tensor, generator: Generator, low: float = 0.5, high: float = 1.0) -> Tensor:
+    """A random window of a fraction `low` to `high`, its samples put at random sorted places of the full grid.
+
+    Both ends are pinned and gaps are interpolated: a crop and a random, non-uniform time warp in one, equal on all leads.
+    """
+    batch, _, time = signals.shape
+    kept = (_uniform((batch, 1), low, high, signals, generator) * time).floor().clamp(2, time)
+    start = (torch.rand((batch, 1), generator=generator, device=signals.device) * (time - kept + 1)).floor()
+    # A random subset of the grid of `kept` places: keep the places with the smallest random keys, ends always in.
+    keys = torch.rand((batch, time), generator=generator, device=signals.device)
+    keys[:, 0], keys[:, -1] = -1.0, -1.0
+    chosen = keys.argsort(dim=1).argsort(dim=1) < kept
+    rank = chosen.cumsum(dim=1) - 1  # the sample that stands at the last chosen place up to here
+    clock = torch.arange(time, device=signals.device).expand(batch, -1)
+    before = torch.where(chosen, clock, -1).cummax(dim=1).values
+    after = torch.where(chosen, clock, time).flip(1).cummin(dim=1).values.flip(1)
+    fraction = (clock - before) / (after - before).clamp_min(1)
+    return _sample_at(signals, start + rank + fraction)
+
+
+def dynamic_time_warp(signals: Tensor, generator: Generator, warps: int = 3, radius: int = 10, step: int = 2) -> Tensor:
+    """`warps` times: 2 * radius * step + 1 samples around a random centre shrink by `step`, the rest stretches."""
+    batch, _, time = signals.shape
+    reach = radius * step
+    if 2 * reach + 2 > time:
+        return signals
+    for _ in range(warps):
+        centre = reach + torch.rand((batch, 1), generator=generator, device=signals.device) * (time - 1 - 2 * reach)
+        shrunk = time - 1 - 2 * reach + 2 * radius
+        knots = torch.cat([torch.zeros_like(centre), centre - reach, centre - reach + 2 * radius,
+                           torch.full_like(centre, shrunk)], dim=1) * ((time - 1) / shrunk)  # fmt: skip
+        values = torch.cat([torch.zeros_like(centre), centre - reach, centre + reach,
+                            torch.full_like(centre, time - 1)], dim=1)  # fmt: skip
+        signals = _sample_at(signals, _inverse_map(knots, values, time))
+    return signals
+
+
+def _clock(signals: Tensor, sampling_rate: float) -> Tensor:
+    """Time of each sample in seconds."""
+    return torch.arange(signals.shape[2], device=signals.device, dtype=signals.dtype) / sampling_rate
+
+
+def baseline_wander(signals: Tensor, generator: Generator, largest: float = 0.1, sampling_rate: float = 100.0) -> Tensor:
+    """Adds 50 slow cosines (0 to 0.49 Hz), together scaled by U(0, `largest`) mV, the same trace on all leads."""
+    batch, terms = signals.shape[0], 50
+    size = _uniform((batch, 1), 0.0, largest, signals, generator)
+    amplitude = _uniform((batch, terms), 0.0, 1.0, signals, generator)
+    phase = _uniform((batch, terms, 1), 0.0, 2 * math.pi, signals, generator)
+    frequency = 0.01 * torch.arange(terms, device=signals.device, dtype=signals.dtype)
+    waves = torch.cos(2 * math.pi * frequency[:, None] * _clock(signals, sampling_rate) + phase)
+    return signals + (size * torch.einsum("bk,bkt->bt", amplitude, waves))[:, None, :]
+
+
+def powerline_noise(signals: Tensor, generator: Generator, largest: float = 0.2, sampling_rate: float = 100.0,
+                    mains: float = 50.0) -> Tensor:  # fmt: skip
+    """Adds the mains tone and its harmonics below half the sampling rate, amplitude U(0, `largest`)^2 mV, a gain a lead.
+
+    The published transform adds all three harmonics at 100 Hz, where they alias; those are left out here, so that at
+    100 Hz nothing remains and the signals come back unchanged.
+    """
+    batch, leads, _ = signals.shape
+    size = _uniform((batch, 1), 0.0, largest, signals, generator).square()
+    gain = _uniform((batch, leads, 1), -1.0, 1.0, signals, generator)
+    amplitude = _uniform((batch, 3), 0.0, 1.0, signals, generator)
+    phase = _uniform((batch, 1, 1), 0.0, 2 * math.pi, signals, generator)
+    harmonics = mains * torch.arange(1, 4, device=signals.device, dtype=signals.dtype)
+    amplitude = amplitude * (harmonics < sampling_rate / 2)
+    tones = torch.cos(2 * math.pi * harmonics[:, None] * _clock(signals, sampling_rate) + phase)
+    return signals + gain * (size * torch.einsum("bk,bkt->bt", amplitude, tones))[:, None, :]
+
+
+def muscle_noise(signals: Tensor, generator: Generator, largest: float = 0.5) -> Tensor:
+    """Adds white noise of standard deviation U(0, `largest`) mV, independent a value (the paper's "EM noise")."""
+    size = _uniform((signals.shape[0], 1, 1), 0.0, largest, signals, generator)
+    return signals + size * _normal(signals.shape, signals, generator)
+
+
+def baseline_shift(signals: Tensor, generator: Generator, largest: float = 1.0, sampling_rate: float = 100.0,
+                   a_second: float = 0.3) -> Tensor:  # fmt: skip
+    """Adds a plateau of about 3 s and height U(-1, 1) x U(0, `largest`) mV, with a gain around +-1 a lead.
+
+    The number of plateaus is uniform from 0 to round(`a_second` x duration); a later one replaces an earlier one.
+    """
+    batch, leads, time = signals.shape
+    most = max(round(a_second * time / sampling_rate), 1)
+    count = torch.randint(0, most + 1, (batch, 1), generator=generator, device=signals.device)
+    clock = _clock(signals, sampling_rate)
+    plateau = signals.new_zeros(batch, time)
+    for number in range(most):
+        centre = _uniform((batch, 1), 0.0, time / sampling_rate, signals, generator)
+        length = (3.0 + 0.6 * _normal((batch, 1), signals, generator)).clamp_min(0.0)
+        height = _uniform((batch, 1), -1.0, 1.0, signals, generator)
+        within = ((clock - centre).abs() <= length / 2) & (number < count)
+        plateau = torch.where(within, height, plateau)
+    size = _uniform((batch, 1, 1), 0.0, largest, signals, generator)
+    sign = torch.where(_uniform((batch, leads, 1), 0.0, 1.0, signals, generator) < 0.5, -1.0, 1.0)
+    gain = sign * (1.0 + _normal((batch, leads, 1), signals, generator))
+    return signals + size * gain * plateau[:, None, :]
+
+
+TRANSFORMS: dict[str, Transform] = {
+    function.__name__: function
+    for function in (gaussian_noise, gaussian_blur, channel_resize, time_out, random_resized_crop, dynamic_time_warp,
+                     baseline_wander, powerline_noise, muscle_noise, baseline_shift)
+}  # fmt: skip
+
+
+def named_transforms(settings: dict[str, dict]) -> list[Transform]:
+    """Transforms by name with their settings, `{"time_out": {"low": 0.1, "high": 0.3}}`, as they stand in configs."""
+    unknown = [name for name in settings if name not in TRANSFORMS]
+    if unknown:
+        raise ValueError(f"There is no transform {unknown[0]!r}; choose from {', '.join(TRANSFORMS)}.")
+    return [partial(TRANSFORMS[name], **values) for name, values in settings.items()]

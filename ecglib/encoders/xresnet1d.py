@@ -1,0 +1,87 @@
+"""xresnet1d (He et al. 2019 "bag of tricks" in one dimension), as in Mehari & Strodthoff 2022 and Strodthoff et al. 2021.
+
+The convolutions are 1 x k two-dimensional ones in channels-last memory: the same numbers as `Conv1d`, but the form for
+which processors with bfloat16 units have fast kernels (see `ecglib.train.precision` and `benchmarks/training_step.py`).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+EXPANSION = 4  # output channels of a bottleneck over its inner width
+
+
+def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
+    """A 1 x `kernel` convolution that keeps the length at stride 1."""
+    return nn.Conv2d(inputs, outputs, (1, kernel), (1, stride), (0, kernel // 2), bias=bias)
+
+
+def normalised(layer: nn.Conv2d, gain: float = 1.0) -> nn.Sequential:
+    """Convolution and batch norm, initialised as in the paper (He-normal weights, gain `gain`, bias 0.001)."""
+    norm = nn.BatchNorm2d(layer.out_channels)
+    nn.init.constant_(norm.weight, gain)
+    nn.init.constant_(norm.bias, 1e-3)
+    return nn.Sequential(layer, norm)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 1xk, 1x1 convolutions with a shortcut; the last batch norm starts at zero, so the block at the identity."""
+
+    def __init__(self, inputs: int, width: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        outputs = width * EXPANSION
+        self.path = nn.Sequential(
+            normalised(convolution(inputs, width, 1)), nn.ReLU(),
+            normalised(convolution(width, width, kernel, stride)), nn.ReLU(),
+            normalised(convolution(width, outputs, 1), gain=0.0),
+        )  # fmt: skip
+        pool = nn.AvgPool2d((1, 2), (1, 2), ceil_mode=True) if stride == 2 else nn.Identity()
+        match = normalised(convolution(inputs, outputs, 1)) if inputs != outputs else nn.Identity()
+        self.shortcut = nn.Sequential(pool, match)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.path(x) + self.shortcut(x))
+
+
+class XResNet1d(nn.Module):
+    """Encoder `(batch, leads, time)` in mV -> `(batch, feature_size)`: [maximum, mean] over time of the last stage."""
+
+    def __init__(self, leads: int = 12, stem: Sequence[int] = (32, 32, 64), width: int = 64,
+                 blocks: Sequence[int] = (3, 4, 6, 3), kernel: int = 5) -> None:  # fmt: skip
+        super().__init__()
+        channels = (leads, *stem)
+        layers: list[nn.Module] = []
+        for position, (inputs, outputs) in enumerate(zip(channels, stem, strict=False)):
+            # The first convolution has a bias and PyTorch's default start, as in the published model.
+            layers += [normalised(convolution(inputs, outputs, kernel, 2 if position == 0 else 1, bias=position == 0)), nn.ReLU()]
+        self.stem = nn.Sequential(*layers, nn.MaxPool2d((1, 3), (1, 2), (0, 1)))
+        inputs, stages = stem[-1], []
+        for stage, count in enumerate(blocks):
+            for block in range(count):
+                stages.append(Bottleneck(inputs, width, kernel, 2 if stage > 0 and block == 0 else 1))
+                inputs = width * EXPANSION
+        self.stages = nn.Sequential(*stages)
+        self.feature_size = 2 * inputs
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d) and layer.bias is None:
+                nn.init.kaiming_normal_(layer.weight)
+        self.to(memory_format=torch.channels_last)
+
+    def feature_map(self, signals: Tensor) -> Tensor:
+        """Last stage before pooling, `(batch, channels, time / 32)`."""
+        return self.stages(self.stem(signals.unsqueeze(2))).squeeze(2)
+
+    def forward(self, signals: Tensor) -> Tensor:
+        features = self.feature_map(signals)
+        return torch.cat([features.amax(dim=2), features.mean(dim=2)], dim=1)
+
+
+def xresnet1d50(leads: int = 12) -> XResNet1d:
+    """The paper's encoder: 886,432 parameters at 12 leads, 512 features; every stage has inner width 64."""
+    return XResNet1d(leads)
+
+
+def xresnet1d_narrow(leads: int = 12) -> XResNet1d:
+    """A laptop's encoder of the same form: inner width 32, two blocks a stage, 256 features."""
+    return XResNet1d(leads, stem=(32, 32, 32), width=32, blocks=(2, 2, 2, 2))

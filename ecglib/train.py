@@ -1,0 +1,230 @@
+"""The one training loop of the study."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
+
+from ecglib.batches import Batch, step_generator
+from ecglib.errors import DataError
+from ecglib.files import atomic_file
+
+CHECKPOINT, LOG = "checkpoint.safetensors", "training.jsonl"
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step and what to change."""
+
+
+def cosine_schedule(progress: float, warmup: float = 0.1) -> float:
+    """Factor on the learning rate: linear from 0 over the share `warmup`, then half a cosine down to 0."""
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1.0 + math.cos(math.pi * (progress - warmup) / max(1.0 - warmup, 1e-9)))
+
+
+def constant_schedule(progress: float) -> float:
+    """Factor 1 throughout."""
+    return 1.0
+
+
+def precision(device: torch.device | str) -> str:
+    """`bfloat16` where the device computes faster in it (GPU, or a CPU with AVX512-BF16 or AMX), else `float32`."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if _cpu_has_bfloat16() else "float32"
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether the processor lists bfloat16 instructions; elsewhere torch would emulate them, slower than float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags
+
+
+def autocast(device: torch.device | str, dtype: str) -> AbstractContextManager:
+    """Autocast to bfloat16, or nothing for float32."""
+    if dtype == "float32":
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices and kernels decay; biases and norms do not."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [{"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
+
+
+class _LossModule(nn.Module):
+    """Gives `objective.loss` the name `forward`, which compilation and data parallelism hook into."""
+
+    def __init__(self, objective: nn.Module) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.objective.loss(batch)
+
+
+def fit(objective: nn.Module, batches: Callable[[int], Batch], steps: int, *, learning_rate: float = 1e-3,
+        weight_decay: float = 1e-2, schedule: Callable[[float], float] = cosine_schedule,
+        groups: list[dict] | None = None, clip: float | None = 1.0, seed: int = 0, folder: str | Path | None = None,
+        checkpoint_every: int = 200, log_every: int = 20, dtype: str | None = None, compiled: bool = False,
+        watch: Callable[[int], dict] | None = None, progress_bar: bool = False) -> pd.DataFrame:  # fmt: skip
+    """Train `objective` in place for `steps` AdamW steps and return its history, one row every `log_every` steps.
+
+    `objective.loss(batch)` gives the scalar to minimise; `objective.after_step(progress)`, where it exists, is called
+    after each step with progress in (0, 1]. `batches(step)` gives the batch of a step. `groups` replaces the parameter
+    groups; a group's `learning_rate_factor` scales its rate. With a `folder`, a checkpoint is kept there and a run that
+    was stopped continues from it to the same weights. `watch(step)` adds columns to the history. Started by torchrun,
+    gradients are averaged over processes. Raises TrainingError where the loss is not finite.
+    """
+    device = _join_process_group(next(objective.parameters()).device)
+    objective.to(device)
+    dtype = dtype or precision(device)
+    groups = groups or parameter_groups(objective, weight_decay)
+    factors = [group.pop("learning_rate_factor", 1.0) for group in groups]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate)
+    module = _wrapped(objective, compiled)
+    leader = not _distributed() or torch.distributed.get_rank() == 0
+    store = _Store(Path(folder) if folder else None, steps, seed, leader)
+    first, history = store.resume(objective, optimizer)
+    started = time.perf_counter() - (history[-1]["seconds"] if history else 0.0)
+    objective.train()
+    bar = tqdm(range(first, steps), initial=first, total=steps, disable=not (progress_bar and leader), unit="step")
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for step in bar:
+            torch.manual_seed(step_generator(seed, step).initial_seed())  # dropout, if any, resumes alike
+            for group, factor in zip(optimizer.param_groups, factors, strict=True):
+                group["lr"] = learning_rate * factor * schedule((step + 0.5) / steps)
+            batch = batches(step)
+            with autocast(device, dtype):
+                loss = module(batch)
+            if not torch.isfinite(loss):
+                raise TrainingError(_not_finite(step, learning_rate * schedule((step + 0.5) / steps), batches, batch, folder))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if clip is not None:
+                nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], clip)
+            optimizer.step()
+            if hasattr(objective, "after_step"):
+                objective.after_step((step + 1) / steps)
+            done = step + 1
+            if done % log_every == 0 or done == steps:
+                history.append({"step": done, "loss": loss.item(), "learning_rate": optimizer.param_groups[0]["lr"],
+                                "seconds": time.perf_counter() - started, "precision": dtype,
+                                **(watch(done) if watch else {})})  # fmt: skip
+                objective.train()
+                bar.set_postfix(loss=f"{history[-1]['loss']:.4f}")
+            if done % checkpoint_every == 0 or done == steps:
+                store.save(objective, optimizer, done, history)
+    return pd.DataFrame(history)
+
+
+def _not_finite(step: int, rate: float, batches: Callable, batch: Batch, folder: str | Path | None) -> str:
+    """The sentence for a loss that is NaN or infinite."""
+    ids = getattr(batches, "record_ids", None)
+    names = ", ".join(str(ids[i]) for i in batch.indices[:8].tolist()) if ids is not None else "unknown"
+    kept = f"; the last good checkpoint is in {folder}" if folder else ""
+    return (f"The loss is not finite at step {step} with learning rate {rate:.2e} on the records {names}, ...; "
+            f"lower the learning rate or check these records{kept}.")  # fmt: skip
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _join_process_group(device: torch.device) -> torch.device:
+    """Join the group that torchrun started, if it did; each process takes its own GPU."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _distributed():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if _distributed() and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    return device
+
+
+def _wrapped(objective: nn.Module, compiled: bool) -> nn.Module:
+    """The loss as a module, compiled and data parallel as asked."""
+    module: nn.Module = _LossModule(objective)
+    if _distributed():
+        module = DistributedDataParallel(module)
+    return torch.compile(module) if compiled else module
+
+
+class _Store:
+    """Checkpoint and log of one training in one folder; without a folder it does nothing."""
+
+    def __init__(self, folder: Path | None, steps: int, seed: int, leader: bool) -> None:
+        self.folder, self.leader = folder, leader
+        self.identity = {"steps": str(steps), "seed": str(seed)}
+
+    def save(self, objective: nn.Module, optimizer: torch.optim.Optimizer, step: int, history: list[dict]) -> None:
+        """Write weights, buffers, optimizer state and history atomically, the log first."""
+        if self.folder is None or not self.leader:
+            return
+        with atomic_file(self.folder / LOG) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in history))
+        tensors = {f"model/{name}": value for name, value in objective.state_dict().items()}
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors.update({f"optimizer/{index}/{name}": torch.as_tensor(value) for name, value in state.items()})
+        save_tensors(self.folder / CHECKPOINT, tensors, {"step": str(step), **self.identity})
+
+    def resume(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
+        """Load the checkpoint, if there is one, and give the next step and the history up to it."""
+        if self.folder is None or not (self.folder / CHECKPOINT).exists():
+            return 0, []
+        tensors, about = load_tensors(self.folder / CHECKPOINT)
+        if {key: about.get(key) for key in self.identity} != self.identity:
+            raise DataError(f"{self.folder / CHECKPOINT}: a checkpoint of another run ({about}); use another folder.")
+        load_state(objective, {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")},
+                   self.folder / CHECKPOINT)  # fmt: skip
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer/"):
+                _, index, key = name.split("/")
+                state.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        step = int(about["step"])
+        lines = (self.folder / LOG).read_text().splitlines()
+        return step, [row for row in map(json.loads, lines) if row["step"] <= step]
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> None:
+    """Tensors as one safetensors file, written atomically; `about` becomes its metadata."""
+    with atomic_file(path) as temporary:
+        # Clones, because safetensors refuses tensors that share memory.
+        save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, temporary, about)
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; a damaged one is a DataError."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: not a readable checkpoint ({error}); delete it and train again.") from None
+
+
+def load_state(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
+    """Load weights into `module`; weights of another network are a DataError naming the first difference."""
+    expected = module.state_dict()
+    for name in sorted(set(expected) | set(tensors)):
+        if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape:
+            raise DataError(f"{path}: a checkpoint of another network (first difference at {name}); use the right one.")
+    module.load_state_dict(tensors)

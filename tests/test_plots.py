@@ -1,0 +1,161 @@
+"""Figures: true size on paper, nothing on top of anything else, the numbers drawn are those of the table."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from ecglib.errors import DataError
+from ecglib.plots import plot_ecg, plot_label_curve, plot_training, save_figure
+from ecglib.records import LEADS
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "ptb-xl-subset"
+
+
+def make_ecg(seconds: float = 10.0, rate: int = 100, height: float = 1.2) -> np.ndarray:
+    """Twelve leads of narrow beats, one each 0.8 s, in mV."""
+    time = np.arange(round(seconds * rate)) / rate
+    beat = np.exp(-0.5 * (((time % 0.8) - 0.4) / 0.015) ** 2)
+    return np.outer(np.linspace(-1, 1, 12), beat) * height
+
+
+def traces(figure: Figure) -> list[np.ndarray]:
+    """Each drawn line as points `(n, 2)` in mm, the calibration pulses included."""
+    return [line.get_xydata() for line in figure.axes[0].lines]
+
+
+def boxes(figure: Figure) -> dict[str, np.ndarray]:
+    """Each text's box ((left, bottom), (right, top)) in mm."""
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    texts = [text for text in axes.texts if text.get_text()]
+    return {f"{text.get_text()} {place}": axes.transData.inverted().transform(text.get_window_extent()) for place, text in enumerate(texts)}
+
+
+def require_clear(figure: Figure) -> None:
+    """No text on another text, on a trace or outside the paper."""
+    found = list(boxes(figure).items())
+    for place, (name, ((left, bottom), (right, top))) in enumerate(found):
+        assert left > 0 and bottom > 0 and right < figure.axes[0].get_xlim()[1] and top < figure.axes[0].get_ylim()[1], name
+        for other, ((left2, bottom2), (right2, top2)) in found[place + 1 :]:
+            assert right <= left2 or right2 <= left or top <= bottom2 or top2 <= bottom, (name, other)
+        for points in traces(figure):
+            x, y = points.T
+            assert not ((x > left + 0.1) & (x < right) & (y > bottom + 0.1) & (y < top)).any(), name
+
+
+@pytest.mark.parametrize(("layout", "names"), [("standard", 13), ("rows", 12)])
+def test_paper_has_true_size_and_all_leads(layout, names):
+    figure = plot_ecg(make_ecg(), 100.0, layout=layout)
+    axes = figure.axes[0]
+    size = figure.get_size_inches() * 25.4
+    assert np.allclose(size, (axes.get_xlim()[1], axes.get_ylim()[1])) and axes.get_position().bounds == (0, 0, 1, 1)
+    pulse = traces(figure)[0]
+    assert np.ptp(pulse[:, 1]) == 10 and np.ptp(pulse[(pulse[:, 1] == pulse[:, 1].max()), 0]) == 5  # 1 mV and 0.2 s
+    written = [text.get_text() for text in axes.texts]
+    assert set(LEADS) <= set(written) and sum(name in LEADS for name in written) == names
+    whole = traces(figure)[-1]  # the last row is ten seconds long in both layouts
+    assert np.isclose(np.ptp(whole[:, 0]), 9.99 * 25) and whole[0, 0] == 15
+    require_clear(figure)
+
+
+def test_trace_has_true_height_and_gaps_stay_open():
+    ecg = make_ecg()
+    ecg[:, 300:400] = np.nan
+    ecg[4] = np.nan
+    figure = plot_ecg(ecg, 100.0, layout="rows")
+    drawn = traces(figure)
+    assert np.isclose(np.nanmax(drawn[1][:, 1]) - np.nanmin(drawn[1][:, 1]), 12, atol=0.01)  # lead I: 1.2 mV
+    assert np.isnan(drawn[1][300:400, 1]).all() and np.isnan(drawn[9][:, 1]).all()
+    require_clear(figure)
+
+
+@pytest.mark.parametrize("layout", ["standard", "rows"])
+@pytest.mark.parametrize("height", [0.0, 6.0, 30.0])
+def test_large_amplitudes_keep_clear_and_halve_the_gain(layout, height):
+    figure = plot_ecg(make_ecg(height=height), 100.0, "A title", layout=layout)
+    require_clear(figure)
+    ranges = [(points[:, 1].min(), points[:, 1].max()) for points in traces(figure)]
+    rows = 12 if layout == "rows" else 4
+    assert figure.get_size_inches()[1] * 25.4 <= 430
+    scale = next(text.get_text() for text in figure.axes[0].texts if "mm/mV" in text.get_text())
+    assert ("10 mm/mV" in scale) == (height < 6.0 or (height == 6.0 and layout == "standard"))
+    if layout == "rows":
+        tops = sorted(ranges[1::2])
+        assert all(lower[1] <= upper[0] for lower, upper in zip(tops, tops[1:], strict=False)) and len(tops) == rows
+
+
+@pytest.mark.parametrize("seconds", [0.2, 2.5, 7.0, 30.0])
+def test_other_lengths_and_long_titles_fit(seconds):
+    marks = pd.DataFrame({"wave": ["P", "QRS", "T"], "onset": [0.1, 0.3, 0.5], "offset": [0.2, 0.4, 0.8]})
+    figure = plot_ecg(make_ecg(seconds), 100.0, "A title that goes on and on " * 8, marks, layout="rows")
+    require_clear(figure)
+
+
+def test_marks_lie_at_their_time_on_their_lead():
+    marks = pd.DataFrame({"lead": ["V1", "V1", "II"], "wave": ["QRS", "T", "P"], "onset": [1.0, 1.3, 9.9], "offset": [1.1, 1.5, 12.0]})
+    figure = plot_ecg(make_ecg(), 100.0, marks=marks, layout="rows")
+    bands = [patch for patch in figure.axes[0].patches if patch.get_height() == 10]
+    assert len(bands) == 3
+    found = sorted((round(band.get_x(), 3), round(band.get_width(), 3)) for band in bands)
+    assert found == [(40, 2.5), (47.5, 5), (262.5, 2.25)]
+    with pytest.raises(DataError, match="'offset'"):
+        plot_ecg(make_ecg(), 100.0, marks=marks.drop(columns="offset"))
+
+
+def test_bad_ecgs_are_one_sentence():
+    for ecg, rate, layout in [(make_ecg()[:11], 100, "rows"), (make_ecg(), 0, "rows"), (make_ecg(), 100, "round"), (make_ecg()[None], 100, "rows")]:
+        with pytest.raises(DataError):
+            plot_ecg(ecg, rate, layout=layout)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real records are not here")
+def test_real_records_are_drawn_clear_of_each_other():
+    wfdb = pytest.importorskip("wfdb")
+    names = pd.read_csv(REAL / "ptbxl_database.csv")["filename_lr"]
+    for name in names.iloc[[0, 7, 50, 145]]:  # 50 and 145 have leads of 15 mV and 13 mV
+        require_clear(plot_ecg(wfdb.rdrecord(str(REAL / name)).p_signal.T, 100.0, name))
+
+
+def make_table() -> pd.DataFrame:
+    """Two methods, three fractions, three seeds."""
+    rows = [
+        (method, fraction, seed, 0.7 + 0.1 * fraction + 0.02 * seed + lift, 0.65 + lift, 0.85 + lift)
+        for method, lift in (("Supervised", 0.0), ("SimCLR", 0.05)) for fraction in (0.01, 0.1, 1.0) for seed in range(3)
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["method", "fraction", "seed", "value", "low", "high"])
+
+
+def test_label_curve_draws_the_means_and_names_its_axes():
+    figure = plot_label_curve(make_table(), training_records=2010)
+    axes = figure.axes[0]
+    lines = {bar.get_label(): bar.lines[0] for bar in axes.containers}
+    assert list(lines) == ["Supervised", "SimCLR"] == [text.get_text() for text in axes.get_legend().get_texts()]
+    assert np.allclose(lines["SimCLR"].get_ydata(), 0.77 + 0.1 * np.array([0.01, 0.1, 1]))
+    assert np.allclose(lines["SimCLR"].get_xdata(), [0.01, 0.1, 1], rtol=0.05)
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1 %\n20", "10 %\n201", "100 %\n2,010"]
+    assert axes.get_xscale() == "log" and "number of labelled records" in axes.get_xlabel() and "95 %" in axes.get_ylabel()
+
+
+def test_label_curve_refuses_a_wrong_table():
+    with pytest.raises(DataError, match="'low'"):
+        plot_label_curve(make_table().drop(columns="low"))
+    with pytest.raises(DataError, match="no row"):
+        plot_label_curve(make_table().iloc[:0])
+
+
+def test_training_shows_each_loss():
+    history = pd.DataFrame({"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0], "validation_loss": [np.nan, 2.5, np.nan], "learning_rate": [0.0, 1.0, 0.0]})
+    above, below = plot_training(history).axes
+    assert [text.get_text() for text in above.get_legend().get_texts()] == ["training loss", "validation loss"]
+    assert len(below.lines[0].get_xdata()) == 3 and below.get_xlabel() == "Step (mini-batches)"
+
+
+def test_saved_figures_are_equal_to_the_byte(tmp_path):
+    first, second = (save_figure(plot_label_curve(make_table()), tmp_path / name) for name in ("a.svg", "deeper/b.svg"))
+    assert first.read_bytes() == second.read_bytes() and first.read_bytes().startswith(b"<?xml")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.svg", "deeper"]
+    with pytest.raises(DataError, match="SVG"):
+        save_figure(plot_label_curve(make_table()), tmp_path / "a.png")
