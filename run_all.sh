@@ -13,5 +13,6 @@ for python in python3 python3.13 python3.12 python3.14 python3.11; do
     fi
 done
 
-echo "run_all.sh: no Python 3.11 to 3.14 is installed here; install one (Debian or Ubuntu: apt install python3 python3-venv) and start again." >&2
+echo "run_all.sh: no Python 3.11 to 3.14 is installed here; install one (Debian or Ubuntu:" \
+    "apt install python3 python3-venv) and start again." >&2
 exit 2

@@ -5,7 +5,7 @@ measured only where it has both a positive and a negative record; the others are
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -107,7 +107,7 @@ def absent_classes(targets: np.ndarray, classes: Sequence[str] | None = None) ->
 
 
 def macro_auroc(targets: np.ndarray, scores: np.ndarray, classes: Sequence[str] | None = None) -> float:
-    """Mean ROC area over the classes present; an `AbsentClassWarning` names the others. DataError if none is present."""
+    """Mean ROC area over the classes present; an `AbsentClassWarning` names the others. DataError if none is."""
     return _mean_over_present(class_auroc(targets, scores), targets, classes)
 
 
@@ -146,7 +146,7 @@ def _best_threshold(positive: np.ndarray, scores: np.ndarray, beta: float) -> fl
 def ranking_report(
     targets: np.ndarray, scores: np.ndarray, thresholds: np.ndarray, classes: Sequence[str] | None = None
 ) -> dict[str, float | tuple[str, ...]]:
-    """The measures of the CE-SSL paper's supplement, section 1, with Hamming loss: seven numbers and two lists of names.
+    """The measures of the CE-SSL paper (supplement, section 1) and Hamming loss: seven numbers, two lists of names.
 
     `absent` names the classes without a positive or negative record: they count in ranking loss, coverage and Hamming
     loss only. `without_threshold` (NaN in thresholds `(classes,)`): they are also left out of Hamming loss, F2 and G2.
@@ -156,8 +156,10 @@ def ranking_report(
     thresholds = np.asarray(thresholds, dtype=np.float64)
     names = _names(classes, targets.shape[1])
     if len(names) < 2 or thresholds.shape != (len(names),):
-        raise DataError(f"The ranking measures need two classes or more and one threshold each, not {len(names)} classes "
-                        f"with thresholds {thresholds.shape}.")  # fmt: skip
+        raise DataError(
+            f"The ranking measures need two classes or more and one threshold each, not {len(names)} classes with "
+            f"thresholds {thresholds.shape}."
+        )
     present, decided = targets.any(axis=0) & ~targets.all(axis=0), np.isfinite(thresholds)
     predicted, both = scores > thresholds, present & decided
     return {
@@ -188,10 +190,10 @@ def _macro_g(targets: np.ndarray, predicted: np.ndarray, beta: float) -> float:
 
 
 def expected_calibration_error(targets: np.ndarray, probabilities: np.ndarray, bins: int = 15) -> float:
-    """Mean over classes of sum_b (n_b / n) |share of positives - mean probability| over equal-width bins b of [0, 1]."""
+    """Mean over classes of sum_b (n_b / n) |share of positives - mean probability| over equal bins b of [0, 1]."""
     targets, probabilities = _check(targets, probabilities)
     if probabilities.min() < 0 or probabilities.max() > 1:
-        raise DataError("Calibration is measured on probabilities between 0 and 1; apply the sigmoid to the logits first.")
+        raise DataError("Calibration is measured on probabilities between 0 and 1; apply the sigmoid to logits first.")
     place = np.minimum((probabilities * bins).astype(int), bins - 1)
     gaps = [np.bincount(place[:, c], targets[:, c] - probabilities[:, c], bins) for c in range(targets.shape[1])]
     return float(np.abs(gaps).sum(axis=1).mean() / len(targets))
@@ -251,8 +253,10 @@ def draw_weights(groups: Sequence, records: int, draws: int, seed: int) -> Itera
     """How often each record was drawn, in chunks `(n, some draws)`; the draws do not depend on the chunks."""
     codes, patients = pd.factorize(np.asarray(groups), sort=True)
     if codes.shape != (records,) or (codes < 0).any():
-        raise DataError(f"The bootstrap needs one patient for each of {records} records, {(codes >= 0).sum()} were given; "
-                        "pass the table's patient_id.")  # fmt: skip
+        raise DataError(
+            f"The bootstrap needs one patient for each of {records} records, {(codes >= 0).sum()} were given; "
+            "pass the table's patient_id."
+        )
     generator, count = np.random.default_rng(seed), len(patients)
     together = max(1, min(DRAWS_TOGETHER, CELLS_TOGETHER // records))
     for start in range(0, draws, together):
@@ -300,10 +304,10 @@ def predict_windows(
 
 
 def _mean_over_windows(
-    encode: Callable[[torch.Tensor], torch.Tensor], records: Records, indices: np.ndarray, starts: list[int], window: int,
-    device: str | torch.device,
+    encode: Callable[[torch.Tensor], torch.Tensor], records: Records, indices: np.ndarray, starts: list[int],
+    window: int, device: str | torch.device,
 ) -> np.ndarray:  # fmt: skip
-    """Mean probability `(records, classes)` of one batch; the int16 counts travel, the scaling is done on the device."""
+    """Mean probability `(records, classes)` of one batch; the int16 counts travel and are scaled on the device."""
     counts = torch.from_numpy(np.ascontiguousarray(records.signals[indices])).to(device)
     signals = torch.where(counts == int(MISSING), 0.0, counts.float() * records.scale)
     windows = torch.stack([signals[:, :, start : start + window] for start in starts], dim=1)
@@ -315,8 +319,10 @@ def _require_finite(probabilities: np.ndarray, record_ids: pd.Series) -> np.ndar
     """The probabilities, or DataError naming the first record whose score is not a number."""
     wrong = np.flatnonzero(~np.isfinite(probabilities).all(axis=1))
     if len(wrong):
-        raise DataError(f"The model gives no number for record {record_ids.iloc[wrong[0]]} ({len(wrong)} records in all); "
-                        "its training has diverged, train it again with a smaller learning rate.")  # fmt: skip
+        raise DataError(
+            f"The model gives no number for record {record_ids.iloc[wrong[0]]} ({len(wrong)} records in all); "
+            "its training has diverged, train it again with a smaller learning rate."
+        )
     return probabilities
 
 
@@ -337,13 +343,15 @@ def _check(targets: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndar
     """Targets as booleans and scores as floats, both `(n, classes)`, or DataError."""
     targets, scores = np.asarray(targets), np.asarray(scores)
     if targets.ndim != 2 or targets.shape != scores.shape or not targets.size:
-        raise DataError(f"Targets {targets.shape} and scores {scores.shape} must be equal in shape, (records, classes).")
+        raise DataError(f"Targets {targets.shape} and scores {scores.shape} must be equal in shape (records, classes).")
     if not np.isin(targets, (0, 1)).all():
-        raise DataError("The targets hold values other than 0 and 1; evaluate against the labels, not against soft targets.")
+        raise DataError("The targets hold values other than 0 and 1; evaluate against labels, not soft targets.")
     wrong = np.argwhere(~np.isfinite(scores))
     if len(wrong):
-        raise DataError(f"The score of record {wrong[0, 0]}, class {wrong[0, 1]} (counted from 0) is not a number; "
-                        "the model has diverged or the scores were not filled in.")  # fmt: skip
+        raise DataError(
+            f"The score of record {wrong[0, 0]}, class {wrong[0, 1]} (counted from 0) is not a number; train the model "
+            "again with a smaller learning rate, or fill the scores in."
+        )
     return targets.astype(bool), scores.astype(np.float64)
 
 
@@ -358,15 +366,15 @@ def _names(classes: Sequence[str] | None, count: int) -> tuple[str, ...]:
 def _warn_absent(names: Sequence[str], consequence: str) -> None:
     """Name the absent classes in one warning."""
     listed, plural = ", ".join(names), len(names) > 1
-    warnings.warn(f"{'Classes' if plural else 'Class'} without positive or negative records: {listed}; "
-                  f"{'each ' if plural else 'it '}{consequence}.", AbsentClassWarning, stacklevel=4)  # fmt: skip
+    message = f"{'Classes' if plural else 'Class'} without positive or negative records: {listed}; "
+    warnings.warn(message + f"{'each' if plural else 'it'} {consequence}.", AbsentClassWarning, stacklevel=4)
 
 
 def _require_present(targets: np.ndarray, classes: Sequence[str] | None) -> None:
     """Warn of absent classes; DataError where all are absent."""
     absent = absent_classes(targets, classes)
     if len(absent) == np.shape(targets)[1]:
-        raise DataError("No class has both positive and negative records, so nothing can be measured; use more records.")
+        raise DataError("No class has both positive and negative records: nothing can be measured; use more records.")
     if absent:
         _warn_absent(absent, "is left out of the mean")
 
@@ -403,3 +411,33 @@ def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """Quotient as float, NaN where the denominator is 0."""
     numerator, denominator = np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)
     return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator != 0)
+
+
+def score_rows(records: Records, split: Mapping[str, np.ndarray], probabilities: Mapping[str, np.ndarray],
+               labelled_records: int, labelled_patients: int) -> list[dict]:  # fmt: skip
+    """The metrics of one model as rows of the study's tables, for validation (fold 9) and test (fold 10).
+
+    probabilities holds `(n, classes)` for both splits. Thresholds come from validation. Areas carry patient-bootstrap
+    intervals; the measures that need a threshold or a ranking are given without. n_records and n_patients count the
+    *labelled training* data behind the model.
+    """
+    classes, rows = records.classes, []
+    targets = {name: records.targets[split[name]] for name in probabilities}
+    thresholds = choose_thresholds(targets["validation"], probabilities["validation"], classes=classes)
+    for name, scores in probabilities.items():
+        patients = records.table["patient_id"].to_numpy()[split[name]]
+        intervals = {
+            "macro_auroc": bootstrap_interval(targets[name], scores, patients, classes=classes),
+            "mean_average_precision": bootstrap_interval(targets[name], scores, patients, statistic="average_precision",
+                                                         classes=classes),
+        }  # fmt: skip
+        for column, label in enumerate(classes):
+            if not len(absent_classes(targets[name][:, [column]])):
+                one = (targets[name][:, [column]], scores[:, [column]])
+                intervals[f"auroc:{label}"] = bootstrap_interval(*one, patients)
+        report = ranking_report(targets[name], scores, thresholds, classes)
+        intervals |= {measure: Interval(value, np.nan, np.nan) for measure, value in report.items()
+                      if measure not in intervals and isinstance(value, float)}  # fmt: skip
+        rows += [{"split": name, "metric": metric, **interval._asdict(), "n_records": labelled_records,
+                  "n_patients": labelled_patients} for metric, interval in intervals.items()]  # fmt: skip
+    return rows

@@ -23,12 +23,13 @@ def split_indices(records: Records) -> dict[str, np.ndarray]:
     if (crossing > 1).any():
         patient = crossing.index[crossing > 1][0]
         found = sorted(folds[records.table["patient_id"] == patient].unique().tolist())
-        raise DataError(f"Patient {patient} lies in the folds {', '.join(map(str, found))}; give each patient one fold.")
+        raise DataError(f"Patient {patient} lies in folds {', '.join(map(str, found))}; give each patient one fold.")
     members = {"train": TRAINING_FOLDS, "validation": [VALIDATION_FOLD], "test": [TEST_FOLD]}
     split = {name: np.flatnonzero(folds.isin(list(wanted))) for name, wanted in members.items()}
     for name, indices in split.items():
         if not len(indices):
-            raise DataError(f"No record lies in the {name} folds ({', '.join(map(str, members[name]))}); assign folds 1 to 10.")
+            listed = ", ".join(map(str, members[name]))
+            raise DataError(f"No record lies in the {name} folds ({listed}); assign the folds 1 to 10.")
     return split
 
 
@@ -38,9 +39,9 @@ def label_subsets(
     """Nested random label subsets of the records in `folds`: fraction -> sorted positions in `records`.
 
     Whole patients in one random order, cut where the number of records is closest to fraction x N, so that a smaller
-    subset lies within each larger one. Classes are not balanced: for each class that the smallest subset lacks, the next
-    patient in the order who has it takes the place of the last patient; a warning names a class for which there is no
-    room. DataError for a fraction outside (0, 1], for no records, and for fewer records than classes.
+    subset lies within each larger one. Classes are not balanced: for each class that the smallest subset lacks, the
+    next patient in the order who has it takes the place of the last patient; a warning names a class for which there
+    is no room. DataError for a fraction outside (0, 1], for no records, and for fewer records than classes.
     """
     pool = np.flatnonzero(records.table["fold"].isin(list(folds)))
     fractions = sorted(fractions)
@@ -67,7 +68,7 @@ def _check_request(fractions: Sequence[float], count: int, classes: int) -> None
     if not count:
         raise DataError("No record lies in the training folds, so there is nothing to label; check the fold column.")
     if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
-        raise DataError(f"The label fractions {list(fractions)} must be shares above 0 and at most 1, such as 0.01 for 1 %.")
+        raise DataError(f"The label fractions {list(fractions)} must be shares above 0 and at most 1 (1 % is 0.01).")
     if round(fractions[0] * count) < max(classes, 1):
         raise DataError(
             f"A label fraction of {fractions[0]:g} of {count} records is fewer than one record for each of {classes} "
@@ -76,7 +77,7 @@ def _check_request(fractions: Sequence[float], count: int, classes: int) -> None
 
 
 def _cut(sizes: np.ndarray, fraction: float) -> int:
-    """How many patients, at least one, to take from the front so that their records are closest to `fraction` of all."""
+    """How many patients, at least one, to take from the front to have as near as can be `fraction` of the records."""
     records = np.cumsum(sizes)
     return int(np.argmin(np.abs(records - fraction * records[-1]))) + 1
 
@@ -84,8 +85,8 @@ def _cut(sizes: np.ndarray, fraction: float) -> int:
 def _cover_classes(order: np.ndarray, fraction: float, sizes: np.ndarray, has: np.ndarray) -> np.ndarray:
     """`order` with the patients moved to its head that its front lacks to hold each class, the rarest class first.
 
-    sizes `(patients,)` records of each patient, has `(patients, classes)`. Each patient who comes in pushes the last one
-    out; a class that is lost by this is brought back in the next round, so there are at most as many moves as classes.
+    sizes `(patients,)` records of each patient, has `(patients, classes)`. Each patient who comes in pushes the last
+    one out; a class lost by this is brought back in the next round, so there are at most as many moves as classes.
     """
     carriers = has.sum(axis=0)
     for _ in range(has.shape[1]):

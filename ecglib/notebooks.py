@@ -136,8 +136,7 @@ def same_interpreter() -> Iterator[None]:
     before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="ecg-study-") as folder:
         command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=CRITICAL"]
-        write_json(Path(folder, "kernels", KERNEL["name"], "kernel.json"),
-                   {"argv": command, "display_name": KERNEL["display_name"], "language": KERNEL["language"]})  # fmt: skip
+        write_json(Path(folder, "kernels", KERNEL["name"], "kernel.json"), KERNEL | {"argv": command})
         python_path = os.pathsep.join(filter(None, [str(PACKAGE_PARENT), before.get("PYTHONPATH", "")]))
         os.environ.update(JUPYTER_PATH=folder, JUPYTER_RUNTIME_DIR=folder, IPYTHONDIR=folder, PYTHONPATH=python_path)
         try:
@@ -160,8 +159,8 @@ def progress(title: str, cells: int) -> Iterator:
     if not terminal:
         print(f"{title} ({cells} cells) ...", file=sys.stderr, flush=True)
     form = "{desc}: cell {n_fmt}/{total_fmt} |{bar:20}| {elapsed}"
-    size = shutil.get_terminal_size()  # 80 x 24 where a terminal tells none; tqdm would then draw nothing
-    with tqdm(total=cells, desc=title, disable=not terminal, bar_format=form, ncols=size.columns, nrows=size.lines) as bar:
+    columns, lines = shutil.get_terminal_size()  # 80 x 24 where a terminal tells none; tqdm would then draw nothing
+    with tqdm(total=cells, desc=title, disable=not terminal, bar_format=form, ncols=columns, nrows=lines) as bar:
 
         def tick() -> None:
             while not finished.wait(1.0):

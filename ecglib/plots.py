@@ -89,7 +89,7 @@ def _segments(millivolts: np.ndarray, rate: float, layout: str, seconds: float) 
     if millivolts.ndim != 2 or millivolts.shape[0] != len(LEADS) or millivolts.shape[1] < len(LEADS):
         raise DataError(f"An ECG drawing needs 12 leads as (12, time), not {millivolts.shape}; take one record.")
     if layout not in LAYOUTS or not (rate > 0 and seconds > 0):
-        raise DataError(f"Layout {layout!r}, {rate} Hz and {seconds} s cannot be drawn; layouts are {', '.join(LAYOUTS)}.")
+        raise DataError(f"Layout {layout!r}, {rate} Hz and {seconds} s cannot be drawn; layouts: {', '.join(LAYOUTS)}.")
     count = min(millivolts.shape[1], max(len(LEADS), round(seconds * rate)))
     time, signals = np.arange(count) / rate, millivolts[:, :count]
     middle = [np.median(lead[np.isfinite(lead)]) if np.isfinite(lead).any() else 0.0 for lead in signals]
@@ -103,7 +103,7 @@ def _segments(millivolts: np.ndarray, rate: float, layout: str, seconds: float) 
 
 
 def _stack_rows(rows: list[list[_Segment]], gain: float) -> tuple[float, list[float]]:
-    """Height of the drawing and of each row's zero line in mm from the bottom: on 5 mm lines, far enough from each other."""
+    """Height of the drawing and of each row's zero line in mm from the bottom: on 5 mm lines, clear of each other."""
     baselines, floor = [], MARGIN + 3
     for row in reversed(rows):
         below = max(5.0, *(-segment.low * gain for segment in row))
@@ -147,7 +147,7 @@ def _draw_marks(
     """Coloured bands behind the traces from each wave's onset to its offset, and what the colours mean."""
     lacking = [column for column in ("wave", "onset", "offset") if column not in marks]
     if lacking:
-        raise DataError(f"The table of wave marks lacks the column {lacking[0]!r}; it needs wave, onset and offset (s).")
+        raise DataError(f"The table of wave marks lacks the column {lacking[0]!r}; it needs wave, onset, offset (s).")
     colours = dict(zip(pd.unique(marks["wave"]), sns.color_palette("colorblind")))
     for row, baseline in zip(rows, baselines, strict=True):
         for segment in row:
@@ -155,8 +155,8 @@ def _draw_marks(
             for wave, onset, offset in own[["wave", "onset", "offset"]].itertuples(index=False):
                 start, end = max(onset, segment.time[0]), min(offset, segment.time[-1])
                 if start < end:
-                    corner = (left + start * PAPER_SPEED, baseline - 5)
-                    axes.add_patch(Rectangle(corner, (end - start) * PAPER_SPEED, 10, color=colours[wave], alpha=0.3, lw=0))
+                    corner, length = (left + start * PAPER_SPEED, baseline - 5), (end - start) * PAPER_SPEED
+                    axes.add_patch(Rectangle(corner, length, 10, color=colours[wave], alpha=0.3, lw=0))
     for place, (wave, colour) in enumerate(reversed(colours.items())):
         axes.add_patch(Rectangle((width - MARGIN - 15 * (place + 1), 2), 4, 3, color=colour, alpha=0.5, lw=0))
         axes.text(width - MARGIN - 15 * (place + 1) + 5, 2, wave, va="bottom", ha="left", fontsize=8)
@@ -198,7 +198,7 @@ def _label_axis(axes: Axes, fractions: list[float], training_records: int | None
     names = [f"{100 * fraction:g} %" for fraction in fractions]
     label = "Labelled share of the training records"
     if training_records:
-        names = [f"{name}\n{round(fraction * training_records):,}" for name, fraction in zip(names, fractions, strict=True)]
+        names = [f"{100 * fraction:g} %\n{round(fraction * training_records):,}" for fraction in fractions]
         label += "\n(below: number of labelled records)"
     axes.set_xscale("log")
     axes.set_xticks(fractions, names)
@@ -207,7 +207,7 @@ def _label_axis(axes: Axes, fractions: list[float], training_records: int | None
 
 
 def plot_training(history: pd.DataFrame, title: str | None = None) -> Figure:
-    """Losses above and learning rate below over training steps; columns step, learning_rate and each that ends in loss."""
+    """Losses and learning rate over training steps; columns step, learning_rate, loss and others that end in loss."""
     _require_columns(history, ("step", "loss", "learning_rate"), "training history")
     losses = [column for column in history if column.endswith("loss")]
     figure, (above, below) = plt.subplots(

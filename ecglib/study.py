@@ -22,7 +22,6 @@ from ecglib.errors import DataError, StorageError, explain_storage
 from ecglib.files import atomic_file, read_json, short_hash, write_json
 from ecglib.notebooks import NotebookFailure, execute, minutes, notebook_sources, parameter_names, shown, write_pairs
 
-PACKAGE = Path(__file__).resolve().parent
 NOT_MEASURED = {"environment.py", "notebooks.py", "study.py"}  # these start the cells and cannot change a result
 NUMERICAL_PACKAGES = ("torch", "numpy", "pandas", "scipy", "scikit-learn")
 STATE = "study.json"
@@ -53,8 +52,7 @@ def run_study(profile: str, data: Path | None = None, fresh: bool = False, root:
     """
     results = Path(results or root / "results" / profile)
     config = read_config(root / "configs" / f"{profile}.yaml")
-    sources = notebook_sources(root / "notebooks")
-    steps = plan(sources, config, data, results)
+    steps = plan(root, config, data, results)
     if last is not None:
         steps = steps[: [step.name for step in steps].index(last) + 1]
     with alone(results):
@@ -88,15 +86,16 @@ def read_config(path: Path) -> dict:
     return {name: {} if value is None else value for name, value in config.items()}
 
 
-def plan(sources: list[Path], config: dict, data: Path | None, results: Path) -> list[Step]:
+def plan(root: Path, config: dict, data: Path | None, results: Path) -> list[Step]:
     """The steps of a run with their parameters and keys; a key of the config that no notebook has is a DataError."""
+    sources = notebook_sources(root / "notebooks")
     known = {source.stem: parameter_names(source) for source in sources}
     check_config(config, known)
     given: dict = {} if data is None else {"data": str(data)}
     if given and not any("data" in names for names in known.values()):
         raise DataError(f"--data {data}: no notebook has a parameter `data`; leave it out.")
-    ground = [package_fingerprint(), [metadata.version(name) for name in NUMERICAL_PACKAGES], folder_fingerprint(data)]
-    steps, key = [], short_hash(ground)
+    versions = [metadata.version(name) for name in NUMERICAL_PACKAGES]
+    steps, key = [], short_hash([package_fingerprint(root / "ecglib"), versions, folder_fingerprint(data)])
     for source in sources:
         # A path relative to the notebook's own folder, where it runs, keeps the machine out of the executed copy.
         given["results"] = os.path.relpath(results, source.parent)
@@ -122,12 +121,12 @@ def check_config(config: dict, known: dict[str, tuple[str, ...]]) -> None:
                 raise DataError(f"The config sets `{name}`, a parameter that {where}; correct the name or remove it.")
 
 
-def package_fingerprint() -> str:
+def package_fingerprint(package: Path) -> str:
     """Hash of the package's sources that can change a result."""
     digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in sorted(package.rglob("*.py")):
         if path.name not in NOT_MEASURED:
-            digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes())
+            digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

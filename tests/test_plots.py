@@ -29,16 +29,17 @@ def traces(figure: Figure) -> list[np.ndarray]:
 def boxes(figure: Figure) -> dict[str, np.ndarray]:
     """Each text's box ((left, bottom), (right, top)) in mm."""
     figure.draw_without_rendering()
-    axes = figure.axes[0]
-    texts = [text for text in axes.texts if text.get_text()]
-    return {f"{text.get_text()} {place}": axes.transData.inverted().transform(text.get_window_extent()) for place, text in enumerate(texts)}
+    to_paper = figure.axes[0].transData.inverted()
+    texts = [text for text in figure.axes[0].texts if text.get_text()]
+    return {f"{text.get_text()} {n}": to_paper.transform(text.get_window_extent()) for n, text in enumerate(texts)}
 
 
 def require_clear(figure: Figure) -> None:
     """No text on another text, on a trace or outside the paper."""
     found = list(boxes(figure).items())
+    _, width, _, height = figure.axes[0].axis()
     for place, (name, ((left, bottom), (right, top))) in enumerate(found):
-        assert left > 0 and bottom > 0 and right < figure.axes[0].get_xlim()[1] and top < figure.axes[0].get_ylim()[1], name
+        assert left > 0 and bottom > 0 and right < width and top < height, name
         for other, ((left2, bottom2), (right2, top2)) in found[place + 1 :]:
             assert right <= left2 or right2 <= left or top <= bottom2 or top2 <= bottom, (name, other)
         for points in traces(figure):
@@ -95,7 +96,8 @@ def test_other_lengths_and_long_titles_fit(seconds):
 
 
 def test_marks_lie_at_their_time_on_their_lead():
-    marks = pd.DataFrame({"lead": ["V1", "V1", "II"], "wave": ["QRS", "T", "P"], "onset": [1.0, 1.3, 9.9], "offset": [1.1, 1.5, 12.0]})
+    rows = [("V1", "QRS", 1.0, 1.1), ("V1", "T", 1.3, 1.5), ("II", "P", 9.9, 12.0)]
+    marks = pd.DataFrame(rows, columns=["lead", "wave", "onset", "offset"])
     figure = plot_ecg(make_ecg(), 100.0, marks=marks, layout="rows")
     bands = [patch for patch in figure.axes[0].patches if patch.get_height() == 10]
     assert len(bands) == 3
@@ -106,7 +108,8 @@ def test_marks_lie_at_their_time_on_their_lead():
 
 
 def test_bad_ecgs_are_one_sentence():
-    for ecg, rate, layout in [(make_ecg()[:11], 100, "rows"), (make_ecg(), 0, "rows"), (make_ecg(), 100, "round"), (make_ecg()[None], 100, "rows")]:
+    ecg = make_ecg()
+    for ecg, rate, layout in [(ecg[:11], 100, "rows"), (ecg, 0, "rows"), (ecg, 100, "round"), (ecg[None], 100, "rows")]:
         with pytest.raises(DataError):
             plot_ecg(ecg, rate, layout=layout)
 
@@ -123,8 +126,10 @@ def make_table() -> pd.DataFrame:
     """Two methods, three fractions, three seeds."""
     rows = [
         (method, fraction, seed, 0.7 + 0.1 * fraction + 0.02 * seed + lift, 0.65 + lift, 0.85 + lift)
-        for method, lift in (("Supervised", 0.0), ("SimCLR", 0.05)) for fraction in (0.01, 0.1, 1.0) for seed in range(3)
-    ]  # fmt: skip
+        for method, lift in (("Supervised", 0.0), ("SimCLR", 0.05))
+        for fraction in (0.01, 0.1, 1.0)
+        for seed in range(3)
+    ]
     return pd.DataFrame(rows, columns=["method", "fraction", "seed", "value", "low", "high"])
 
 
@@ -136,7 +141,8 @@ def test_label_curve_draws_the_means_and_names_its_axes():
     assert np.allclose(lines["SimCLR"].get_ydata(), 0.77 + 0.1 * np.array([0.01, 0.1, 1]))
     assert np.allclose(lines["SimCLR"].get_xdata(), [0.01, 0.1, 1], rtol=0.05)
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1 %\n20", "10 %\n201", "100 %\n2,010"]
-    assert axes.get_xscale() == "log" and "number of labelled records" in axes.get_xlabel() and "95 %" in axes.get_ylabel()
+    assert axes.get_xscale() == "log" and "95 %" in axes.get_ylabel()
+    assert "number of labelled records" in axes.get_xlabel()
 
 
 def test_label_curve_refuses_a_wrong_table():
@@ -147,7 +153,8 @@ def test_label_curve_refuses_a_wrong_table():
 
 
 def test_training_shows_each_loss():
-    history = pd.DataFrame({"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0], "validation_loss": [np.nan, 2.5, np.nan], "learning_rate": [0.0, 1.0, 0.0]})
+    history = pd.DataFrame({"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0], "learning_rate": [0.0, 1.0, 0.0]})
+    history["validation_loss"] = [np.nan, 2.5, np.nan]
     above, below = plot_training(history).axes
     assert [text.get_text() for text in above.get_legend().get_texts()] == ["training loss", "validation loss"]
     assert len(below.lines[0].get_xdata()) == 3 and below.get_xlabel() == "Step (mini-batches)"

@@ -1,1 +1,36 @@
 """Where records come from: each module reads one source and returns `ecglib.records.Records`."""
+
+from pathlib import Path
+
+from ecglib.errors import DataError
+from ecglib.records import Records
+
+
+def read_source(folder: str | Path, task: str = "superclass", sampling_rate: int = 100) -> Records:
+    """The records of any folder that the study knows, told apart by its index file; DataError for any other folder.
+
+    `task` is a PTB-XL label set and is ignored by the other sources, which have one set of classes each.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder; give the folder that holds the ECG files.")
+    if (folder / "ptbxl_database.csv").exists():
+        from ecglib.sources.ptbxl import read_ptbxl
+
+        return read_ptbxl(folder, task, sampling_rate=sampling_rate)
+    if (folder / "exams.csv").exists():
+        from ecglib.sources.code15 import read_code15
+
+        return read_code15(folder, sampling_rate=sampling_rate)
+    if (folder / "ludb.csv").exists():
+        from ecglib.sources.ludb import read_ludb
+
+        return read_ludb(folder, sampling_rate=sampling_rate)
+    if (folder / "labels.csv").exists():
+        from ecglib.sources.wfdb_folder import read_wfdb_folder
+
+        return read_wfdb_folder(folder, folder / "labels.csv", sampling_rate=sampling_rate)
+    raise DataError(
+        f"{folder}: holds none of ptbxl_database.csv (PTB-XL), exams.csv (CODE-15 %), ludb.csv (LUDB) or labels.csv (your "
+        "own WFDB records, see the README); give the folder that holds one of them."
+    )

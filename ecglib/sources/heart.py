@@ -26,12 +26,12 @@ HEALTHY = {
     "P": ((0, -1.09, 0.03, 0.09), (0, -0.85, 0.07, 0.10), (1, -1.06, 0.05, 0.09), (1, -0.86, 0.065, 0.11),
           (2, -1.08, -0.03, 0.08), (2, -0.82, 0.03, 0.09)),
     "QRS": ((0, -0.19, -0.13, 0.0453), (0, -0.07, 0.85, 0.0378), (0, 0.0, 1.11, 0.0332), (0, 0.06, 0.75, 0.0302),
-            (0, 0.22, 0.06, 0.0378), (1, -0.11, 0.24, 0.055), (1, -0.01, 0.46, 0.037), (1, 0.065, -0.13, 0.0604),
+            (0, 0.22, 0.06, 0.0378), (1, -0.11, 0.21, 0.055), (1, -0.01, 0.40, 0.037), (1, 0.065, -0.13, 0.0604),
             (2, -0.15, -0.40, 0.045), (2, 0.085, 0.42, 0.048), (2, 0.155, 0.58, 0.058)),
-    "T": ((0, 1.15, 0.05, 0.40), (0, 1.50, 0.17, 0.28), (0, 1.74, 0.22, 0.1812), (1, 1.35, 0.05, 0.35), (1, 1.70, 0.14, 0.22),
-          (2, 1.15, -0.06, 0.40), (2, 1.48, -0.17, 0.30), (2, 1.72, -0.20, 0.20)),
+    "T": ((0, 1.15, 0.05, 0.40), (0, 1.50, 0.16, 0.28), (0, 1.74, 0.21, 0.1812), (1, 1.35, 0.04, 0.35), (1, 1.70, 0.11, 0.22),
+          (2, 1.15, -0.05, 0.40), (2, 1.48, -0.14, 0.30), (2, 1.72, -0.17, 0.20)),
 }  # fmt: skip
-QT_SCALE = 1.13  # that subject's QTc was 0.37 s; adults have 0.41 s
+QT_SCALE = 1.08  # that subject's QTc was 0.37 s; adults have 0.41 s
 LEVEL = {"P": 0.10, "QRS": 0.035, "T": 0.10}  # a wave lasts while its size is above this share of its peak
 
 # Unit vectors from the heart's centre to the three walls of the left ventricle.
@@ -102,7 +102,7 @@ def draw_heart(rng: np.random.Generator, age: np.ndarray, male: np.ndarray) -> H
         heart[name] = Wave(centre, width / (2 * np.pi) * rng.lognormal(0, 0.10, shape), dipole, np.zeros((*shape, 6)))
     _stretch(heart["QRS"], 1.08 * rng.lognormal(0, 0.06, count))
     _stretch(heart["T"], QT_SCALE * rng.lognormal(0, 0.045, count) * np.where(male, 1.0, 1.025))
-    heart["P"].centre -= np.clip(rng.normal(0.0, 0.016, count), -0.04, 0.028)[:, None]
+    heart["P"].centre += np.clip(rng.normal(-0.004, 0.016, count), -0.03, 0.022)[:, None]
     _draw_directions(rng, heart, age)
     _draw_sizes(rng, heart, age, male)
     _draw_normal_variants(rng, heart, age, male)
@@ -119,7 +119,7 @@ def _draw_directions(rng: np.random.Generator, heart: Heart, age: np.ndarray) ->
     """Position of the heart in the chest: the whole heart turns, older ones to the left, and each wave a little more."""
     count = len(age)
     whole = rng.normal(0, 1, (count, 3)) * np.radians((11, 15, 19))
-    whole[:, 2] += np.radians(14) - np.radians(0.45) * (age - 45)
+    whole[:, 2] += np.radians(12) - np.radians(0.45) * (age - 45)
     whole[:, 2] = np.clip(whole[:, 2], np.radians(-55), np.radians(55))
     for name, own in {"P": 10, "QRS": 6, "T": 12}.items():
         turn(heart[name], whole * (0.7 if name != "QRS" else 1.0) + rng.normal(0, np.radians(own), (count, 3)))

@@ -356,7 +356,7 @@ def _recorder_noise(rng: np.random.Generator, count: int, sampling_rate: float, 
     time = np.arange(samples) / sampling_rate
     frequencies = np.array([0.05, 0.09, 0.15, 0.22, 0.3, 0.42])
     waves = np.concatenate([np.sin(2 * np.pi * np.outer(frequencies, time)), np.cos(2 * np.pi * np.outer(frequencies, time))])
-    weights = rng.normal(0, 1, (count, 9, 12)) * np.tile((0.15 / frequencies) ** 0.7, 2) * rng.lognormal(-4.5, 0.7, (count, 1, 1))
+    weights = rng.normal(0, 1, (count, 9, 12)) * np.tile((0.15 / frequencies) ** 0.7, 2) * rng.lognormal(-4.7, 0.7, (count, 1, 1))
     electrodes = (weights * level).astype(np.float32) @ waves.astype(np.float32)
     white = rng.standard_normal((count, 9, samples), dtype=np.float32)
     muscle = np.diff(white, axis=2, prepend=0) * rhythms._smooth(np.abs(rng.normal(0, 1, (count, 6))), samples)[:, None].astype(np.float32)

@@ -1,0 +1,214 @@
+"""What a run is, where its result lies, and the grid of runs.
+
+One folder a run below `<folder>/runs`, named after the run and a hash of everything that can change its result. While
+a run is going it works in a hidden folder beside it, so that a killed run continues; the finished folder appears in
+one step and holds `run.json` (settings used, metrics, timings, machine, versions), `predictions.safetensors` and
+`model.safetensors`.
+"""
+
+import os
+import platform
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from ecglib.errors import StorageError, explain_storage
+from ecglib.evaluate import bootstrap_interval, macro_auroc
+from ecglib.files import read_json, replace_folder, short_hash, write_json
+from ecglib.labels import split_indices
+from ecglib.records import Records
+from ecglib.train import load_tensors, save_tensors
+
+TABLE_COLUMNS = ("method", "data", "labels", "fraction", "seed", "split", "metric", "value", "low", "high",
+                 "n_records", "n_patients", "seconds")  # fmt: skip
+PACKAGES = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "safetensors")
+RESULT, PREDICTIONS, MODEL = "run.json", "predictions.safetensors", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Everything that identifies a run; two runs with equal specs have equal results on one kind of machine.
+
+    data is the data set's name and data_key the fingerprint of its records; labels the label set; fraction the share
+    of labelled training records; settings every other value that the run uses.
+    """
+
+    method: str
+    data: str
+    data_key: str
+    labels: str
+    fraction: float
+    seed: int
+    settings: Mapping = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Hash of the spec, independent of the order of its settings."""
+        return short_hash(asdict(self))
+
+    @property
+    def name(self) -> str:
+        """Folder name: readable first, then the key."""
+        return f"{self.method}-{self.labels}-{self.fraction:g}-seed{self.seed}-{self.key}".replace(" ", "_").replace("/", "_")
+
+
+@dataclass
+class Result:
+    """What a run's function returns.
+
+    metrics: rows with split, metric, value, low, high, n_records, n_patients. predictions: arrays by name. model: the
+    trained network, or None. seconds: what the computation took, over interruptions. notes: anything else, JSON-like.
+    """
+
+    metrics: list[dict]
+    predictions: dict[str, np.ndarray] = field(default_factory=dict)
+    model: torch.nn.Module | None = None
+    seconds: float = 0.0
+    notes: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run on disk."""
+
+    spec: RunSpec
+    folder: Path
+    about: dict
+
+    def rows(self) -> list[dict]:
+        """The metrics as rows of the study's tables (`TABLE_COLUMNS`)."""
+        return _rows(self.about)
+
+    def predictions(self) -> dict[str, np.ndarray]:
+        """The arrays that the run kept."""
+        return {name: tensor.numpy() for name, tensor in load_tensors(self.folder / PREDICTIONS)[0].items()}
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The trained network's tensors."""
+        return load_tensors(self.folder / MODEL)[0]
+
+
+def run_or_load(spec: RunSpec, function: Callable[[RunSpec, Path], Result], folder: str | Path) -> Run:
+    """The run of `spec`: opened if it is below `folder`, else computed by `function(spec, workspace)` and kept.
+
+    `workspace` is a folder that survives a kill; `train.fit` keeps its checkpoint there. Raises StorageError where the
+    result cannot be written.
+    """
+    target = Path(folder) / "runs" / spec.name
+    if (target / RESULT).exists():
+        return Run(spec, target, read_json(target / RESULT))
+    workspace = target.with_name(f".{spec.name}.partial")
+    with explain_storage(workspace):
+        workspace.mkdir(parents=True, exist_ok=True)
+    result = function(spec, workspace)
+    about = {
+        "spec": asdict(spec), "key": spec.key, "metrics": result.metrics, "notes": result.notes,
+        "seconds": result.seconds, "machine": machine(), "packages": package_versions(),
+    }  # fmt: skip
+    save_tensors(workspace / PREDICTIONS, {name: torch.from_numpy(np.ascontiguousarray(values))
+                                           for name, values in result.predictions.items()})  # fmt: skip
+    if result.model is not None:
+        save_tensors(workspace / MODEL, result.model.state_dict(), {"method": spec.method, "key": spec.key})
+    (workspace / "checkpoint.safetensors").unlink(missing_ok=True)  # only a run in progress needs the optimizer's state
+    write_json(workspace / RESULT, about)
+    with explain_storage(target):
+        replace_folder(workspace, target)
+    return Run(spec, target, about)
+
+
+def run_grid(specs: Iterable[RunSpec], function: Callable[[RunSpec, Path], Result], folder: str | Path,
+             progress_bar: bool = True) -> list[Run]:  # fmt: skip
+    """Every run of a grid, computing what is missing; a failed run does not stop the others.
+
+    A full disk or an unwritable folder stops at once. Otherwise the failures are named together at the end.
+    """
+    finished, failed = [], []
+    for spec in tqdm(list(specs), disable=not progress_bar, unit="run"):
+        try:
+            finished.append(run_or_load(spec, function, folder))
+        except StorageError:
+            raise
+        except Exception as error:
+            path = Path(folder) / "runs" / f".{spec.name}.partial" / "error.txt"
+            path.write_text(traceback.format_exc())
+            failed.append(f"{spec.name} ({type(error).__name__}: {error})")
+    if failed:
+        raise RuntimeError(
+            f"{len(failed)} of {len(failed) + len(finished)} runs failed and the others are kept: {'; '.join(failed)}. "
+            "Mend the cause and run again; only these are repeated."
+        )
+    return finished
+
+
+def table(folder: str | Path) -> pd.DataFrame:
+    """One row a metric of every finished run below `folder`, with `TABLE_COLUMNS`."""
+    found = sorted((Path(folder) / "runs").glob(f"[!.]*/{RESULT}"))
+    return tidy(row for path in found for row in _rows(read_json(path)))
+
+
+def tidy(rows: Iterable[dict]) -> pd.DataFrame:
+    """Rows as the study's table, sorted by method, data, fraction, seed, split and metric."""
+    frame = pd.DataFrame(list(rows), columns=list(TABLE_COLUMNS))
+    return frame.sort_values(["method", "data", "labels", "fraction", "seed", "split", "metric"], ignore_index=True)
+
+
+def _rows(about: dict) -> list[dict]:
+    """Metrics of one `run.json` as table rows."""
+    spec = about["spec"]
+    shared = {name: spec[name] for name in ("method", "data", "labels", "fraction", "seed")}
+    return [{**shared, **metric, "seconds": about["seconds"]} for metric in about["metrics"]]
+
+
+def machine() -> dict:
+    """What the run was computed on: processor, cores, threads, memory, accelerator, operating system."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {
+        "processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "memory_gb": round(memory / 1e9, 1), "system": f"{platform.system()} {platform.machine()}",
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }  # fmt: skip
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a number."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+
+
+
+
+def seed_summary(runs: Iterable[Run], records: Records, split: str = "test") -> pd.DataFrame:
+    """One row a (method, fraction): macro AUROC as mean over seeds, with the interval of that mean.
+
+    Patients are drawn once for all seeds of a cell, so the interval speaks of the test patients; `sd_seeds` tells how
+    far the label subsets and starts differ.
+    """
+    positions = split_indices(records)[split]
+    targets, patients = records.targets[positions], records.table["patient_id"].to_numpy()[positions]
+    cells: dict[tuple, list[Run]] = {}
+    for run in runs:
+        cells.setdefault((run.spec.method, run.spec.data, run.spec.labels, run.spec.fraction), []).append(run)
+    rows = []
+    for cell, members in sorted(cells.items()):
+        scores = np.stack([run.predictions()[f"{split}/probabilities"] for run in members])
+        interval = bootstrap_interval(targets, scores, patients, classes=records.classes)
+        each = [macro_auroc(targets, one, records.classes) for one in scores]
+        rows.append({**dict(zip(("method", "data", "labels", "fraction"), cell, strict=True)), "split": split,
+                     "metric": "macro_auroc", **interval._asdict(), "seeds": len(members),
+                     "sd_seeds": float(np.std(each, ddof=1)) if len(each) > 1 else np.nan})  # fmt: skip
+    return pd.DataFrame(rows)

@@ -1,0 +1,120 @@
+"""Any folder of WFDB records with a CSV file of labels."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ecglib.errors import DataError
+from ecglib.files import inside
+from ecglib.records import Records
+from ecglib.sources.assemble import Recording, assemble, read_each
+from ecglib.sources.index_files import FOLDS, existing_folder, read_checksums, read_csv, ten_folds, whole_numbers
+from ecglib.sources.wfdb_files import read_wfdb
+
+NAMES = ("record", "record_id", "filename")
+NOT_CLASSES = (*NAMES, "patient_id", "fold", "labels", "age", "sex", "source")
+
+
+def read_wfdb_folder(folder: str | Path, labels_csv: str | Path, *, sampling_rate: float = 100, seconds: float = 10.0,
+                     classes: Sequence[str] | None = None, verify: bool = True,
+                     rules: Mapping[str, str] | None = None) -> Records:  # fmt: skip
+    """The records named in `labels_csv` (a path, or a name within the folder), resampled to one rate and length.
+
+    Columns: `record` (or record_id, filename: path below the folder without .hea), optional `patient_id` and `fold`
+    (1-10), and the classes: either one column `labels` with names between semicolons, or columns that hold only 0 and 1;
+    `classes` names them. Other columns go to the table. Without a fold column whole patients are dealt to ten folds, or
+    records where there is no patient_id either; `about["split"]` says which. Raises DataError.
+    """
+    folder = existing_folder(folder, "the WFDB records")
+    path = Path(labels_csv) if Path(labels_csv).is_file() else folder / labels_csv
+    table = _read_labels(path)
+    names, targets = _targets(path, table, classes)
+    sums = read_checksums(folder) if verify else {}
+    by_patient, given_fold = "patient_id" in table, "fold" in table
+    patients = table["patient_id" if by_patient else "record"].tolist()
+    folds = _folds(path, table) if given_fold else ten_folds(patients, targets)
+    kept = table[[column for column in table if column not in (*NAMES, "patient_id", "fold", "source", *names)]]
+
+    def read(position: int) -> Recording:
+        name = table["record"].iloc[position]
+        header, millivolts = read_wfdb(inside(folder, f"{name}.hea", f"{path}, line {position + 2}"), folder, sums, verify)
+        row = {"record_id": name, "patient_id": patients[position], "fold": int(folds[position]), "source": folder.name,
+               **kept.iloc[position].to_dict()}  # fmt: skip
+        notes = [("header", "repaired", oddity) for oddity in header.oddities]
+        return Recording(header.leads, millivolts, header.sampling_rate, row, targets[position], notes)
+
+    about = {
+        "source": folder.name, "simulated": False, "folder": folder.name, "labels": path.name,
+        "split": "folds as given" if given_fold else "by patient" if by_patient else "by record, no patient_id is given",
+        "not_classes": list(kept.columns), "without_class": int((~targets.any(axis=1)).sum()),
+        "class_counts": dict(zip(names, targets.sum(axis=0, dtype=int).tolist(), strict=True)),
+    }  # fmt: skip
+    stream = read_each(range(len(table)), read, lambda position: table["record"].iloc[position], rules)
+    return assemble(stream, names, sampling_rate, seconds, about, rules)
+
+
+def _read_labels(path: Path) -> pd.DataFrame:
+    """The labels with a column `record` of unique names, and patient_id as text."""
+    table = read_csv(path, (), text=(*NAMES, "patient_id", "labels"))
+    column = next((name for name in NAMES if name in table), None)
+    if column is None:
+        raise DataError(f"{path}: no column names the records; add one called 'record'.")
+    for needed in [column, *({"patient_id"} & set(table))]:
+        if table[needed].isna().any():
+            row = int(np.argmax(table[needed].isna().to_numpy()))
+            raise DataError(f"{path}: line {row + 2} has no {needed}; fill it in.")
+    table["record"] = table[column].str.strip().str.removesuffix(".hea")
+    if table["record"].duplicated().any():
+        raise DataError(f"{path}: {table['record'][table['record'].duplicated()].iloc[0]} stands there twice; keep one line.")
+    if not len(table):
+        raise DataError(f"{path}: lists no record; add one line a record.")
+    return table
+
+
+def _targets(path: Path, table: pd.DataFrame, classes: Sequence[str] | None) -> tuple[tuple[str, ...], np.ndarray]:
+    """Class names and 0/1 targets `(records, classes)`."""
+    if "labels" in table:
+        sets = [{name.strip() for name in str(cell).split(";") if name.strip()} for cell in table["labels"].fillna("")]
+        names = tuple(classes or sorted(set().union(*sets)))
+        targets = np.array([[name in found for name in names] for found in sets], dtype=np.uint8)
+    else:
+        names = tuple(classes or _class_columns(path, table))
+        for name in names:
+            if name not in table:
+                raise DataError(f"{path}: the column of the class {name!r} is missing; add it or leave the class out.")
+            if not _is_binary(table[name]):
+                raise DataError(f"{path}: the class column {name!r} holds something else than 0 and 1; correct it.")
+        targets = table[list(names)].to_numpy(dtype=np.uint8) if names else np.zeros((len(table), 0), np.uint8)
+    if not names:
+        raise DataError(f"{path}: no column is a class; add columns of 0 and 1, or one column 'labels' (AF;LBBB).")
+    return names, targets
+
+
+def _class_columns(path: Path, table: pd.DataFrame) -> list[str]:
+    """Columns of 0 and 1; one with blanks among them is a DataError, since a blank label is neither."""
+    found = []
+    for name in (column for column in table if column not in NOT_CLASSES):
+        known = table[name].dropna()
+        if len(known) and len(known) < len(table) and _is_binary(known):
+            row = int(np.argmax(table[name].isna().to_numpy()))
+            raise DataError(f"{path}: line {row + 2} has no value for the class {name!r}; write 0 or 1.")
+        if _is_binary(table[name]):
+            found.append(name)
+    return found
+
+
+def _is_binary(column: pd.Series) -> bool:
+    """Whether a column holds 0 and 1 (or False and True) and nothing else."""
+    return bool(pd.api.types.is_numeric_dtype(column) and column.isin([0, 1]).all())
+
+
+def _folds(path: Path, table: pd.DataFrame) -> np.ndarray:
+    """The given folds, checked to lie between 1 and 10."""
+    folds = whole_numbers(path, table, "fold").to_numpy()
+    outside = (folds < 1) | (folds > FOLDS)
+    if outside.any():
+        row = int(np.argmax(outside))
+        raise DataError(f"{path}: line {row + 2} has fold {folds[row]}; use 1 to {FOLDS} (9 selects, 10 tests).")
+    return folds

@@ -1,0 +1,103 @@
+# %% [markdown]
+# # 17 · The report
+#
+# **What you will learn.** What the study has found so far, in tables, each beside the figures that papers have printed
+# where such figures exist.
+#
+# **What it needs.** The tables of the notebooks before it. A missing table is named with the notebook that makes it.
+#
+# **How long.** A few seconds. No GPU is used.
+
+# %% tags=["parameters"]
+results = "../results/laptop"  # where the tables lie
+published = "../data/published"  # figures printed in papers, one a row, with their source
+
+# %%
+from pathlib import Path
+
+import pandas as pd
+
+from ecglib.files import atomic_file, read_json
+
+about = read_json(Path(results) / "records" / "records.json")["about"]
+kind = "SIMULATED records: these figures say nothing about patients" if about["simulated"] else "real recordings"
+if about.get("subset"):
+    kind += f", {about['version']}: not comparable with published tables"
+print(f"{about['source']}, label set {about['task']!r}: {kind}")
+
+# %% [markdown]
+# ## Which parts of the study are there
+#
+# A part that has not been run is not filled in: its row says which notebook to run.
+
+# %%
+parts = {"classes": "00_prepare_data", "left_out": "00_prepare_data", "supervised_summary": "02_supervised_baseline"}
+found = {name: Path(results) / "tables" / f"{name}.csv" for name in parts}
+status = pd.DataFrame([{"table": name, "notebook": parts[name], "state": "there" if path.exists() else f"run {parts[name]}"}
+                       for name, path in found.items()])  # fmt: skip
+status
+
+# %%
+missing = status[status["state"] != "there"]
+assert missing.empty, f"missing: {', '.join(missing['table'])}; run {', '.join(missing['notebook'].unique())} first"
+
+# %% [markdown]
+# ## What was read and what was left out
+
+# %%
+left_out = pd.read_csv(found["left_out"], dtype=str)
+left_out.groupby(["fault", "action"], as_index=False).size() if len(left_out) else "Every recording was read as it was."
+
+# %% [markdown]
+# ## The supervised control
+#
+# Mean over seeds on fold 10, with the patient-bootstrap interval of that mean.
+
+# %%
+supervised = pd.read_csv(found["supervised_summary"])
+supervised["origin"] = "simulated" if about["simulated"] else "measured on the subset" if about.get("subset") else "measured"
+supervised[["method", "data", "labels", "fraction", "value", "low", "high", "seeds", "origin"]].round(3)
+
+# %% [markdown]
+# ## Check: more labels should not hurt
+#
+# A label curve that falls by more than its interval where labels are added points to a defect, not to a finding.
+
+# %%
+curve = supervised.sort_values("fraction")
+steps_down = curve["value"].diff().dropna()
+widths = (curve["high"] - curve["low"]).iloc[1:]
+assert (steps_down > -widths).all(), "the score falls where labels are added: look at the runs before believing this"
+print(f"from {100 * curve['fraction'].iloc[0]:g} % to {100 * curve['fraction'].iloc[-1]:g} % of the labels: "
+      f"{curve['value'].iloc[0]:.3f} to {curve['value'].iloc[-1]:.3f}")  # fmt: skip
+
+# %% [markdown]
+# ## Beside it: what papers print
+#
+# PTB-XL with 71 statements and all 21,837 recordings (Mehari and Strodthoff 2022). The data and the label set differ from
+# ours, so this is orientation, not a comparison.
+
+# %%
+printed = pd.read_csv(Path(published) / "ecg-selfsupervised.csv")
+printed = printed[printed["pretraining"] == "none"]
+printed.assign(origin="published")[["task", "encoder", "protocol", "metric", "mean", "sd", "origin", "source"]]
+
+# %% [markdown]
+# ## Exercise
+#
+# From the supervised summary, find the smallest fraction whose interval reaches the mean at all labels.
+
+# %% tags=["solution"]
+full = curve["value"].iloc[-1]
+enough = curve[curve["high"] >= full]["fraction"].min()
+print(f"the interval reaches {full:.3f} from {100 * enough:g} % of the labels on")
+
+# %% [markdown]
+# ## What was seen
+#
+# The tables that exist, each with its origin. The parts of the study that follow add their rows to the first table of
+# this notebook. Written: `tables/report_parts.csv`.
+
+# %%
+with atomic_file(Path(results) / "tables" / "report_parts.csv") as path:
+    status.to_csv(path, index=False)
