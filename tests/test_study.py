@@ -209,7 +209,7 @@ def start_and_wait(root: Path) -> subprocess.Popen:
         "import sys; from functools import partial; from pathlib import Path; from ecglib import study\n"
         "study.run_study = partial(study.run_study, root=Path(sys.argv[1])); sys.exit(study.main(['smoke']))"
     )
-    environment = os.environ | {"PYTHONPATH": str(study.ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(study.ROOT), "TMPDIR": str(root)}  # SIGKILL leaves a folder there
     command = [sys.executable, "-c", code, str(root)]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     for _ in range(600):

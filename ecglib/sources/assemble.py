@@ -30,6 +30,7 @@ from ecglib.records import (
 
 REPAIRABLE_GAP = 0.1  # share of a lead's samples that may be missing and are then interpolated
 WRONG_GAIN = 5.0  # mV; median distance from the median beyond which the whole lead has a wrong gain
+ARTEFACT_SHARE = 0.05  # share of a lead's samples beyond ABSURD_PEAK that is a wrong gain, not an artefact
 FLUSH = 256  # recordings checked and written together
 
 # What is done about each fault; a caller may replace single entries by "drop", "keep" or "stop".
@@ -265,7 +266,8 @@ def _clip(signal: np.ndarray, leads: list[str]) -> bool:
     if leads == ["all"]:
         return False
     spread = np.median(np.abs(signal - np.median(signal, axis=1, keepdims=True)), axis=1)
-    if spread.max() > WRONG_GAIN:
+    beyond = (np.abs(signal) > ABSURD_PEAK).mean(axis=1)
+    if spread.max() > WRONG_GAIN or beyond.max() > ARTEFACT_SHARE:
         return False
     np.clip(signal, MICROVOLT - ABSURD_PEAK, ABSURD_PEAK - MICROVOLT, out=signal)
     return True

@@ -28,7 +28,7 @@ from ecglib.sources.index_files import SUMS
 ATTEMPTS = 4  # in a row without a single new byte, at each address
 BACKOFF = 1.0  # seconds before the second attempt, doubled each time
 TIMEOUT = (10, 60)  # seconds to connect, and between two pieces of data
-PIECE = 1 << 18
+PIECE = 1 << 16  # what a broken connection may lose
 WORKERS = 4  # files at a time: thousands of small files, and a polite number of connections
 GIGABYTE = 1e9
 

@@ -19,17 +19,23 @@ LEAD_FIELD = np.array([
     [0.882, 0.098, -1.277], [1.213, 0.127, -0.601], [1.125, 0.127, -0.086], [0.831, 0.076, 0.230],
 ])  # fmt: skip
 
-# A healthy beat: axis, phase (radians), amplitude (mV), width (radians). Sameni 2007; the P wave's y is raised and its z
-# lowered (that subject's P was flat in II), the late y and z forces are those of median III and V1-V3, and the broadest T waves are
-# narrowed so that the ST segment is level.
+# A healthy beat: axis, phase (radians), amplitude (mV), width (radians). After Sameni 2007, whose one subject had a
+# flat P in II and a steep S in III: P and the y and z forces are set to median amplitudes of PTB-XL's normal ECGs, and
+# the broadest T waves are narrowed so that the ST segment is level.
 HEALTHY = {
-    "P": ((0, -1.09, 0.03, 0.09), (0, -0.85, 0.07, 0.10), (1, -1.06, 0.05, 0.09), (1, -0.86, 0.065, 0.11),
-          (2, -1.08, -0.03, 0.08), (2, -0.82, 0.03, 0.09)),
-    "QRS": ((0, -0.19, -0.13, 0.0453), (0, -0.07, 0.85, 0.0378), (0, 0.0, 1.11, 0.0332), (0, 0.06, 0.75, 0.0302),
-            (0, 0.22, 0.06, 0.0378), (1, -0.11, 0.21, 0.055), (1, -0.01, 0.40, 0.037), (1, 0.065, -0.13, 0.0604),
-            (2, -0.15, -0.40, 0.045), (2, 0.085, 0.42, 0.048), (2, 0.155, 0.58, 0.058)),
-    "T": ((0, 1.15, 0.05, 0.40), (0, 1.50, 0.16, 0.28), (0, 1.74, 0.21, 0.1812), (1, 1.35, 0.04, 0.35), (1, 1.70, 0.11, 0.22),
-          (2, 1.15, -0.05, 0.40), (2, 1.48, -0.14, 0.30), (2, 1.72, -0.17, 0.20)),
+    "P": (
+        (0, -1.09, 0.03, 0.09), (0, -0.85, 0.07, 0.10), (1, -1.06, 0.05, 0.09), (1, -0.86, 0.065, 0.11),
+        (2, -1.08, -0.03, 0.08), (2, -0.82, 0.03, 0.09),
+    ),
+    "QRS": (
+        (0, -0.19, -0.13, 0.0453), (0, -0.07, 0.85, 0.0378), (0, 0.0, 1.11, 0.0332), (0, 0.06, 0.75, 0.0302),
+        (0, 0.22, 0.06, 0.0378), (1, -0.11, 0.21, 0.055), (1, -0.01, 0.40, 0.037), (1, 0.065, -0.13, 0.0604),
+        (2, -0.15, -0.40, 0.045), (2, 0.085, 0.42, 0.048), (2, 0.155, 0.58, 0.058),
+    ),
+    "T": (
+        (0, 1.15, 0.05, 0.40), (0, 1.50, 0.16, 0.28), (0, 1.74, 0.21, 0.1812), (1, 1.35, 0.04, 0.35),
+        (1, 1.70, 0.11, 0.22), (2, 1.15, -0.05, 0.40), (2, 1.48, -0.14, 0.30), (2, 1.72, -0.17, 0.20),
+    ),
 }  # fmt: skip
 QT_SCALE = 1.08  # that subject's QTc was 0.37 s; adults have 0.41 s
 LEVEL = {"P": 0.10, "QRS": 0.035, "T": 0.10}  # a wave lasts while its size is above this share of its peak
@@ -42,7 +48,10 @@ NEAR = {"AMI": (0.4, 1.0, 1.0, 0.6, 0.1, 0.0), "IMI": (0, 0, 0, 0, 0, 0), "LMI":
 
 @dataclass
 class Wave:
-    """k Gaussian waves of n records: centre and width in seconds `(n, k)`, dipole `(n, k, 3)`, near `(n, k, 6)` in mV."""
+    """k Gaussian waves of n records: centre and width (s) `(n, k)`, dipole `(n, k, 3)`, near `(n, k, 6)` in mV.
+
+    `near` is what the chest electrodes V1-V6 see of a wall close to them beyond the dipole.
+    """
 
     centre: np.ndarray
     width: np.ndarray
@@ -53,14 +62,14 @@ class Wave:
         """The waves of some rows, copied."""
         return Wave(self.centre[rows], self.width[rows], self.dipole[rows], self.near[rows])
 
-    def add(self, centre: float | np.ndarray, width: float | np.ndarray, dipole: np.ndarray, near: np.ndarray | float = 0.0) -> None:
-        """Append one Gaussian wave: scalars or `(n,)` times, dipole `(n, 3)`, near `(n, 6)`."""
+    def add(self, centre: float | np.ndarray, width: float | np.ndarray, dipole: np.ndarray,
+            near: np.ndarray | float = 0.0) -> None:  # fmt: skip
+        """Append one Gaussian wave: times (s) scalar or `(n,)`, dipole `(n, 3)`, near `(n, 6)`."""
         count = len(self.centre)
-        column = lambda value: np.broadcast_to(np.asarray(value, float), (count,))[:, None]  # noqa: E731
-        self.centre = np.concatenate([self.centre, column(centre)], axis=1)
-        self.width = np.concatenate([self.width, column(width)], axis=1)
-        self.dipole = np.concatenate([self.dipole, np.broadcast_to(dipole, (count, 3))[:, None]], axis=1)
-        self.near = np.concatenate([self.near, np.broadcast_to(near, (count, 6))[:, None]], axis=1)
+        for name, value, shape in (("centre", centre, ()), ("width", width, ()), ("dipole", dipole, (3,)),
+                                   ("near", near, (6,))):  # fmt: skip
+            column = np.broadcast_to(value, (count, *shape))[:, None]
+            setattr(self, name, np.concatenate([getattr(self, name), column], axis=1))
 
     def leads(self, field: np.ndarray) -> np.ndarray:
         """Amplitude of each wave in the eight independent leads, `(n, 8, k)`, through lead fields `(n, 8, 3)`."""
@@ -116,7 +125,7 @@ def _stretch(wave: Wave, factor: np.ndarray) -> None:
 
 
 def _draw_directions(rng: np.random.Generator, heart: Heart, age: np.ndarray) -> None:
-    """Position of the heart in the chest: the whole heart turns, older ones to the left, and each wave a little more."""
+    """Position of the heart in the chest: all of it turns, older ones to the left, and each wave a little more."""
     count = len(age)
     whole = rng.normal(0, 1, (count, 3)) * np.radians((11, 15, 19))
     whole[:, 2] += np.radians(12) - np.radians(0.45) * (age - 45)
@@ -136,7 +145,7 @@ def _draw_sizes(rng: np.random.Generator, heart: Heart, age: np.ndarray, male: n
 
 
 def _draw_normal_variants(rng: np.random.Generator, heart: Heart, age: np.ndarray, male: np.ndarray) -> None:
-    """What is not disease but looks like it: early repolarisation, T inversion in V1-V3, small inferior Q, poor R gain."""
+    """What looks like disease: early repolarisation, T inversion in V1-V3, small inferior Q, poor R in V1-V3."""
     count = len(age)
     early = (rng.random(count) < np.where(male & (age < 45), 0.35, 0.08)) * rng.uniform(0.03, 0.12, count)
     heart["T"].add(0.11, 0.035, early[:, None] * np.array([0.5, 0.2, -0.8]))
@@ -160,7 +169,7 @@ def draw_lead_field(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def apply_conditions(rng: np.random.Generator, heart: Heart, severity: Mapping[str, np.ndarray]) -> None:
-    """Change hearts in place by conditions of severity 0 (absent) to 1, each `(n,)`, in the order of their physiology."""
+    """Change hearts in place by conditions of severity 0 (absent) to 1, each `(n,)`."""
     _hypertrophy(rng, heart, severity["LVH"])
     _left_anterior_block(heart, severity["LAFB"])
     for wall in ("AMI", "IMI", "LMI"):
@@ -204,7 +213,7 @@ def _left_anterior_block(heart: Heart, severity: np.ndarray) -> None:
 
 
 def _infarct(rng: np.random.Generator, heart: Heart, wall: str, severity: np.ndarray) -> None:
-    """Infarction of one wall: early forces turn away from it (Q, lost R); ST toward it when fresh, T away when older."""
+    """Infarct of one wall: early forces turn away from it (Q, lost R); ST toward it when fresh, T away when older."""
     count, toward, near = len(severity), np.array(TOWARD[wall]), np.array(NEAR[wall])
     lost = (0.10 + 0.75 * severity) * np.clip(severity / 0.15, 0, 1) * rng.lognormal(0, 0.25, count)
     away = -toward + rng.normal(0, 0.22, (count, 3))
@@ -237,7 +246,7 @@ def _left_bundle_block(rng: np.random.Generator, heart: Heart, severity: np.ndar
 
 
 def _right_bundle_block(rng: np.random.Generator, heart: Heart, complete: np.ndarray, incomplete: np.ndarray) -> None:
-    """RBBB: the right ventricle last, to the right and front (R' in V1, wide S in I and V6), T away from it in V1-V2."""
+    """RBBB: the right ventricle last, to the right and front (R' in V1, wide S in I and V6), T away from it."""
     count = len(complete)
     qrs, wave_t = heart["QRS"], heart["T"]
     right = np.array([-0.62, 0.0, -0.70]) + rng.normal(0, 0.15, (count, 3))
@@ -254,10 +263,10 @@ def _st_t_change(rng: np.random.Generator, heart: Heart, severity: Mapping[str, 
     wave_t, count = heart["T"], len(severity["NDT"])
     for code, region in {"ISCAL": (0.82, 0.10, -0.55), "ISCIN": (0.10, 0.98, 0.05)}.items():
         away = -(np.array(region) + rng.normal(0, 0.15, (count, 3)))
-        depression = severity[code] * rng.uniform(0.03, 0.22, count)
+        depression = severity[code] * rng.uniform(0.05, 0.22, count)
         wave_t.dipole *= (1 - 0.35 * severity[code])[:, None, None]
         wave_t.add(0.12, 0.045, depression[:, None] * away)
-        wave_t.add(0.28, 0.040, (severity[code] * rng.uniform(0.20, 0.75, count))[:, None] * away)
+        wave_t.add(0.28, 0.040, (severity[code] * rng.uniform(0.35, 0.80, count))[:, None] * away)
     flat = np.clip(severity["NDT"] / 0.15, 0, 1) * (0.25 + 0.95 * severity["NDT"]) * (severity["NDT"] > 0)
     wave_t.dipole *= (1 - flat * rng.uniform(0.75, 1.2, count))[:, None, None]
 
@@ -268,7 +277,7 @@ def ectopic_heart(rng: np.random.Generator, count: int) -> Heart:
     direction = np.where(left[:, None], (-0.7, 0.0, -0.7), (0.7, 0.2, 0.65)) + rng.normal(0, 0.45, (count, 3))
     direction *= (rng.uniform(0.8, 1.7, count) / np.linalg.norm(direction, axis=1))[:, None]
     empty = Wave(np.zeros((count, 0)), np.zeros((count, 0)), np.zeros((count, 0, 3)), np.zeros((count, 0, 6)))
-    heart = {"QRS": empty.take(slice(None)), "T": empty}
+    heart = {"QRS": empty, "T": empty.take(np.arange(count))}
     skew = rng.normal(0, 0.3, (count, 3))
     heart["QRS"].add(-0.010, 0.020 + rng.uniform(0, 0.006, count), 0.8 * direction + 0.5 * skew)
     heart["QRS"].add(0.030, 0.022 + rng.uniform(0, 0.006, count), 0.9 * direction - 0.4 * skew)

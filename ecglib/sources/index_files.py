@@ -87,17 +87,15 @@ def verify_file(folder: Path, path: Path, sums: Mapping[str, str]) -> None:
 def ten_folds(patients: Sequence[str], targets: np.ndarray) -> np.ndarray:
     """Fold 1 to 10 of each record: whole patients, each class spread evenly, the same on every machine.
 
-    targets `(records, classes)`. Patients are grouped by the rarest class that they have, ordered within the group by
-    the SHA-256 of their name, and dealt to the folds in turn.
+    targets `(records, classes)`. Patients are ordered by the set of classes that they have, the rarest class first, and
+    within a set by the SHA-256 of their name; then they are dealt to the folds in turn.
     """
     codes, names = pd.factorize(np.asarray(patients, dtype=object))
-    has = np.zeros((len(names), targets.shape[1] + 1), dtype=bool)
-    np.logical_or.at(has[:, :-1], codes, targets > 0)
-    has[:, -1] = True  # a group of its own for patients without any class
-    rarest_first = np.append(np.argsort(has[:, :-1].sum(axis=0), kind="stable"), targets.shape[1])
-    group = has[:, rarest_first].argmax(axis=1)
+    has = np.zeros((len(names), targets.shape[1]), dtype=bool)
+    np.logical_or.at(has, codes, targets > 0)
+    rarest_first = has[:, np.argsort(has.sum(axis=0), kind="stable")]
+    _, group = np.unique(rarest_first, axis=0, return_inverse=True)
     keys = [hashlib.sha256(str(name).encode()).hexdigest() for name in names]
-    order = np.lexsort((keys, group))
     folds = np.empty(len(names), dtype=np.int64)
-    folds[order] = np.arange(len(names)) % FOLDS + 1
+    folds[np.lexsort((keys, group.reshape(-1)))] = np.arange(len(names)) % FOLDS + 1
     return folds[codes]

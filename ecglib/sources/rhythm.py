@@ -1,4 +1,4 @@
-"""When a heart beats and what its atria do: sinus rhythm and its variability, fibrillation, flutter, premature beats."""
+"""When a heart beats and what its atria do: sinus rhythm, fibrillation, flutter, premature beats."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ SHORTEST = 0.30  # seconds; the atrioventricular node conducts nothing faster
 
 @dataclass
 class Beats:
-    """Beats in order of record and time: record `(b,)`, time of R in seconds, RR before it, kind, ordinal in its record."""
+    """Beats by record and time, each `(b,)`: record, time of R (s), RR before it (s), kind, number in its record."""
 
     record: np.ndarray
     time: np.ndarray
@@ -22,8 +22,11 @@ class Beats:
 
 @dataclass
 class Pacing:
-    """What sets the beats of n records, each `(n,)`: mean RR (s), share of respiratory and random variability, shares of
-    premature beats, whether the atria fibrillate, cycle of a flutter (s, 0 where none)."""
+    """What sets the beats of n records, each `(n,)`.
+
+    Mean RR (s); respiratory and random variability as shares of it; shares of premature beats, ventricular and atrial;
+    whether the atria fibrillate; cycle of a flutter (s, 0 where there is none).
+    """
 
     interval: np.ndarray
     breathing: np.ndarray
@@ -56,7 +59,7 @@ def draw_beats(rng: np.random.Generator, pacing: Pacing, seconds: float) -> Beat
         interval = basic * np.where(following > 0, coupling[step], np.where(pacing.flutter_cycle > 0, 1.0, pause))
         interval = np.maximum(interval, SHORTEST)
         time, kind = time + interval, following
-        had_one |= (following > 0) & (time > 0)
+        had_one |= (following > 0) & (time > 0.5)
         rows.append((time, interval, kind))
         if time.min() > seconds + 1:
             break
@@ -89,30 +92,31 @@ def _flatten(rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], seconds: flo
 
 
 def atrial_waves(rng: np.random.Generator, pacing: Pacing, sampling_rate: float, samples: int) -> np.ndarray:
-    """Dipole `(n, 3, time)` in mV of fibrillating (4-8 a second, wandering) or fluttering (saw-tooth) atria, else zero."""
+    """Dipole `(n, 3, time)` in mV of fibrillating atria (4-8 a second, wandering) or fluttering ones, else zero."""
     count = len(pacing.interval)
     waves = np.zeros((count, 3, samples), np.float32)
     active = np.flatnonzero(pacing.fibrillation | (pacing.flutter_cycle > 0))
-    if not len(active):
+    many = len(active)
+    if not many:
         return waves
-    flutter = pacing.flutter_cycle[active] > 0
-    rate = np.where(flutter, 1 / np.maximum(pacing.flutter_cycle[active], 1e-3), rng.uniform(4.5, 7.5, len(active)))
-    knots = max(int(samples / sampling_rate * 2), 2)
-    wander = _smooth(rng.normal(0, 1, (len(active), knots)), samples)
-    speed = rate[:, None] * (1 + np.where(flutter, 0, 0.16)[:, None] * wander)
-    phase = 2 * np.pi * (np.cumsum(speed, axis=1) / sampling_rate + rng.random((len(active), 1)))
-    size = np.where(flutter, rng.uniform(0.08, 0.20, len(active)), np.abs(rng.normal(0.035, 0.025, len(active))) + 0.008)
-    swell = np.where(flutter[:, None], 1, 1 + 0.45 * _smooth(rng.normal(0, 1, (len(active), knots)), samples))
-    direction = np.where(flutter[:, None], (0.10, -0.90, -0.35), (-0.45, 0.55, -0.80))
-    direction = direction + rng.normal(0, 0.15, (len(active), 3))
+    flutter = (pacing.flutter_cycle[active] > 0)[:, None]
+    rate = np.where(flutter[:, 0], 1 / np.maximum(pacing.flutter_cycle[active], 1e-3), rng.uniform(4.5, 7.5, many))
+    knots = (many, max(int(2 * samples / sampling_rate), 2))
+    speed = rate[:, None] * np.where(flutter, 1, 1 + 0.16 * smooth(rng.normal(0, 1, knots), samples))
+    phase = 2 * np.pi * (np.cumsum(speed, axis=1) / sampling_rate + rng.random((many, 1)))
+    swell = np.where(flutter, 1, 1 + 0.45 * smooth(rng.normal(0, 1, knots), samples))
+    fine = np.abs(rng.normal(0.035, 0.025, (many, 1))) + 0.008
+    swell = swell * np.where(flutter, rng.uniform(0.08, 0.20, (many, 1)), fine)
+    # Flutter circles in the right atrium: negative in II, III, aVF; f-waves are largest in V1.
+    direction = np.where(flutter, (0.10, -0.90, -0.35), (-0.45, 0.55, -0.80)) + rng.normal(0, 0.15, (many, 3))
     for axis in range(3):
-        shifted = phase + rng.uniform(-0.4, 0.4, (len(active), 1))
-        saw = np.sin(shifted) + np.where(flutter, 0.45, 0.25)[:, None] * np.sin(2 * shifted)
-        waves[active, axis] = (size * direction[:, axis])[:, None] * swell * saw
+        shifted = phase + rng.uniform(-0.4, 0.4, (many, 1))
+        saw = np.sin(shifted) + np.where(flutter, 0.45, 0.25) * np.sin(2 * shifted)
+        waves[active, axis] = direction[:, axis, None] * swell * saw
     return waves
 
 
-def _smooth(knots: np.ndarray, samples: int) -> np.ndarray:
+def smooth(knots: np.ndarray, samples: int) -> np.ndarray:
     """Slow curves `(n, samples)` through values `(n, k)`, linear between them."""
     position = np.linspace(0, knots.shape[1] - 1, samples)
     left = np.minimum(position.astype(int), knots.shape[1] - 2)

@@ -1,32 +1,33 @@
 """The simulated cohort: the study's embedded data, shaped after PTB-XL, so that a first run needs no download.
 
-Patients carry a heart, a torso, conditions of a graded severity and a rhythm; each has one to four records. A reader
-states what is plain, misses some of it, and overcalls some borderline findings: these statements are the labels.
+Patients carry a heart, a torso, conditions of graded severity and a rhythm; each has one to four records. A reader
+states what is plain, misses some of it and overcalls some borderline findings: these statements are the labels.
 Onset and offset of every wave are known, and from them where in a record the evidence for a class lies.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ecglib.errors import DataError
+from ecglib.errors import DataError, explain_storage
 from ecglib.files import atomic_file
-from ecglib.records import LEADS, LIMB_FROM_I_AND_II, MICROVOLT, Records, to_counts
-from ecglib.sources import heart as hearts
-from ecglib.sources import rhythm as rhythms
-from ecglib.sources.heart import Heart
-from ecglib.sources.rhythm import ATRIAL, NORMAL, VENTRICULAR, Beats, Pacing
+from ecglib.records import LEADS, MICROVOLT, Records
+from ecglib.sources.heart import apply_conditions, draw_heart, draw_lead_field
+from ecglib.sources.recorder import record_hearts
+from ecglib.sources.rhythm import ATRIAL, NORMAL, VENTRICULAR, Beats, Pacing, draw_beats
 
 BLOCK = 120  # patients simulated together: memory does not grow with the cohort, and the first ones never change
 FOLDS = 10
+RECORDS_PER_PATIENT = (0.84, 0.10, 0.04, 0.02)  # shares of one to four
 
 # Condition -> PTB-XL superclass. Codes are SCP-ECG statements as PTB-XL writes them.
 CONDITIONS = {
-    "AMI": "MI", "IMI": "MI", "LMI": "MI", "ISCAL": "STTC", "ISCIN": "STTC", "NDT": "STTC", "CLBBB": "CD", "CRBBB": "CD",
-    "IRBBB": "CD", "LAFB": "CD", "1AVB": "CD", "LVH": "HYP",
+    "AMI": "MI", "IMI": "MI", "LMI": "MI", "ISCAL": "STTC", "ISCIN": "STTC", "NDT": "STTC", "CLBBB": "CD",
+    "CRBBB": "CD", "IRBBB": "CD", "LAFB": "CD", "1AVB": "CD", "LVH": "HYP",
 }  # fmt: skip
 SUPERCLASSES = ("CD", "HYP", "MI", "NORM", "STTC")
 RHYTHMS = ("AFIB", "AFLT", "PAC", "PVC", "SBRAD", "SR", "STACH")
@@ -34,39 +35,47 @@ TASKS = {"superclass": SUPERCLASSES, "rhythm": RHYTHMS, "all": tuple(sorted({*CO
 
 # Share of patients with each combination of superclasses, after PTB-XL (Wagner et al., Sci Data 2020).
 COMBINATIONS = {
-    "": 0.43, "STTC": 0.115, "MI": 0.12, "CD": 0.10, "CD MI": 0.054, "HYP STTC": 0.036, "MI STTC": 0.030, "HYP": 0.026,
-    "CD STTC": 0.024, "HYP MI STTC": 0.018, "CD HYP": 0.015, "CD MI STTC": 0.010, "CD HYP STTC": 0.010, "HYP MI": 0.008,
-    "CD HYP MI STTC": 0.008, "CD HYP MI": 0.006,
+    "": 0.445, "STTC": 0.11, "MI": 0.115, "CD": 0.095, "CD MI": 0.05, "HYP STTC": 0.036, "MI STTC": 0.03, "HYP": 0.026,
+    "CD STTC": 0.023, "HYP MI STTC": 0.018, "CD HYP": 0.015, "CD MI STTC": 0.010, "CD HYP STTC": 0.010,
+    "HYP MI": 0.008, "CD HYP MI STTC": 0.008, "CD HYP MI": 0.006,
 }  # fmt: skip
 # Within a superclass, the share of each condition or pair of conditions.
 KINDS = {
     "MI": {"AMI": 0.42, "IMI": 0.41, "LMI": 0.05, "IMI LMI": 0.08, "AMI LMI": 0.04},
     "STTC": {"NDT": 0.50, "ISCAL": 0.32, "ISCIN": 0.18},
-    "CD": {"LAFB": 0.28, "IRBBB": 0.20, "1AVB": 0.16, "CRBBB": 0.11, "CLBBB": 0.13, "CRBBB LAFB": 0.06, "1AVB LAFB": 0.06},
+    "CD": {"LAFB": 0.28, "IRBBB": 0.20, "1AVB": 0.16, "CRBBB": 0.11, "CLBBB": 0.13, "CRBBB LAFB": 0.06,
+           "1AVB LAFB": 0.06},
     "HYP": {"LVH": 1.0},
-}
-PLAIN = 0.15  # from this severity on a condition is present; below it is a borderline finding, not a disease
-BORDERLINE = ("AMI", "IMI", "LMI", "ISCAL", "ISCIN", "NDT", "IRBBB", "LAFB", "1AVB", "LVH")
-MISSED, OVERCALLED = 0.04, 0.08  # share of plain findings not stated, of borderline ones stated
-RECORDS_PER_PATIENT = (0.84, 0.10, 0.04, 0.02)  # one to four
-
-# Where the evidence of a condition lies: leads, first and last mark of each beat, kind of beat.
-ALL_LEADS = " ".join(LEADS)
-EVIDENCE = {
-    "AMI": ("V1 V2 V3 V4", "QRS onset", "T offset", NORMAL), "IMI": ("II III aVF", "QRS onset", "T offset", NORMAL),
-    "LMI": ("I aVL V5 V6", "QRS onset", "T offset", NORMAL),
-    "ISCAL": ("I aVL V2 V3 V4 V5 V6", "QRS offset", "T offset", NORMAL),
-    "ISCIN": ("II III aVF", "QRS offset", "T offset", NORMAL), "NDT": (ALL_LEADS, "QRS offset", "T offset", NORMAL),
-    "CLBBB": ("I aVL V1 V2 V3 V5 V6", "QRS onset", "T offset", NORMAL), "CRBBB": ("I aVL V1 V2 V6", "QRS onset", "T offset", NORMAL),
-    "IRBBB": ("V1 V2", "QRS onset", "QRS offset", NORMAL), "LAFB": ("I II III aVL aVF", "QRS onset", "QRS offset", NORMAL),
-    "1AVB": (ALL_LEADS, "P onset", "QRS onset", NORMAL), "LVH": ("I aVL V1 V2 V5 V6", "QRS onset", "T offset", NORMAL),
-    "NORM": (ALL_LEADS, "P onset", "T offset", NORMAL), "SR": (ALL_LEADS, "P onset", "QRS offset", NORMAL),
-    "SBRAD": (ALL_LEADS, "P onset", "QRS offset", NORMAL), "STACH": (ALL_LEADS, "P onset", "QRS offset", NORMAL),
-    "AFIB": (ALL_LEADS, "T offset", "next QRS offset", NORMAL),
-    "AFLT": ("II III aVF V1", "T offset", "next QRS offset", NORMAL),
-    "PVC": (ALL_LEADS, "QRS onset", "T offset", VENTRICULAR), "PAC": (ALL_LEADS, "P onset", "QRS offset", ATRIAL),
 }  # fmt: skip
-WAVE_COLUMNS = ("record_id", "beat", "kind", "wave", "onset", "offset")
+PLAIN = 0.15  # from this severity on a condition is present; below it is a borderline finding, not a disease
+BORDERLINE = 0.06  # share of people without a condition who have a borderline finding of it; never a complete block
+MISSED, OVERCALLED = 0.04, 0.08  # share of plain findings not stated, of borderline ones stated
+
+# Where the evidence of a class lies: its leads, from which mark to which mark, in which kinds of beat.
+ALL, CONDUCTED = " ".join(LEADS), ("normal", "atrial")
+EVIDENCE = {
+    "AMI": ("V1 V2 V3 V4", "QRS onset", "T offset", CONDUCTED),
+    "IMI": ("II III aVF", "QRS onset", "T offset", CONDUCTED),
+    "LMI": ("I aVL V5 V6", "QRS onset", "T offset", CONDUCTED),
+    "ISCAL": ("I aVL V2 V3 V4 V5 V6", "QRS offset", "T offset", CONDUCTED),
+    "ISCIN": ("II III aVF", "QRS offset", "T offset", CONDUCTED),
+    "NDT": (ALL, "QRS offset", "T offset", CONDUCTED),
+    "CLBBB": ("I aVL V1 V2 V3 V5 V6", "QRS onset", "T offset", CONDUCTED),
+    "CRBBB": ("I aVL V1 V2 V6", "QRS onset", "T offset", CONDUCTED),
+    "IRBBB": ("V1 V2", "QRS onset", "QRS offset", CONDUCTED),
+    "LAFB": ("I II III aVL aVF", "QRS onset", "QRS offset", CONDUCTED),
+    "1AVB": (ALL, "P onset", "QRS onset", ("normal",)),
+    "LVH": ("I aVL V1 V2 V5 V6", "QRS onset", "T offset", CONDUCTED),
+    "NORM": (ALL, "P onset", "T offset", ("normal",)),
+    "SR": (ALL, "P onset", "QRS offset", ("normal",)),
+    "SBRAD": (ALL, "P onset", "QRS offset", ("normal",)),
+    "STACH": (ALL, "P onset", "QRS offset", ("normal",)),
+    "AFIB": (ALL, "T offset", "next QRS offset", CONDUCTED),
+    "AFLT": ("II III aVF V1", "T offset", "next QRS offset", CONDUCTED),
+    "PVC": (ALL, "QRS onset", "T offset", ("ventricular",)),
+    "PAC": (ALL, "P onset", "QRS offset", ("atrial",)),
+}
+WAVE_COLUMNS = ["record_id", "beat", "kind", "wave", "onset", "offset"]
 KIND_NAMES = {NORMAL: "normal", VENTRICULAR: "ventricular", ATRIAL: "atrial"}
 
 
@@ -74,39 +83,41 @@ KIND_NAMES = {NORMAL: "normal", VENTRICULAR: "ventricular", ATRIAL: "atrial"}
 class Simulation:
     """Simulated records with their ground truth.
 
-    waves has one row a wave lying wholly inside its record: record_id, beat (its number in the record), kind (normal,
+    waves: one row a wave that lies wholly inside its record: record_id, beat (its number in the record), kind (normal,
     ventricular, atrial), wave (P, QRS, T), onset and offset in samples. `records.table` holds the true severity of each
-    condition (0 absent, below 0.15 borderline) and the statements of the reader, from which the targets follow.
+    condition (0 absent, below 0.15 borderline) and the reader's statements, from which the targets follow.
     """
 
     records: Records
     waves: pd.DataFrame
 
     def evidence(self, indices: Sequence[int] | np.ndarray, class_name: str) -> np.ndarray:
-        """Where the evidence for a class lies, bool `(n, 12, time)`; empty for records not stated to have the class."""
-        codes = [code for code in EVIDENCE if class_name in (code, CONDITIONS.get(code))]
+        """Where the evidence for a class lies, bool `(n, 12, time)`; all False for records not stated to have it.
+
+        The class is a superclass, a condition or a rhythm; one that the cohort does not know is a DataError.
+        """
+        codes = {code for code in EVIDENCE if class_name in (code, CONDITIONS.get(code))}
         if not codes:
-            raise DataError(f"There is no class {class_name!r} in the simulated cohort; use one of {', '.join(TASKS['all'])}, "
-                            f"{', '.join(SUPERCLASSES)}.")  # fmt: skip
+            known = ", ".join(sorted({*SUPERCLASSES, *EVIDENCE}))
+            raise DataError(f"The simulated cohort has no class {class_name!r}; use one of {known}.")
         indices = np.asarray(indices).reshape(-1)
         mask = np.zeros((len(indices), len(LEADS), self.records.signals.shape[2]), bool)
+        table = self.records.table
         for row, index in enumerate(indices):
-            stated = self.records.table["statements"].iloc[index].split()
-            marks = self._marks_of(self.records.table["record_id"].iloc[index])
-            for code in set(codes) & set(stated):
+            marks = self.beats.get(table["record_id"].iloc[index])
+            for code in codes & set(table["statements"].iloc[index].split()):
                 _mark_evidence(mask[row], marks, code)
         return mask
 
-    def _marks_of(self, record_id: str) -> pd.DataFrame:
-        """One row a beat of a record: its kind, and onset and offset of its three waves (NaN where absent)."""
-        if not hasattr(self, "_rows"):
-            self._rows = self.waves.groupby("record_id", sort=False).indices
-        rows = self.waves.iloc[self._rows.get(record_id, [])]
-        marks = rows.pivot(index=["beat", "kind"], columns="wave", values=["onset", "offset"])
-        marks.columns = [f"{wave} {end}" for end, wave in marks.columns]
-        marks = marks.reindex(columns=[f"{wave} {end}" for wave in ("P", "QRS", "T") for end in ("onset", "offset")])
-        marks["next QRS offset"] = marks["QRS offset"].shift(-1)
-        return marks.reset_index()
+    @cached_property
+    def beats(self) -> dict[str, pd.DataFrame]:
+        """For each record one row a beat: kind, and onset and offset of its P, QRS and T (NaN where absent)."""
+        beats = self.waves.pivot(index=["record_id", "beat", "kind"], columns="wave", values=["onset", "offset"])
+        beats.columns = [f"{wave} {end}" for end, wave in beats.columns]
+        beats = beats.reindex(columns=[f"{wave} {end}" for wave in ("P", "QRS", "T") for end in ("onset", "offset")])
+        beats["next QRS offset"] = beats.groupby(level="record_id")["QRS offset"].shift(-1)
+        beats = beats.reset_index(["beat", "kind"])
+        return dict(list(beats.groupby(level="record_id")))
 
     def save(self, folder: str | Path) -> Path:
         """Save the records below `folder` and the wave marks beside them as `waves.csv`."""
@@ -120,58 +131,68 @@ class Simulation:
         """Open a saved simulation; DataError where the folder holds other records or lacks its marks."""
         records = Records.load(folder)
         path = Path(folder) / "waves.csv"
+        if not records.about.get("simulated") or "statements" not in records.table:
+            raise DataError(f"{folder}: these records are not a simulated cohort; open them with Records.load.")
         if not path.is_file():
-            raise DataError(f"{path}: the wave marks are missing; simulate the cohort again with the seed in records.json.")
+            raise DataError(f"{path}: the wave marks are missing; simulate the cohort again with the same seed.")
+        records.table["statements"] = records.table["statements"].fillna("")
         try:
-            waves = pd.read_csv(path, dtype={"record_id": str})
-            waves = waves[list(WAVE_COLUMNS)]
-            records.table["statements"] = records.table["statements"].fillna("")
+            return cls(records, pd.read_csv(path, dtype={"record_id": str})[WAVE_COLUMNS])
         except (ValueError, KeyError) as error:
             raise DataError(f"{path}: damaged wave marks ({error}); simulate the cohort again.") from error
-        return cls(records, waves)
 
 
-def _mark_evidence(mask: np.ndarray, marks: pd.DataFrame, code: str) -> None:
-    """Set the region of one statement in `mask (12, time)` for all beats of its kind that have both marks."""
-    names, first, last, kind = EVIDENCE[code]
-    leads = [LEADS.index(name) for name in names.split()]
-    spans = marks.loc[marks["kind"] == KIND_NAMES[kind], [first, last]].dropna().to_numpy(int)
-    for onset, offset in spans:
-        mask[leads, onset : offset + 1] = True
+def _mark_evidence(mask: np.ndarray, beats: pd.DataFrame, code: str) -> None:
+    """Set the region of one statement in `mask (12, time)`, in all beats of its kinds that have both marks."""
+    leads, first, last, kinds = EVIDENCE[code]
+    rows = [LEADS.index(lead) for lead in leads.split()]
+    for onset, offset in beats.loc[beats["kind"].isin(kinds), [first, last]].dropna().to_numpy(int):
+        mask[rows, onset : offset + 1] = True
 
 
-def simulate_records(patients: int, seed: int, sampling_rate: float = 100, seconds: float = 10.0, task: str = "superclass") -> Records:
+def simulate_records(patients: int, seed: int, sampling_rate: float = 100, seconds: float = 10.0,
+                     task: str = "superclass") -> Records:  # fmt: skip
     """The records of a simulated cohort without their ground truth; see `simulate_cohort`."""
     return simulate_cohort(patients, seed, sampling_rate, seconds, task).records
 
 
-def simulate_cohort(patients: int, seed: int, sampling_rate: float = 100, seconds: float = 10.0, task: str = "superclass") -> Simulation:
-    """Simulate `patients` patients with one to four 12-lead ECGs each (1.24 on average), the same for the same seed.
+def simulate_cohort(patients: int, seed: int, sampling_rate: float = 100, seconds: float = 10.0,
+                    task: str = "superclass", signals_file: str | Path | None = None) -> Simulation:  # fmt: skip
+    """`patients` simulated patients with one to four 12-lead ECGs each (1.24 on average), the same for the same seed.
 
-    sampling_rate in Hz (at least 50), task superclass, rhythm or all. The first patients are the same however many are
-    asked for. Raises DataError where a value cannot give an ECG.
+    sampling_rate in Hz (at least 50); task superclass, rhythm or all. The first patients are the same however many are
+    asked for. Cohorts larger than memory keep their signals in `signals_file` (.npy). Raises DataError.
     """
     _check(patients, seed, sampling_rate, seconds, task)
     samples = round(seconds * sampling_rate)
-    parts = [
-        _simulate_block(seed, start, min(BLOCK, patients - start), sampling_rate, samples)
-        for start in range(0, patients, BLOCK)
-    ]
-    signals, tables, waves = zip(*parts, strict=True)
+    sizes = [(start, min(BLOCK, patients - start)) for start in range(0, patients, BLOCK)]
+    shape = (sum(_draw_visits(seed, start)[:wanted].sum() for start, wanted in sizes), len(LEADS), samples)
+    if signals_file is None:
+        signals = np.empty(shape, np.int16)
+    else:
+        with explain_storage(signals_file):
+            signals = np.lib.format.open_memmap(signals_file, "w+", np.int16, shape)
+    tables, waves, filled = [], [], 0
+    for start, wanted in sizes:
+        block, table, marks = _simulate_block(seed, start, wanted, sampling_rate, samples)
+        signals[filled : filled + len(block)] = block
+        filled += len(block)
+        tables.append(table)
+        waves.append(marks)
     table = pd.concat(tables, ignore_index=True)
-    about = {"source": "simulated cohort", "simulated": True, "seed": int(seed), "patients": int(patients), "task": task}
-    records = Records(np.concatenate(signals), MICROVOLT, float(sampling_rate), table, _targets(table, task), TASKS[task], about=about)
+    about = {"source": "simulated cohort", "simulated": True, "seed": int(seed), "patients": int(patients),
+             "task": task}  # fmt: skip
+    records = Records(signals, MICROVOLT, sampling_rate, table, _targets(table, task), TASKS[task], about=about)
     return Simulation(records, pd.concat(waves, ignore_index=True))
 
 
 def _check(patients: int, seed: int, sampling_rate: float, seconds: float, task: str) -> None:
     """Refuse settings from which no ECG can be made."""
     if task not in TASKS:
-        raise DataError(f"Unknown task {task!r} for the simulated cohort; use one of {', '.join(TASKS)}.")
-    if int(patients) != patients or patients < 1:
-        raise DataError(f"{patients} patients cannot be simulated; ask for a whole number of at least 1.")
-    if int(seed) != seed or seed < 0:
-        raise DataError(f"The seed {seed} is not usable; give a whole number of at least 0.")
+        raise DataError(f"The simulated cohort has no task {task!r}; choose one of {', '.join(TASKS)}.")
+    for name, value, least in (("patients", patients, 1), ("seed", seed, 0)):
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+            raise DataError(f"The simulated cohort's {name} is {value!r}; give a whole number of at least {least}.")
     if not 50 <= sampling_rate <= 2000:
         raise DataError(f"A sampling rate of {sampling_rate} Hz does not hold an ECG; give 50 to 2000 Hz.")
     if not 2.5 <= seconds <= 3600:
@@ -186,26 +207,32 @@ def _targets(table: pd.DataFrame, task: str) -> np.ndarray:
     return np.array([[name in codes for name in TASKS[task]] for codes in stated], dtype=np.uint8)
 
 
-def _simulate_block(seed: int, start: int, wanted: int, sampling_rate: float, samples: int) -> tuple[np.ndarray, pd.DataFrame, pd.DataFrame]:
+def _simulate_block(seed: int, start: int, wanted: int, sampling_rate: float,
+                    samples: int) -> tuple[np.ndarray, pd.DataFrame, pd.DataFrame]:  # fmt: skip
     """Signals `(n, 12, time)` int16, table and wave marks of the `wanted` first patients of the block at `start`."""
-    rng = np.random.default_rng([seed, start // BLOCK])
+    rng = np.random.default_rng([seed, start, 1])
     patients = _draw_patients(rng, start)
-    visits = 1 + rng.choice(4, BLOCK, p=RECORDS_PER_PATIENT)
-    person = np.repeat(np.arange(BLOCK), visits)
+    person = np.repeat(np.arange(BLOCK), _draw_visits(seed, start))
     table = _draw_records(rng, patients, person)
-    # Everything random is drawn for the whole block before the unwanted patients are dropped.
-    heart = hearts.draw_heart(rng, patients["age"].to_numpy(), (patients["sex"] == "male").to_numpy())
-    field = hearts.draw_lead_field(rng, BLOCK)[person]
+    # The whole block is drawn before its unwanted patients are dropped, so that the others do not depend on how many.
+    heart = draw_heart(rng, patients["age"].to_numpy(), (patients["sex"] == "male").to_numpy())
+    field = draw_lead_field(rng, BLOCK)[person]
     heart = {name: wave.take(person) for name, wave in heart.items()}
-    hearts.apply_conditions(rng, heart, {code: table[f"severity_{code}"].to_numpy() for code in CONDITIONS})
+    apply_conditions(rng, heart, {code: table[f"severity_{code}"].to_numpy() for code in CONDITIONS})
     pacing = _pacing(rng, table)
-    beats = rhythms.draw_beats(rng, pacing, samples / sampling_rate)
-    signals, marks = _draw_signals(rng, heart, field, pacing, beats, sampling_rate, samples)
-    table = _state(rng, table, beats, samples / sampling_rate)
+    beats = draw_beats(rng, pacing, samples / sampling_rate)
+    signals, marks = record_hearts(rng, heart, field, pacing, beats, sampling_rate, samples)
+    table = _state(rng, table, beats, marks, samples / sampling_rate)
     kept = int((person < wanted).sum())
-    marks["record_id"] = table["record_id"].to_numpy()[marks.pop("record")]
-    marks = marks[marks["record_id"].isin(table["record_id"].iloc[:kept])]
-    return signals[:kept], table.iloc[:kept], marks[list(WAVE_COLUMNS)]
+    marks = marks[marks["record"] < kept]
+    marks.insert(0, "record_id", table["record_id"].to_numpy()[marks["record"]])
+    marks["kind"] = marks["kind"].map(KIND_NAMES)
+    return signals[:kept], table.iloc[:kept], marks[WAVE_COLUMNS]
+
+
+def _draw_visits(seed: int, start: int) -> np.ndarray:
+    """Number of records of each patient of a block, one to four."""
+    return 1 + np.random.default_rng([seed, start, 0]).choice(4, BLOCK, p=RECORDS_PER_PATIENT)
 
 
 def _draw_patients(rng: np.random.Generator, start: int) -> pd.DataFrame:
@@ -214,24 +241,22 @@ def _draw_patients(rng: np.random.Generator, start: int) -> pd.DataFrame:
     combination = np.array(list(COMBINATIONS))[rng.choice(len(shares), BLOCK, p=shares / shares.sum())]
     ill = combination != ""
     age = np.clip(rng.normal(np.where(ill, 64, 53), np.where(ill, 14, 17)), 18, 95).round()
+    fibrillation = rng.random(BLOCK) < 0.0035 * np.exp(0.06 * (age - 18)) * np.where(ill, 1.2, 0.45)
+    rate = rng.normal(72, 10, BLOCK) + rng.choice([0, -20, 34], BLOCK, p=[0.93, 0.03, 0.04])
     patients = pd.DataFrame({
         "patient_id": [f"p{start + row:06d}" for row in range(BLOCK)],
         "fold": np.concatenate([rng.permutation(FOLDS) + 1 for _ in range(BLOCK // FOLDS)]),
         "source": "simulated", "age": age, "sex": np.where(rng.random(BLOCK) < 0.52, "male", "female"),
+        "atria": np.select([fibrillation, rng.random(BLOCK) < 0.012], ["AFIB", "AFLT"], "sinus"),
+        "rate": np.clip(rate, 38, 150), "breathing": np.abs(rng.normal(0, 0.05, BLOCK)) * np.exp(-(age - 25) / 45),
+        "ventricular": rng.random(BLOCK) < 0.02 + 0.0011 * (age - 18),
+        "premature_atrial": rng.random(BLOCK) < 0.01 + 0.0006 * (age - 18),
     })  # fmt: skip
-    for code, severity in _draw_severities(rng, combination).items():
-        patients[f"severity_{code}"] = severity
-    fibrillation = rng.random(BLOCK) < 0.0035 * np.exp(0.06 * (age - 18)) * np.where(ill, 1.2, 0.45)
-    patients["atrial"] = np.select([fibrillation, rng.random(BLOCK) < 0.012], ["AFIB", "AFLT"], "sinus")
-    patients["rate"] = np.clip(rng.normal(72, 10, BLOCK) + rng.choice([0, -20, 34], BLOCK, p=[0.93, 0.03, 0.04]), 38, 150)
-    patients["breathing"] = np.abs(rng.normal(0, 0.05, BLOCK)) * np.exp(-(age - 25) / 45)
-    patients["ventricular"] = rng.random(BLOCK) < 0.02 + 0.0011 * (age - 18)
-    patients["premature_atrial"] = rng.random(BLOCK) < 0.01 + 0.0006 * (age - 18)
-    return patients
+    return patients.assign(**_draw_severities(rng, combination))
 
 
 def _draw_severities(rng: np.random.Generator, combination: np.ndarray) -> dict[str, np.ndarray]:
-    """Severity of each condition `(n,)`: many mild cases, few severe ones, and borderline findings in the others."""
+    """Severity of each condition `(n,)`: many mild cases, few severe ones, borderline findings in the others."""
     count = len(combination)
     present = {code: np.zeros(count, bool) for code in CONDITIONS}
     for superclass, kinds in KINDS.items():
@@ -242,13 +267,13 @@ def _draw_severities(rng: np.random.Generator, combination: np.ndarray) -> dict[
     severities = {}
     for code, here in present.items():
         severity = PLAIN + (1 - PLAIN) * rng.beta(1.3, 1.6, count)
-        borderline = rng.uniform(0.02, PLAIN, count) * (rng.random(count) < 0.06) * (code in BORDERLINE)
-        severities[code] = np.where(here, severity, borderline)
+        slight = rng.uniform(0.02, PLAIN, count) * (rng.random(count) < BORDERLINE) * (code not in ("CLBBB", "CRBBB"))
+        severities[f"severity_{code}"] = np.where(here, severity, slight)
     return severities
 
 
 def _draw_records(rng: np.random.Generator, patients: pd.DataFrame, person: np.ndarray) -> pd.DataFrame:
-    """One row a record: its patient's traits, with another rate and somewhat another severity at each visit."""
+    """One row a record: its patient's traits, with another rate and somewhat other severities at each visit."""
     table = patients.iloc[person].reset_index(drop=True)
     count = len(table)
     visit = table.groupby("patient_id").cumcount() + 1
@@ -256,142 +281,58 @@ def _draw_records(rng: np.random.Generator, patients: pd.DataFrame, person: np.n
     for code in CONDITIONS:
         severity = table[f"severity_{code}"]
         varied = np.clip(severity * rng.lognormal(0, 0.12, count), 0, 1)
-        table[f"severity_{code}"] = np.where(severity >= PLAIN, np.maximum(varied, PLAIN), np.minimum(varied, 0.99 * PLAIN)).round(4)
+        kept = np.where(severity >= PLAIN, np.maximum(varied, PLAIN), np.minimum(varied, 0.99 * PLAIN))
+        table[f"severity_{code}"] = kept.round(4)
     rate = np.clip(table["rate"] * rng.lognormal(0, 0.07, count), 36, 165)
-    rate = np.where(table["atrial"] == "AFIB", np.clip(rate * 1.2, 50, 160), rate)
-    table["rate"] = np.where(table["atrial"] == "AFLT", np.clip(rate * 1.25, 65, 150), rate)
-    # First-degree block has no meaning without P waves.
-    table.loc[table["atrial"] != "sinus", "severity_1AVB"] = 0.0
+    fast = [np.clip(rate * 1.2, 50, 160), np.clip(rate * 1.25, 65, 150)]
+    table["rate"] = np.select([table["atria"] == "AFIB", table["atria"] == "AFLT"], fast, rate)
+    table.loc[table["atria"] != "sinus", "severity_1AVB"] = 0.0  # without P waves there is no PR interval
     return table
 
 
 def _pacing(rng: np.random.Generator, table: pd.DataFrame) -> Pacing:
     """What sets the beats of each record."""
     count = len(table)
+    atrial = (table["premature_atrial"] & (table["atria"] == "sinus")).to_numpy()
     return Pacing(
         interval=60 / table["rate"].to_numpy(),
         breathing=table["breathing"].to_numpy(),
         wander=np.abs(rng.normal(0.008, 0.008, count)),
         ventricular=table["ventricular"].to_numpy() * rng.uniform(0.02, 0.22, count),
-        atrial=(table["premature_atrial"] & (table["atrial"] == "sinus")).to_numpy() * rng.uniform(0.02, 0.15, count),
-        fibrillation=(table["atrial"] == "AFIB").to_numpy(),
-        flutter_cycle=np.where(table["atrial"] == "AFLT", rng.uniform(0.19, 0.25, count), 0.0),
+        atrial=atrial * rng.uniform(0.02, 0.15, count),
+        fibrillation=(table["atria"] == "AFIB").to_numpy(),
+        flutter_cycle=np.where(table["atria"] == "AFLT", rng.uniform(0.19, 0.25, count), 0.0),
     )
 
 
-def _draw_signals(rng: np.random.Generator, heart: Heart, field: np.ndarray, pacing: Pacing, beats: Beats, sampling_rate: float,
-                  samples: int) -> tuple[np.ndarray, pd.DataFrame]:  # fmt: skip
-    """Signals `(n, 12, time)` int16 of hearts seen through lead fields, with recorder noise, and the marks of all waves."""
-    count = len(field)
-    size = rng.lognormal(0, 0.03, len(beats.time)).astype(np.float32)
-    usual = np.bincount(beats.record, beats.interval, count) / np.bincount(beats.record, minlength=count)
-    slow = 0.6 * usual[beats.record] + 0.4 * np.clip(beats.interval, 0.5, 1.4)
-    quick = np.clip(slow, 0.35, 1.6) ** (1 / 3)
-    no_atria = (pacing.fibrillation | (pacing.flutter_cycle > 0))[beats.record]
-    p_size = np.where(beats.kind == ATRIAL, rng.uniform(-0.8, 0.5, count)[beats.record], 1.0) * size
-    eight = np.zeros((count, 8, samples), np.float32)
-    marks = []
-    every = (heart, beats.kind != VENTRICULAR), (hearts.ectopic_heart(rng, count), beats.kind == VENTRICULAR)
-    for waves, chosen in every:
-        amplitudes = {name: wave.leads(field) for name, wave in waves.items()}
-        limits = {name: hearts.wave_limits(wave, amplitudes[name], hearts.LEVEL[name]) for name, wave in waves.items()}
-        for name, wave in waves.items():
-            rows = np.flatnonzero(chosen & ~no_atria) if name == "P" else np.flatnonzero(chosen)
-            stretch = {"P": quick**0.5, "QRS": np.ones_like(quick), "T": quick}[name][rows]
-            _add_waves(eight, wave, amplitudes[name], beats, rows, stretch, (p_size if name == "P" else size)[rows], sampling_rate)
-            spans = limits[name][beats.record[rows]] * stretch[:, None]
-            if name != "QRS":  # P ends before QRS, T begins after it
-                bounds = limits["QRS"][beats.record[rows]]
-                spans = np.minimum(spans, bounds[:, :1]) if name == "P" else np.maximum(spans, bounds[:, 1:])
-            marks.append(_wave_marks(name, spans, beats, rows, sampling_rate, samples))
-    eight += field.astype(np.float32) @ rhythms.atrial_waves(rng, pacing, sampling_rate, samples)
-    eight += _recorder_noise(rng, count, sampling_rate, samples)
-    frame = pd.concat(marks, ignore_index=True).sort_values(["record", "onset", "offset"], kind="stable")
-    return _twelve_leads(eight), frame
-
-
-def _add_waves(eight: np.ndarray, wave: hearts.Wave, amplitudes: np.ndarray, beats: Beats, rows: np.ndarray, stretch: np.ndarray,
-               size: np.ndarray, sampling_rate: float) -> None:  # fmt: skip
-    """Add one wave of some beats to `eight (n, 8, time)`; the recorder's anti-alias filter widens each Gaussian exactly."""
-    if not len(rows):
-        return
-    record, samples = beats.record[rows], eight.shape[2]
-    centre, width = wave.centre[record] * stretch[:, None], wave.width[record] * stretch[:, None]
-    filtered = np.sqrt(width**2 + (0.33 / sampling_rate) ** 2)  # -3 dB at 0.4 of the sampling rate
-    low, high = (centre - 4 * filtered).min(), (centre + 4 * filtered).max()
-    first = np.floor((beats.time[rows] + low) * sampling_rate).astype(int)
-    offsets = np.arange(int(np.ceil((high - low) * sampling_rate)) + 2)
-    times = (first[:, None] + offsets) / sampling_rate - beats.time[rows, None]
-    scaled = (amplitudes[record] * (width / filtered)[:, None] * size[:, None, None]).astype(np.float32)
-    shapes = scaled @ hearts.gaussians(times.astype(np.float32), centre, filtered)
-    for row, (begin, shape) in enumerate(zip(first, shapes, strict=True)):
-        start, stop = max(begin, 0), min(begin + len(offsets), samples)
-        if start < stop:
-            eight[record[row], :, start:stop] += shape[:, start - begin : stop - begin]
-
-
-def _wave_marks(name: str, spans: np.ndarray, beats: Beats, rows: np.ndarray, sampling_rate: float, samples: int) -> pd.DataFrame:
-    """Marks in samples of one wave of some beats, from spans `(b, 2)` in seconds after R; those wholly inside the record."""
-    onset, offset = np.rint((beats.time[rows, None] + spans) * sampling_rate).astype(int).T
-    inside = (onset >= 0) & (offset < samples)
-    rows = rows[inside]
-    return pd.DataFrame({
-        "record": beats.record[rows], "beat": beats.ordinal[rows], "kind": pd.Series(beats.kind[rows]).map(KIND_NAMES),
-        "wave": name, "onset": onset[inside], "offset": offset[inside],
-    })  # fmt: skip
-
-
-def _twelve_leads(eight: np.ndarray) -> np.ndarray:
-    """int16 counts `(n, 12, time)`: limb leads by Einthoven and Goldberger from I and II, chest leads as they are."""
-    limb = np.einsum("lk,nkt->nlt", LIMB_FROM_I_AND_II, eight[:, :2])
-    return to_counts(np.concatenate([limb, eight[:, 2:]], axis=1))
-
-
-def _recorder_noise(rng: np.random.Generator, count: int, sampling_rate: float, samples: int) -> np.ndarray:
-    """Noise `(n, 8, time)` in mV, made at nine electrodes and then led off: baseline wander, muscle, white, mains.
-
-    Mains hum exists only where 50 Hz lies well below half the sampling rate: otherwise the anti-alias filter took it.
-    """
-    level = rng.lognormal(0, 0.5, (count, 1, 1))
-    time = np.arange(samples) / sampling_rate
-    frequencies = np.array([0.05, 0.09, 0.15, 0.22, 0.3, 0.42])
-    waves = np.concatenate([np.sin(2 * np.pi * np.outer(frequencies, time)), np.cos(2 * np.pi * np.outer(frequencies, time))])
-    weights = rng.normal(0, 1, (count, 9, 12)) * np.tile((0.15 / frequencies) ** 0.7, 2) * rng.lognormal(-4.7, 0.7, (count, 1, 1))
-    electrodes = (weights * level).astype(np.float32) @ waves.astype(np.float32)
-    white = rng.standard_normal((count, 9, samples), dtype=np.float32)
-    muscle = np.diff(white, axis=2, prepend=0) * rhythms._smooth(np.abs(rng.normal(0, 1, (count, 6))), samples)[:, None].astype(np.float32)
-    electrodes += (0.0022 * level * rng.lognormal(0, 0.6, (count, 9, 1))).astype(np.float32) * muscle
-    electrodes += (0.0015 * level).astype(np.float32) * rng.standard_normal((count, 9, samples), dtype=np.float32)
-    if sampling_rate > 125:
-        hum = np.sin(2 * np.pi * (50 * time + rng.random((count, 9, 1)))) * np.abs(rng.normal(0, 0.003, (count, 9, 1)))
-        electrodes += (level * hum).astype(np.float32)
-    right_arm, left_arm, leg = electrodes[:, 0:1], electrodes[:, 1:2], electrodes[:, 2:3]
-    terminal = (right_arm + left_arm + leg) / 3
-    return np.concatenate([left_arm - right_arm, leg - right_arm, electrodes[:, 3:] - terminal], axis=1)
-
-
-def _state(rng: np.random.Generator, table: pd.DataFrame, beats: Beats, seconds: float) -> pd.DataFrame:
-    """The table with the reader's statements and the measured heart rate; columns used only inside are dropped."""
+def _state(rng: np.random.Generator, table: pd.DataFrame, beats: Beats, marks: pd.DataFrame,
+           seconds: float) -> pd.DataFrame:  # fmt: skip
+    """The table as published: identity, measured heart rate, the reader's statements, true severities."""
+    count, atria = len(table), table["atria"].to_numpy()
     inside = (beats.time >= 0) & (beats.time < seconds)
-    count = len(table)
-    total = np.bincount(beats.record[inside], beats.interval[inside], count)
-    rate = 60 * np.bincount(beats.record[inside], minlength=count) / np.maximum(total, 1e-9)
-    premature = {
-        name: np.bincount(beats.record[inside & (beats.kind == kind)], minlength=count) > 0
-        for name, kind in (("PVC", VENTRICULAR), ("PAC", ATRIAL))
-    }
-    stated = {}
-    for code in CONDITIONS:
-        severity = table[f"severity_{code}"].to_numpy()
-        chance = np.where(severity >= PLAIN, 1 - MISSED * (1.6 - severity), np.where(severity > 0, OVERCALLED, 0))
-        stated[code] = rng.random(count) < chance
+    beaten = np.bincount(beats.record[inside], minlength=count)
+    rate = 60 * beaten / np.maximum(np.bincount(beats.record[inside], beats.interval[inside], count), 1e-9)
+    stated = {code: _stated(rng, table[f"severity_{code}"].to_numpy()) for code in CONDITIONS}
+    stated["NORM"] = ~np.any(list(stated.values()), axis=0) & (atria == "sinus")
+    for code, kind, waves in (("PVC", VENTRICULAR, ["QRS", "T"]), ("PAC", ATRIAL, ["P", "QRS"])):
+        stated[code] = _has_beat(marks, kind, waves, count) & (rng.random(count) > MISSED)
     slow, fast = rate < 54 + rng.normal(0, 1.5, count), rate > 100 + rng.normal(0, 1.5, count)
-    atrial = table["atrial"].to_numpy()
-    rhythm = np.select([atrial != "sinus", slow, fast], [atrial, "SBRAD", "STACH"], "SR")
-    stated["NORM"] = ~np.any(list(stated.values()), axis=0) & (atrial == "sinus")
-    stated |= {name: here & (rng.random(count) > 0.03) for name, here in premature.items()}
-    stated |= {name: rhythm == name for name in ("AFIB", "AFLT", "SBRAD", "SR", "STACH")}
-    table["statements"] = [" ".join(name for name in stated if stated[name][row]) for row in range(count)]
+    rhythm = np.select([atria != "sinus", slow, fast], [atria, "SBRAD", "STACH"], "SR")
+    stated |= {code: rhythm == code for code in ("AFIB", "AFLT", "SBRAD", "SR", "STACH")}
+    table["statements"] = [" ".join(code for code, here in stated.items() if here[row]) for row in range(count)]
     table["heart_rate"] = rate.round(1)
     first = ["record_id", "patient_id", "fold", "source", "age", "sex", "heart_rate", "statements"]
     return table[first + [f"severity_{code}" for code in CONDITIONS]]
+
+
+def _stated(rng: np.random.Generator, severity: np.ndarray) -> np.ndarray:
+    """Whether the reader states a condition: plain ones but for a few, mild ones the most often missed."""
+    overcalled = np.where(severity > 0, OVERCALLED, 0.0)
+    return rng.random(len(severity)) < np.where(severity >= PLAIN, 1 - MISSED * (1.6 - severity), overcalled)
+
+
+def _has_beat(marks: pd.DataFrame, kind: int, waves: list[str], count: int) -> np.ndarray:
+    """Whether each record has a beat of a kind with all of the named waves wholly inside, bool `(count,)`."""
+    found = marks[(marks["kind"] == kind) & marks["wave"].isin(waves)].groupby(["record", "beat"]).size()
+    complete = found[found == len(waves)].index.get_level_values("record")
+    return np.isin(np.arange(count), complete)
