@@ -244,10 +244,11 @@ def _require_columns(table: pd.DataFrame, columns: Iterable[str], what: str) -> 
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write the figure as SVG, atomically; the same figure always gives the same bytes."""
+    """Write the figure as SVG, atomically, and close it, so that a notebook shows it once; equal figures, equal bytes."""
     path = Path(path)
     if path.suffix != ".svg":
         raise DataError(f"{path}: figures are kept as SVG; choose a name that ends in .svg.")
     with mpl.rc_context({"svg.hashsalt": "ecglib"}), atomic_file(path) as temporary:
         figure.savefig(temporary, format="svg", metadata={"Date": None})
+    plt.close(figure)
     return path

@@ -146,10 +146,12 @@ class Records:
             with explain_storage(folder):
                 if free < needed:
                     raise OSError(28, f"{needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
-            stored = np.lib.format.open_memmap(temporary / "signals.npy", "w+", np.int16, self.signals.shape)
-            for start in range(0, len(self), CHUNK):
-                stored[start : start + CHUNK] = self.signals[start : start + CHUNK]
-            stored.flush()
+            # Plain writes, not a memory map: on a full disk they raise an error where a map would kill the process.
+            with (temporary / "signals.npy").open("wb") as stored:
+                header = {"descr": "<i2", "fortran_order": False, "shape": self.signals.shape}
+                np.lib.format.write_array_header_1_0(stored, header)
+                for start in range(0, len(self), CHUNK):
+                    stored.write(np.ascontiguousarray(self.signals[start : start + CHUNK], dtype="<i2"))
             np.save(temporary / "targets.npy", self.targets)
             self.table.to_csv(temporary / "table.csv", index=False)
             self.left_out.to_csv(temporary / "left_out.csv", index=False)
@@ -176,7 +178,7 @@ class Records:
                 raise ValueError("signals do not match records.json")
             return cls(signals, about["scale"], about["sampling_rate"], table, targets, about["classes"], left_out,
                        about["about"], about["fingerprint"])  # fmt: skip
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError) as error:
             raise DataError(f"{folder}: damaged records ({error}); delete the folder and prepare the data again.") from error
 
 

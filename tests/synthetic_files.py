@@ -59,12 +59,13 @@ def write_ptbxl(folder: Path, count: int = 20) -> Path:
     return folder
 
 
-def write_cinc(folder: Path, names: list[str], codes: list[str], rate: float = 500, seconds: float = 10.0, **header) -> Path:
+def write_cinc(folder: Path, names: list[str], codes: list[str], rate: float = 500, seconds: float = 10.0,
+               **header: str) -> Path:  # fmt: skip
     """A group folder of the CinC 2021 layout: .mat files with 24 bytes before the samples, and RECORDS."""
     for position, (name, code) in enumerate(zip(names, codes, strict=True)):
         comments = ("Age: NaN" if position == 0 else "Age: 61", "Sex: Female", f"Dx: {code}", "Rx: Unknown")
-        write_wfdb(folder, name, heart_signal(rate, seconds, position), rate, comments=comments, suffix="mat", offset=24,
-                   **header)  # fmt: skip
+        signal = heart_signal(rate, seconds, position)
+        write_wfdb(folder, name, signal, rate, comments=comments, suffix="mat", offset=24, **header)
     (folder / "RECORDS").write_text("\n".join(names) + "\n")
     return folder
 
@@ -89,7 +90,8 @@ def write_ludb(folder: Path, count: int = 4) -> Path:
         signal = heart_signal(500, seed=number)
         header = write_wfdb(folder / "data", str(number), signal, leads=tuple(lead.lower() for lead in LEADS))
         lines = header.read_text().splitlines()
-        lines = [lines[0], *(line.replace("1000/mV 16", f"{700 + 90 * i}({i})/mV 0") for i, line in enumerate(lines[1:]))]
+        leads = [line.replace("1000/mV 16", f"{700 + 90 * i}({i})/mV 0") for i, line in enumerate(lines[1:])]
+        lines = [lines[0], *leads]
         header.write_text("\n".join(lines) + "\n")
         marks = [(600, 39), (620, 24), (640, 40), (660, 39), (680, 1), (700, 40), (2000, 39), (2100, 27), (2200, 40)]
         for lead in LEADS:
@@ -98,7 +100,8 @@ def write_ludb(folder: Path, count: int = 4) -> Path:
                      "Electric axis of the heart": "Electric axis of the heart: normal",
                      "Conduction abnormalities": "I degree av block" if number % 2 else None,
                      "Hypertrophies": "Left ventricular hypertrophy\nLeft atrial overload"})  # fmt: skip
-    columns = ("Extrasystolies", "Cardiac pacing", "Ischemia", "Non-specific repolarization abnormalities", "Other states")
+    columns = ("Extrasystolies", "Cardiac pacing", "Ischemia", "Non-specific repolarization abnormalities",
+               "Other states")  # fmt: skip
     pd.DataFrame(rows).assign(**dict.fromkeys(columns)).to_csv(folder / "ludb.csv", index=False)
     return folder
 
@@ -118,9 +121,10 @@ def write_code15(folder: Path, parts: int = 2, each: int = 8) -> Path:
             start = (4096 - length) // 2
             tracings[place, start : start + length] = heart_signal(400, length / 400, exam).T
             exam_ids[place] = exam
-            rows.append({"exam_id": exam, "age": 50, "is_male": bool(place % 2), "nn_predicted_age": 48.0,
-                         **{name: bool(place % 6 == i) for i, name in enumerate(("1dAVb", "RBBB", "LBBB", "SB", "ST", "AF"))},
-                         "patient_id": exam // 2, "normal_ecg": False, "trace_file": f"exams_part{part}.hdf5"})  # fmt: skip
+            classes = {name: place % 6 == i for i, name in enumerate(("1dAVb", "RBBB", "LBBB", "SB", "ST", "AF"))}
+            rows.append({"exam_id": exam, "age": 50, "is_male": bool(place % 2), "nn_predicted_age": 48.0, **classes,
+                         "patient_id": exam // 2, "normal_ecg": False,
+                         "trace_file": f"exams_part{part}.hdf5"})  # fmt: skip
         with h5py.File(folder / f"exams_part{part}.hdf5", "w") as file:
             file["tracings"], file["exam_id"] = tracings, exam_ids
     pd.DataFrame(rows).to_csv(folder / "exams.csv", index=False)

@@ -1,49 +1,12 @@
 """xresnet1d against a plain Conv1d twin, and its published size."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 
 from ecglib.encoders import make_encoder
-from ecglib.encoders.xresnet1d import XResNet1d, xresnet1d50
-
-
-def plain_conv1d(encoder: XResNet1d) -> nn.Module:
-    """The same network with one-dimensional layers and the same weights: the reference."""
-    twin = copy.deepcopy(encoder)
-    for module in list(twin.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Conv2d):
-                layer = nn.Conv1d(child.in_channels, child.out_channels, child.kernel_size[1], child.stride[1],
-                                  child.padding[1], bias=child.bias is not None)  # fmt: skip
-                layer.weight.data = child.weight.data.squeeze(2).clone(memory_format=torch.contiguous_format)
-                if child.bias is not None:
-                    layer.bias.data = child.bias.data.clone()
-            elif isinstance(child, nn.BatchNorm2d):
-                layer = nn.BatchNorm1d(child.num_features)
-                layer.load_state_dict(child.state_dict())
-            elif isinstance(child, nn.MaxPool2d):
-                layer = nn.MaxPool1d(3, 2, 1)
-            elif isinstance(child, nn.AvgPool2d):
-                layer = nn.AvgPool1d(2, 2, ceil_mode=True)
-            else:
-                continue
-            setattr(module, name, layer)
-    return twin
-
-
-class _Pooled(nn.Module):
-    """Stem, stages and pooling on (batch, channels, time)."""
-
-    def __init__(self, twin: nn.Module) -> None:
-        super().__init__()
-        self.stem, self.stages = twin.stem, twin.stages
-
-    def forward(self, signals: torch.Tensor) -> torch.Tensor:
-        features = self.stages(self.stem(signals))
-        return torch.cat([features.amax(dim=2), features.mean(dim=2)], dim=1)
+from ecglib.encoders.xresnet1d import xresnet1d50
+from plain_conv1d import plain_conv1d
 
 
 def test_paper_encoder_has_the_published_size_and_shapes():
@@ -68,7 +31,7 @@ def test_forward_and_gradients_equal_plain_conv1d():
     for module in encoder.modules():  # the last norms start at zero, which would hide the blocks from this test
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
-    twin = _Pooled(plain_conv1d(encoder))
+    twin = plain_conv1d(encoder)
     signals = torch.randn(8, 12, 250)
     first, second = encoder(signals), twin(signals)
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)

@@ -23,7 +23,8 @@ from ecglib.sources.wfdb_folder import read_wfdb_folder
 def make_records(count: int = 6, seed: int = 0, **changes) -> Records:
     """Sound records of 2 s at 100 Hz, two a patient."""
     signals = np.stack([heart_signal(100, 2.0, seed + i) for i in range(count)])
-    table = pd.DataFrame({"record_id": [f"r{i}" for i in range(count)], "patient_id": [f"p{i // 2}" for i in range(count)],
+    table = pd.DataFrame({"record_id": [f"r{i}" for i in range(count)],
+                          "patient_id": [f"p{i // 2}" for i in range(count)],
                           "fold": [i % 10 + 1 for i in range(count)], "source": "test", "age": 50.5})  # fmt: skip
     targets = np.eye(3, dtype=np.uint8)[np.arange(count) % 3]
     parts = {"sampling_rate": 100.0, "table": table, "targets": targets, "classes": ("A", "B", "C"), **changes}
@@ -35,8 +36,8 @@ def recording(signal: np.ndarray, name: str = "r", rate: float = 100, leads: tup
     return Recording(leads, np.array(signal, dtype=np.float32), rate, row, np.array([1], np.uint8))
 
 
-def put_together(*recordings: Recording, **rules: str) -> Records:
-    return assemble(recordings, ["A"], 100, 10.0, {"source": "test"}, {name.replace("_", " "): v for name, v in rules.items()})
+def put_together(*recordings: Recording) -> Records:
+    return assemble(recordings, ["A"], 100, 10.0, {"source": "test"})
 
 
 def sound(seed: int = 0) -> np.ndarray:
@@ -80,8 +81,14 @@ def test_fingerprint_changes_with_what_matters(tmp_path: Path) -> None:
     other_signal = base.millivolts()
     other_signal[0, 0, 0] += 0.01
     other_table = base.table.assign(fold=3)
-    changed = [make_records(signals=other_signal), make_records(targets=1 - base.targets), make_records(table=other_table),
-               make_records(classes=("A", "B", "D")), make_records(sampling_rate=101.0), base.select([1, 0, 2, 3, 4, 5])]  # fmt: skip
+    changed = [
+        make_records(signals=other_signal),
+        make_records(targets=1 - base.targets),
+        make_records(table=other_table),
+        make_records(classes=("A", "B", "D")),
+        make_records(sampling_rate=101.0),
+        base.select([1, 0, 2, 3, 4, 5]),
+    ]
     prints = {base.fingerprint, *(records.fingerprint for records in changed)}
     assert len(prints) == 7 and make_records().fingerprint == base.fingerprint
     assert make_records(table=base.table.assign(age=1.0)).fingerprint == base.fingerprint
@@ -166,7 +173,9 @@ def faulty(kind: str) -> np.ndarray:
     return signal
 
 
-@pytest.mark.parametrize("fault", ["missing samples", "flat lead", "saturated", "absurd amplitude", "Einthoven's law broken"])
+@pytest.mark.parametrize(
+    "fault", ["missing samples", "flat lead", "saturated", "absurd amplitude", "Einthoven's law broken"]
+)
 def test_validate_names_record_and_lead(fault: str) -> None:
     signals = np.stack([sound(), sound(1), faulty(fault)])
     found = make_records(3, signals=signals).validate()

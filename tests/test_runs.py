@@ -127,10 +127,10 @@ torch.set_num_threads(1)
 from test_runs import *
 import ecglib.supervised
 from functools import partial
-ecglib.supervised.fit = partial(ecglib.supervised.fit, checkpoint_every=10)
+ecglib.supervised.fit = partial(ecglib.supervised.fit, checkpoint_every=5)
 records = labelled_records()
 print("ready", flush=True)
-run_or_load(spec(records, steps=150), supervised_run(records, [0.5, 1.0]), sys.argv[1])
+run_or_load(spec(records, steps=60), supervised_run(records, [0.5, 1.0]), sys.argv[1])
 """
 
 

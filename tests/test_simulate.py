@@ -1,5 +1,7 @@
 """The simulated cohort: its laws, its physiology, its labels and its ground truth."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +12,7 @@ from ecglib.records import LEADS, Records
 from ecglib.sources.heart import LEAD_FIELD, rotation
 from ecglib.sources.recorder import recorder_noise
 from ecglib.sources.simulate import (
-    CONDITIONS, EVIDENCE, PLAIN, RHYTHMS, SUPERCLASSES, TASKS, Simulation, simulate_cohort, simulate_records,
+    BLOCK, CONDITIONS, EVIDENCE, PLAIN, RHYTHMS, SUPERCLASSES, TASKS, Simulation, simulate_cohort, simulate_records,
 )  # fmt: skip
 
 SECOND = 100  # samples
@@ -18,8 +20,8 @@ SECOND = 100  # samples
 
 @pytest.fixture(scope="module")
 def cohort() -> Simulation:
-    """About 750 records with all statements as classes."""
-    return simulate_cohort(600, seed=3, task="all")
+    """About 900 records with all statements as classes."""
+    return simulate_cohort(720, seed=3, task="all")
 
 
 @pytest.fixture(scope="module")
@@ -83,24 +85,25 @@ def test_records_pass_their_own_validation(cohort):
 
 
 def test_same_seed_same_records_other_seed_others():
-    first, again, other = simulate_records(30, 5), simulate_records(30, 5), simulate_records(30, 6)
+    first, again, other = (simulate_records(30, seed, seconds=2.5) for seed in (5, 5, 6))
     assert first.fingerprint == again.fingerprint
     assert first.table.equals(again.table)
     assert first.fingerprint != other.fingerprint
 
 
-@pytest.mark.parametrize("patients", [1, 120, 130])
-def test_first_patients_do_not_depend_on_how_many_are_asked_for(patients):
-    few, many = simulate_cohort(patients, 2, seconds=4), simulate_cohort(260, 2, seconds=4)
-    count = len(few.records)
-    assert few.records.table["patient_id"].nunique() == patients
-    assert np.array_equal(few.records.signals, many.records.signals[:count])
-    assert few.records.table.equals(many.records.table.iloc[:count])
-    assert few.waves.equals(many.waves.iloc[: len(few.waves)])
+def test_first_patients_do_not_depend_on_how_many_are_asked_for():
+    many = simulate_cohort(130, 2, seconds=2.5)
+    for patients in (1, BLOCK, BLOCK + 5):
+        few = simulate_cohort(patients, 2, seconds=2.5)
+        count = len(few.records)
+        assert few.records.table["patient_id"].nunique() == patients
+        assert np.array_equal(few.records.signals, many.records.signals[:count])
+        assert few.records.table.equals(many.records.table.iloc[:count])
+        assert few.waves.equals(many.waves.iloc[: len(few.waves)])
 
 
 def test_about_says_that_the_records_are_simulated():
-    about = simulate_records(12, 4).about
+    about = simulate_records(12, 4, seconds=2.5).about
     assert about["source"] == "simulated cohort"
     assert about["simulated"] is True
     assert (about["seed"], about["patients"]) == (4, 12)
@@ -112,13 +115,13 @@ def test_patients_have_one_to_four_records_in_one_fold(cohort):
     assert set(counts) == {1, 2, 3, 4}
     assert 1.15 < counts.mean() < 1.35
     assert (patients["fold"].nunique() == 1).all()
-    assert (patients["fold"].first().value_counts() == 60).all()
+    assert (patients["fold"].first().value_counts() == 72).all()
     assert cohort.records.table["record_id"].is_unique
 
 
 def test_visits_of_one_patient_share_the_heart_and_differ_in_rate(cohort):
     table = cohort.records.table
-    chosen = np.flatnonzero(~stated(table, "AFIB") & ~stated(table, "AFLT") & (table["heart_rate"] < 90))
+    chosen = np.flatnonzero(~stated(table, "AFIB") & ~stated(table, "AFLT") & (table["heart_rate"] < 90))[:250]
     beats = median_beats(cohort, chosen)[:, :2, 25:45].reshape(len(chosen), -1)
     likeness = np.corrcoef(beats)
     same = table["patient_id"].to_numpy()[chosen]
@@ -129,22 +132,31 @@ def test_visits_of_one_patient_share_the_heart_and_differ_in_rate(cohort):
     assert np.abs(rates[first] - rates[second]).mean() > 2
 
 
-def test_prevalences_are_like_ptb_xl():
-    records = simulate_records(1200, 11, seconds=2.5)
-    shares = dict(zip(records.classes, records.targets.mean(axis=0), strict=True))
-    assert records.classes == SUPERCLASSES
+def test_prevalences_are_like_ptb_xl(cohort):
+    table = cohort.records.table
+    has = {name: np.any([stated(table, code) for code in EVIDENCE if name in (code, CONDITIONS.get(code))], axis=0)
+           for name in SUPERCLASSES}  # fmt: skip
     for name, wanted in {"NORM": 0.44, "STTC": 0.24, "MI": 0.25, "CD": 0.22, "HYP": 0.12}.items():
-        assert abs(shares[name] - wanted) < 0.05, (name, shares[name])
-    assert 0 < (records.targets.sum(axis=1) == 0).mean() < 0.04
-    assert 0.2 < (records.targets.sum(axis=1) > 1).mean() < 0.35
-    assert 0.03 < stated(records.table, "AFIB").mean() < 0.11
+        assert abs(has[name].mean() - wanted) < 0.06, name
+    classes = np.sum(list(has.values()), axis=0)
+    assert 0 < (classes == 0).mean() < 0.04
+    assert 0.2 < (classes > 1).mean() < 0.35
+    assert 0.03 < stated(table, "AFIB").mean() < 0.11
+
+
+def test_superclass_targets_follow_from_the_statements(cohort):
+    records = simulate_records(BLOCK, 3)
+    assert records.classes == SUPERCLASSES
+    for row, text in enumerate(cohort.records.table["statements"].iloc[: len(records)]):
+        wanted = {CONDITIONS.get(code, code) for code in text.split()} & set(SUPERCLASSES)
+        assert {name for name, here in zip(SUPERCLASSES, records.targets[row], strict=True) if here} == wanted
 
 
 def test_every_class_of_every_task_occurs(cohort):
     assert cohort.records.targets.sum(axis=0).min() > 0
     rhythms = cohort.records.targets[:, [TASKS["all"].index(name) for name in ("AFIB", "AFLT", "SBRAD", "SR", "STACH")]]
     assert (rhythms.sum(axis=1) == 1).all()
-    assert simulate_records(20, 0, task="rhythm").classes == RHYTHMS
+    assert simulate_records(5, 0, seconds=2.5, task="rhythm").classes == RHYTHMS
 
 
 def test_some_labels_are_wrong_and_only_a_few(cohort):
@@ -157,7 +169,7 @@ def test_some_labels_are_wrong_and_only_a_few(cohort):
 
 def test_intervals_of_normal_hearts_are_normal(measured, cohort):
     normal = measured[healthy(cohort)]
-    assert normal["pr"].between(100, 205).all()
+    assert normal["pr"].between(100, 215).all()
     assert 140 < normal["pr"].median() < 175
     assert normal["qrs"].between(65, 118).all()
     assert 80 < normal["qrs"].median() < 100
@@ -199,18 +211,18 @@ def test_marks_agree_with_the_signal(cohort):
         assert inside[highest]
 
 
-def rr_intervals(cohort: Simulation, index: int) -> np.ndarray:
-    """RR in seconds, from the QRS onsets of one record."""
-    return np.diff(cohort.beats[cohort.records.table["record_id"].iloc[index]]["QRS onset"].dropna()) / SECOND
+def rr_spread(cohort: Simulation, index: int) -> float:
+    """Standard deviation over mean of the RR intervals of one record."""
+    intervals = cohort.beats[cohort.records.table["record_id"].iloc[index]]["QRS onset"].dropna().diff().dropna()
+    return intervals.std() / intervals.mean()
 
 
 def test_atrial_fibrillation_is_irregular_without_p_waves(cohort):
     table = cohort.records.table
     fibrillating = np.flatnonzero(stated(table, "AFIB") & ~stated(table, "PVC"))
     sinus = np.flatnonzero(stated(table, "SR") & ~stated(table, "PVC") & ~stated(table, "PAC"))
-    spread = lambda rows: np.array([np.std(r) / np.mean(r) for r in map(lambda i: rr_intervals(cohort, i), rows)])  # noqa: E731
-    assert np.median(spread(fibrillating)) > 0.15
-    assert np.median(spread(sinus)) < 0.06
+    assert np.median([rr_spread(cohort, index) for index in fibrillating]) > 0.15
+    assert np.median([rr_spread(cohort, index) for index in sinus]) < 0.06
     with_p = set(cohort.waves.loc[cohort.waves["wave"] == "P", "record_id"])
     assert not with_p & set(table["record_id"].iloc[fibrillating])
     assert set(table["record_id"].iloc[sinus]) <= with_p
@@ -272,46 +284,58 @@ def test_inferior_evidence_is_inferior_qrs_to_t(cohort):
     assert inside[int(beat["QRS onset"] - beat["P onset"]) :].all()
 
 
-def separation(cohort: Simulation, code: str, value) -> float:
+@pytest.fixture(scope="module")
+def normal_beats(cohort: Simulation) -> np.ndarray:
+    """Median beats of 120 people without any finding."""
+    return median_beats(cohort, np.flatnonzero(healthy(cohort))[:120])
+
+
+def separation(cohort: Simulation, normal: np.ndarray, code: str, value: Callable[[np.ndarray], np.ndarray]) -> float:
     """AUROC of one classical measurement, from median beats, for severe cases against clean normals."""
-    others = [c for c in CONDITIONS if c != code and CONDITIONS[c] in ("CD", "MI", "HYP")]
-    alone = np.all([severity(cohort, c) < PLAIN for c in others], axis=0) & ~stated(cohort.records.table, "AFIB")
-    severe = np.flatnonzero((severity(cohort, code) > 0.55) & alone & ~stated(cohort.records.table, "AFLT"))
-    normal = np.flatnonzero(healthy(cohort))
+    leads = {c: set(EVIDENCE[c][0].split()) for c in CONDITIONS}
+    rivals = [c for c in CONDITIONS if c != code and CONDITIONS[c] in ("CD", "MI", "HYP") and leads[c] & leads[code]]
+    alone = np.all([severity(cohort, c) < 0.3 for c in rivals], axis=0)
+    atria = stated(cohort.records.table, "AFIB") | stated(cohort.records.table, "AFLT")
+    severe = np.flatnonzero((severity(cohort, code) > 0.45) & alone & ~atria)
     assert len(severe) >= 4, code
-    scores = np.concatenate([value(median_beats(cohort, rows)) for rows in (severe, normal)])
+    scores = np.concatenate([value(median_beats(cohort, severe)), value(normal)])
     return roc_auc_score(np.arange(len(scores)) < len(severe), scores)
 
 
-def q_depth(*names: str):
-    """Mean over leads of the depth within 50 ms of QRS onset, in mV."""
-    return lambda beats: np.mean([-lead(beats, name)[:, 30:36].min(axis=1) for name in names], axis=0)
+def lowest(beats: np.ndarray, names: str, start: int, stop: int) -> np.ndarray:
+    """Depth below zero in mV, mean over leads, between two samples of median beats (QRS onset at 30)."""
+    return np.mean([-lead(beats, name)[:, start:stop].min(axis=1) for name in names.split()], axis=0)
 
 
-def height(name: str, start: int, stop: int):
-    """Mean of one lead over samples of the median beat (QRS onset at 30)."""
-    return lambda beats: lead(beats, name)[:, start:stop].mean(axis=1)
+def highest(beats: np.ndarray, names: str, start: int, stop: int) -> np.ndarray:
+    """Height above zero in mV, mean over leads, between two samples of median beats (QRS onset at 30)."""
+    return np.mean([lead(beats, name)[:, start:stop].max(axis=1) for name in names.split()], axis=0)
 
 
 CLASSICAL = {
-    "IMI": q_depth("II", "III", "aVF"), "AMI": q_depth("V1", "V2", "V3"), "LMI": q_depth("V5", "V6"),
-    # Sokolow-Lyon: S in V1 and the taller R of V5 and V6
-    "LVH": lambda b: -lead(b, "V1").min(axis=1) + np.maximum(lead(b, "V5").max(axis=1), lead(b, "V6").max(axis=1)),
-    "CRBBB": height("V1", 39, 44), "IRBBB": height("V1", 37, 40), "CLBBB": lambda b: -height("V1", 35, 44)(b),
-    "LAFB": lambda b: -lead(b, "aVF")[:, 32:42].mean(axis=1),
-    "ISCAL": lambda b: -lead(b, "V5")[:, 48:66].mean(axis=1), "ISCIN": lambda b: -lead(b, "aVF")[:, 48:66].mean(axis=1),
-    "NDT": lambda b: -np.abs(lead(b, "V4")[:, 48:66]).max(axis=1),
-}  # fmt: skip
+    "IMI": lambda beats: lowest(beats, "II aVF", 30, 35),  # Q
+    "AMI": lambda beats: -highest(beats, "V1 V2 V3", 30, 36),  # lost R
+    "LMI": lambda beats: lowest(beats, "V5 V6", 30, 35),  # Q
+    "LVH": lambda beats: lowest(beats, "V1", 30, 42)  # Sokolow-Lyon: S in V1 and the taller R of V5 and V6
+    + np.maximum(highest(beats, "V5", 30, 42), highest(beats, "V6", 30, 42)),
+    "CRBBB": lambda beats: highest(beats, "V1", 39, 44),  # R'
+    "IRBBB": lambda beats: highest(beats, "V1", 38, 42),  # r'
+    "CLBBB": lambda beats: highest(beats, "I", 39, 44),  # the left ventricle comes late
+    "LAFB": lambda beats: lowest(beats, "II aVF", 34, 42),  # S: axis to the left
+    "ISCAL": lambda beats: -highest(beats, "I V5 V6", 50, 66),  # T
+    "ISCIN": lambda beats: lowest(beats, "III aVF", 46, 66),  # T
+    "NDT": lambda beats: -highest(beats, "II V3 V4 V5", 50, 66),  # T
+}
 
 
 @pytest.mark.parametrize("code", CLASSICAL)
-def test_classical_measurement_separates_severe_cases(cohort, code):
-    assert separation(cohort, code, CLASSICAL[code]) > 0.85
+def test_classical_measurement_separates_severe_cases(cohort, normal_beats, code):
+    assert separation(cohort, normal_beats, code, CLASSICAL[code]) > 0.85
 
 
-def test_voltages_are_plausible(cohort):
-    normal = median_beats(cohort, np.flatnonzero(healthy(cohort)))
-    for name, low, high in (("II", 0.3, 1.6), ("V5", 0.6, 2.4)):
+def test_voltages_are_plausible(normal_beats):
+    normal = normal_beats
+    for name, low, high in (("II", 0.25, 1.6), ("V5", 0.5, 2.5)):
         tall = lead(normal, name).max(axis=1)
         assert low < np.quantile(tall, 0.1) and np.quantile(tall, 0.9) < high
     assert lead(normal, "V1").min(axis=1).mean() < -0.5  # S in V1
@@ -321,12 +345,12 @@ def test_voltages_are_plausible(cohort):
 
 def test_noise_has_a_random_level_and_mains_only_where_it_can_be_sampled():
     rng = np.random.default_rng(0)
-    noise = recorder_noise(rng, 300, 100, 1000)
+    noise = recorder_noise(rng, 120, 100, 1000)
     level = np.diff(noise, axis=2).std(axis=(1, 2))
     assert np.quantile(level, 0.95) > 4 * np.quantile(level, 0.05)
 
     def hum(rate: int) -> float:
-        power = np.square(np.abs(np.fft.rfft(recorder_noise(rng, 60, rate, 10 * rate)[:, 0], axis=1))).mean(axis=0)
+        power = np.square(np.abs(np.fft.rfft(recorder_noise(rng, 30, rate, 10 * rate)[:, 0], axis=1))).mean(axis=0)
         frequency = np.fft.rfftfreq(10 * rate, 1 / rate)
         near = (np.abs(frequency - 50) < 2) & (frequency < rate / 2 - 1) & (np.abs(frequency - 50) > 0.15)
         return power[np.argmin(np.abs(frequency - 50))] / power[near].mean()
@@ -336,17 +360,17 @@ def test_noise_has_a_random_level_and_mains_only_where_it_can_be_sampled():
 
 
 def test_same_heart_at_another_sampling_rate():
-    slow, fast = simulate_cohort(6, 1, sampling_rate=100), simulate_cohort(6, 1, sampling_rate=400)
-    assert fast.records.signals.shape[2] == 4 * slow.records.signals.shape[2]
+    slow, fast = (simulate_cohort(20, 1, sampling_rate=rate, seconds=4) for rate in (100, 200))
+    assert fast.records.signals.shape[2] == 2 * slow.records.signals.shape[2]
     marks = slow.waves.merge(fast.waves, on=["record_id", "beat", "kind", "wave"])
     assert len(marks) > 0.95 * len(slow.waves)
-    assert (np.abs(marks["onset_x"] - marks["onset_y"] / 4) <= 1).all()
+    assert (np.abs(marks["onset_x"] - marks["onset_y"] / 2) <= 1).all()
 
 
 def test_saved_and_loaded_with_its_ground_truth(tmp_path):
-    made = simulate_cohort(30, 9, task="all", signals_file=tmp_path / "signals.npy")
+    made = simulate_cohort(50, 9, task="all", signals_file=tmp_path / "signals.npy")
     again = Simulation.load(made.save(tmp_path / "cohort"))
-    assert again.records.fingerprint == made.records.fingerprint == simulate_records(30, 9, task="all").fingerprint
+    assert again.records.fingerprint == made.records.fingerprint == simulate_records(50, 9, task="all").fingerprint
     assert again.waves.reset_index(drop=True).equals(made.waves.reset_index(drop=True))
     every = np.arange(len(made.records))
     for name in (*SUPERCLASSES, "SR", "AFIB"):

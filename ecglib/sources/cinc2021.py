@@ -78,7 +78,8 @@ def read_cinc2021(folder: str | Path, dataset: str, *, sampling_rate: float = 10
         target = np.array([not found.isdisjoint(wanted) for wanted in codes.values()], dtype=np.uint8)
         patient, fold = _patient(path, patients)
         row = {"record_id": path.stem, "patient_id": patient, "fold": fold, "source": f"cinc2021 {dataset}",
-               "age": _age(header.comments), "sex": _sex(header.comments), "codes": ";".join(sorted(found))}  # fmt: skip
+               "age": _age(header.comments), "sex": _sex(header.comments),
+               "codes": ";".join(sorted(found))}  # fmt: skip
         return Recording(header.leads, millivolts, header.sampling_rate, row, target, notes)
 
     about = {
@@ -95,7 +96,8 @@ def read_cinc2021(folder: str | Path, dataset: str, *, sampling_rate: float = 10
     return records
 
 
-def class_codes(dataset: str, classes: Sequence[str] | None = None, merge_equivalent: bool = False) -> dict[str, set[str]]:
+def class_codes(dataset: str, classes: Sequence[str] | None = None,
+                merge_equivalent: bool = False) -> dict[str, set[str]]:  # fmt: skip
     """Class name -> SNOMED codes that count for it, in the order of the challenge's list of scored diagnoses.
 
     With `merge_equivalent` the pairs that the challenge scores alike (CLBBB and LBBB, CRBBB and RBBB, PAC and SVPB, PVC

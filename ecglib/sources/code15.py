@@ -1,8 +1,8 @@
 """CODE-15 % (Ribeiro et al., Zenodo 4916206): 345,779 exams of 233,770 patients, `exams.csv` and 18 HDF5 parts.
 
 The unit of the stored numbers is not certain. Zenodo names none; the authors' "scale 1e-4 V, so multiply volts by 1000"
-contradicts itself (tenths of a millivolt, or millivolts). The PhysioNet Challenge 2025 converts the set as millivolts and
-so does this reader; measured lead ranges are 1.4 to 2 times those of other sets. `millivolts_per_unit` changes it.
+contradicts itself (tenths of a millivolt, or millivolts). The PhysioNet Challenge 2025 converts the set as millivolts,
+as does this reader; measured lead ranges are 1.4 to 2 times those of other sets. `millivolts_per_unit` changes it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ import pandas as pd
 from ecglib.errors import DataError
 from ecglib.records import LEADS, Records
 from ecglib.sources.assemble import RULES, Recording, Unreadable, assemble
-from ecglib.sources.index_files import existing_folder, read_csv, ten_folds, whole_numbers
+from ecglib.sources.index_files import existing_folder, no_duplicates, read_csv, ten_folds, where, whole_numbers
 
 INDEX = "exams.csv"
 PARTS = "exams_part*.hdf5"
@@ -25,8 +25,8 @@ STORED = 4096  # samples; shorter recordings stand in the middle, zeros on both 
 ROWS = 64  # tracings read together: 12.6 MB
 
 
-def read_code15(folder: str | Path, *, sampling_rate: float = 100, seconds: float = 10.0, millivolts_per_unit: float = 1.0,
-                rules: Mapping[str, str] | None = None) -> Records:  # fmt: skip
+def read_code15(folder: str | Path, *, sampling_rate: float = 100, seconds: float = 10.0,
+                millivolts_per_unit: float = 1.0, rules: Mapping[str, str] | None = None) -> Records:  # fmt: skip
     """The exams of every part that is in the folder, with six classes, patients, and folds by patient.
 
     The zeros around a tracing are stripped, then it is resampled and cut, or padded with zeros, to `seconds` (most last
@@ -58,8 +58,10 @@ def read_code15(folder: str | Path, *, sampling_rate: float = 100, seconds: floa
                     else:
                         about["filler_rows" if exam == 0 else "not_in_index"] += 1
                 if missing:
-                    raise DataError(f"{path}: {len(missing)} exams of {INDEX} are absent (the first is {min(missing)}); "
-                                    "download this part again.")  # fmt: skip
+                    raise DataError(
+                        f"{path}: {len(missing)} exams of {INDEX} are absent (the first is {min(missing)}); "
+                        "download this part again."
+                    )
             except DataError as error:
                 if stop:
                     raise
@@ -77,14 +79,11 @@ def _read_exams(folder: Path) -> pd.DataFrame:
     exams = read_csv(path, ("exam_id", "patient_id", "trace_file", *CLASSES), text=("trace_file", *CLASSES))
     for column in ("exam_id", "patient_id"):
         exams[column] = whole_numbers(path, exams, column)
-    if exams["exam_id"].duplicated().any():
-        twice = exams["exam_id"][exams["exam_id"].duplicated()].iloc[0]
-        raise DataError(f"{path}: exam_id {twice} stands there twice; download the file again.")
+    no_duplicates(path, exams, "exam_id")
     for column in CLASSES:
         values = exams[column].str.strip().str.lower().map({"true": 1, "1": 1, "1.0": 1, "false": 0, "0": 0, "0.0": 0})
         if values.isna().any():
-            row = int(np.argmax(values.isna().to_numpy()))
-            raise DataError(f"{path}: line {row + 2} has {column} {exams[column].iloc[row]!r}, not True or False; correct it.")
+            raise DataError(f"{path}: {where(exams, column, values.isna())}, not True or False; correct it.")
         exams[column] = values.astype(np.uint8)
     return exams
 
@@ -97,7 +96,8 @@ def _tracings(path: Path) -> Iterator[tuple[int, np.ndarray]]:
         exam_ids, tracings = file["exam_id"], file["tracings"]
         if exam_ids.ndim != 1 or tracings.shape != (len(exam_ids), STORED, len(LEADS)):
             raise DataError(
-                f"{path}: tracings {tracings.shape} for {exam_ids.shape} exams, not (exams, {STORED}, 12); download it again."
+                f"{path}: tracings {tracings.shape} for {exam_ids.shape} exams, not (exams, {STORED}, 12); download it "
+                "again."
             )
         for start in range(0, len(exam_ids), ROWS):
             block = np.asarray(tracings[start : start + ROWS], dtype=np.float32)
@@ -124,8 +124,9 @@ def strip_zeros(tracing: np.ndarray) -> np.ndarray:
 
 def _recording(entry: pd.Series, millivolts: np.ndarray) -> Recording:
     """One recording from its index row and its signal `(time, 12)`."""
-    row = {"record_id": str(int(entry["exam_id"])), "patient_id": str(int(entry["patient_id"])), "fold": 0, "source": "code-15",
-           "age": pd.to_numeric(entry.get("age"), errors="coerce"), "sex": _sex(entry.get("is_male"))}  # fmt: skip
+    row = {"record_id": str(int(entry["exam_id"])), "patient_id": str(int(entry["patient_id"])), "fold": 0,
+           "source": "code-15", "age": pd.to_numeric(entry.get("age"), errors="coerce"),
+           "sex": _sex(entry.get("is_male"))}  # fmt: skip
     target = entry[list(CLASSES)].to_numpy(dtype=np.uint8)
     return Recording(LEADS, np.ascontiguousarray(millivolts.T), RATE, row, target)
 

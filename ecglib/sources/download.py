@@ -88,9 +88,9 @@ def download(name: str, folder: str | Path, *, only: str = "*", addresses: Seque
     listed = _index(folder, data_set, bases, bool(addresses))
     for file in listed:  # all of them before the first is fetched
         inside(folder, file.name, f"the index of {name}")
-    chosen = [f for f in listed if fnmatch.fnmatch(f.name, only) and any(fnmatch.fnmatch(f.name, p) for p in data_set.only)]
+    chosen = [file for file in listed if _matches(file.name, [only]) and _matches(file.name, data_set.only)]
     if not chosen:
-        raise DataError(f"{name}: no file of its index matches {only!r}; the first of {len(listed)} is {listed[0].name}.")
+        raise DataError(f"{name}: no file of its index matches {only!r}; choose one for names like {listed[0].name}.")
     missing = [file for file in _bar(chosen, f"checking {name}", progress) if not _is_here(folder, file)]
     _check_space(folder, missing, data_set.gigabytes * GIGABYTE * len(missing) / len(chosen))
     _fetch_all(name, folder, missing, bases, progress)
@@ -124,7 +124,8 @@ def _index(folder: Path, data_set: DataSet, bases: Sequence[str], own_addresses:
             except (DataError, ConnectionError) as error:
                 failures.append(f"{url}: {error}")
                 fetched.unlink(missing_ok=True)
-    raise DataError(f"{path}: the list of files could not be fetched ({'; '.join(failures)}); check the network, start again.")
+    why = "; ".join(failures)
+    raise DataError(f"{path}: the list of files could not be fetched ({why}); check the network and start again.")
 
 
 def _summed_files(path: Path) -> list[RemoteFile]:
@@ -164,6 +165,11 @@ def _is_here(folder: Path, file: RemoteFile) -> bool:
     return unpacked["checksum"] == file.checksum and sizes == unpacked["members"]
 
 
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a file name fits one of the shell patterns."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def _bar(files: Sequence[RemoteFile], text: str, progress: bool) -> Iterable[RemoteFile]:
     """The files, under a progress bar."""
     from tqdm import tqdm
@@ -186,8 +192,8 @@ def _check_space(folder: Path, missing: Sequence[RemoteFile], estimate: float) -
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise StorageError(
-            f"{folder}: {needed / GIGABYTE:.1f} GB are needed and {free / GIGABYTE:.1f} GB free; free some space or choose "
-            "another folder. What is there stays."
+            f"{folder}: {needed / GIGABYTE:.1f} GB are needed and {free / GIGABYTE:.1f} GB free; free some space or "
+            "choose another folder. What is there stays."
         )
 
 
@@ -221,7 +227,8 @@ def _fetch(folder: Path, file: RemoteFile, bases: Sequence[str], session: object
         for base in bases:
             for _ in range(2):  # a wrong checksum may come from the part of an older version: once more from the start
                 try:
-                    pooch.retrieve(base + quote(file.name), file.checksum, target.name, target.parent, downloader=resume)
+                    url = base + quote(file.name)
+                    pooch.retrieve(url, file.checksum, target.name, target.parent, downloader=resume)
                     return
                 except ConnectionError as error:
                     failures.append(f"{base}: {error}")
@@ -278,7 +285,8 @@ class _Resume:
                 if answer.status_code not in (200, 206):
                     refused = 400 <= answer.status_code < 500 and answer.status_code not in (408, 429)
                     raise (_Refused if refused else ConnectionError)(f"HTTP {answer.status_code} {answer.reason}")
-                resumed = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+                start = answer.headers.get("Content-Range", "")
+                resumed = answer.status_code == 206 and start.startswith(f"bytes {have}-")
                 if answer.status_code == 206 and not resumed:
                     raise ConnectionError("the server sent another range than asked for")
                 self._receive(answer, have if resumed else 0)

@@ -29,7 +29,7 @@ HEALTHY = {
     ),
     "QRS": (
         (0, -0.19, -0.13, 0.0453), (0, -0.07, 0.85, 0.0378), (0, 0.0, 1.11, 0.0332), (0, 0.06, 0.75, 0.0302),
-        (0, 0.22, 0.06, 0.0378), (1, -0.11, 0.21, 0.055), (1, -0.01, 0.40, 0.037), (1, 0.065, -0.13, 0.0604),
+        (0, 0.22, 0.06, 0.0378), (1, -0.08, 0.22, 0.055), (1, 0.005, 0.42, 0.037), (1, 0.09, -0.08, 0.0604),
         (2, -0.15, -0.40, 0.045), (2, 0.085, 0.42, 0.048), (2, 0.155, 0.58, 0.058),
     ),
     "T": (
@@ -127,8 +127,8 @@ def _stretch(wave: Wave, factor: np.ndarray) -> None:
 def _draw_directions(rng: np.random.Generator, heart: Heart, age: np.ndarray) -> None:
     """Position of the heart in the chest: all of it turns, older ones to the left, and each wave a little more."""
     count = len(age)
-    whole = rng.normal(0, 1, (count, 3)) * np.radians((11, 15, 19))
-    whole[:, 2] += np.radians(12) - np.radians(0.45) * (age - 45)
+    whole = rng.normal(0, 1, (count, 3)) * np.radians((10, 14, 13))
+    whole[:, 2] += np.radians(9) - np.radians(0.42) * (age - 45)
     whole[:, 2] = np.clip(whole[:, 2], np.radians(-55), np.radians(55))
     for name, own in {"P": 10, "QRS": 6, "T": 12}.items():
         turn(heart[name], whole * (0.7 if name != "QRS" else 1.0) + rng.normal(0, np.radians(own), (count, 3)))
@@ -140,8 +140,8 @@ def _draw_sizes(rng: np.random.Generator, heart: Heart, age: np.ndarray, male: n
     habitus = rng.lognormal(0.0, 0.20, count) * np.where(male, 1.0, 0.90)
     heart["P"].dipole *= (habitus**0.5 * rng.lognormal(0, 0.25, count))[:, None, None]
     heart["QRS"].dipole *= (habitus * (1.08 - 0.0025 * (age - 40)))[:, None, None]
-    size = habitus * rng.lognormal(0, 0.28, count) * (1.12 - 0.006 * (age - 40)) * np.where(male, 1.1, 0.85)
-    heart["T"].dipole *= np.clip(size, 0.3, 2.0)[:, None, None]
+    size = habitus * rng.lognormal(0, 0.36, count) * (1.12 - 0.006 * (age - 40)) * np.where(male, 1.1, 0.85)
+    heart["T"].dipole *= np.clip(size, 0.3, 2.2)[:, None, None]
 
 
 def _draw_normal_variants(rng: np.random.Generator, heart: Heart, age: np.ndarray, male: np.ndarray) -> None:
@@ -191,7 +191,7 @@ def _hypertrophy(rng: np.random.Generator, heart: Heart, severity: np.ndarray) -
     """LVH: taller forces to the left and back after the septum, slightly wider; strain turns ST-T away from V5."""
     qrs, wave_t = heart["QRS"], heart["T"]
     main = 1 / (1 + np.exp(-(qrs.centre + 0.014) / 0.003))
-    qrs.dipole *= 1 + (severity[:, None] * main)[:, :, None] * np.array([0.95, 0.45, 0.90])
+    qrs.dipole *= 1 + (severity[:, None] * main)[:, :, None] * np.array([1.05, 0.50, 1.0])
     _stretch(qrs, 1 + 0.12 * severity)
     strain = np.clip(severity - 0.25, 0, None) * rng.lognormal(0, 0.4, len(severity))
     wave_t.dipole *= np.clip(1 - 1.0 * strain, 0.1, 1)[:, None, None]
@@ -215,7 +215,7 @@ def _left_anterior_block(heart: Heart, severity: np.ndarray) -> None:
 def _infarct(rng: np.random.Generator, heart: Heart, wall: str, severity: np.ndarray) -> None:
     """Infarct of one wall: early forces turn away from it (Q, lost R); ST toward it when fresh, T away when older."""
     count, toward, near = len(severity), np.array(TOWARD[wall]), np.array(NEAR[wall])
-    lost = (0.10 + 0.75 * severity) * np.clip(severity / 0.15, 0, 1) * rng.lognormal(0, 0.25, count)
+    lost = (0.14 + 0.78 * severity) * np.clip(severity / 0.15, 0, 1) * rng.lognormal(0, 0.25, count)
     away = -toward + rng.normal(0, 0.22, (count, 3))
     heart["QRS"].add(-0.023 + rng.normal(0, 0.003, count), 0.0095 + 0.004 * severity, lost[:, None] * away * 0.75,
                      -0.40 * lost[:, None] * near)  # fmt: skip
@@ -252,7 +252,7 @@ def _right_bundle_block(rng: np.random.Generator, heart: Heart, complete: np.nda
     right = np.array([-0.62, 0.0, -0.70]) + rng.normal(0, 0.15, (count, 3))
     full = (complete > 0) * (0.45 + 0.65 * complete)
     qrs.add(0.056 + 0.012 * complete, 0.0155 + 0.003 * complete, full[:, None] * right)
-    partial = np.clip(incomplete / 0.15, 0, 1) * (0.16 + 0.38 * incomplete) * (incomplete > 0)
+    partial = np.clip(incomplete / 0.15, 0, 1) * (0.22 + 0.40 * incomplete) * (incomplete > 0)
     qrs.add(0.040 + 0.006 * incomplete, 0.0095, partial[:, None] * right)
     wave_t.centre += (0.02 * (complete > 0))[:, None]
     wave_t.add(0.27, 0.040, (0.35 * full + 0.12 * partial)[:, None] * np.array([0.15, 0.0, 0.9]))
@@ -267,7 +267,7 @@ def _st_t_change(rng: np.random.Generator, heart: Heart, severity: Mapping[str, 
         wave_t.dipole *= (1 - 0.35 * severity[code])[:, None, None]
         wave_t.add(0.12, 0.045, depression[:, None] * away)
         wave_t.add(0.28, 0.040, (severity[code] * rng.uniform(0.35, 0.80, count))[:, None] * away)
-    flat = np.clip(severity["NDT"] / 0.15, 0, 1) * (0.25 + 0.95 * severity["NDT"]) * (severity["NDT"] > 0)
+    flat = np.clip(severity["NDT"] / 0.15, 0, 1) * (0.22 + 0.88 * severity["NDT"]) * (severity["NDT"] > 0)
     wave_t.dipole *= (1 - flat * rng.uniform(0.75, 1.2, count))[:, None, None]
 
 

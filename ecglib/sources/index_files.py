@@ -42,9 +42,22 @@ def whole_numbers(path: Path, table: pd.DataFrame, column: str) -> pd.Series:
         numbers = pd.Series(np.nan, index=table.index)
     wrong = ~(numbers.abs() < 2**53) | (numbers % 1 != 0)
     if wrong.any():
-        row = int(np.argmax(wrong.to_numpy()))
-        raise DataError(f"{path}: line {row + 2} has {column} {table[column].iloc[row]!r}, not a whole number; correct it.")
+        raise DataError(f"{path}: {where(table, column, wrong)}, not a whole number; correct it.")
     return numbers.astype(np.int64)
+
+
+def where(table: pd.DataFrame, column: str, wrong: pd.Series) -> str:
+    """`line 3 has fold 'x'` for the first row of a CSV file that is wrong, to begin a message with."""
+    row = int(np.argmax(wrong.to_numpy()))
+    value = table[column].iloc[row]
+    return f"line {row + 2} has {column} {repr(value) if isinstance(value, str) else value}"
+
+
+def no_duplicates(path: Path, table: pd.DataFrame, column: str) -> None:
+    """A DataError where a column that identifies the rows holds a value twice."""
+    again = table[column].duplicated()
+    if again.any():
+        raise DataError(f"{path}: {where(table, column, again)}, which stands there twice; keep one line.")
 
 
 def read_checksums(folder: Path) -> dict[str, str]:

@@ -11,7 +11,14 @@ from ecglib.errors import DataError
 from ecglib.files import inside
 from ecglib.records import Records
 from ecglib.sources.assemble import Recording, assemble, read_each
-from ecglib.sources.index_files import existing_folder, read_checksums, read_csv, verify_file, whole_numbers
+from ecglib.sources.index_files import (
+    existing_folder,
+    no_duplicates,
+    read_checksums,
+    read_csv,
+    verify_file,
+    whole_numbers,
+)
 from ecglib.sources.wfdb_files import read_wfdb
 
 TASKS = ("all", "diagnostic", "subclass", "superclass", "form", "rhythm")
@@ -52,12 +59,14 @@ def read_ptbxl(folder: str | Path, task: str = "superclass", *, sampling_rate: i
         path = inside(folder, f"{entry[column]}.hea", f"{folder / INDEX}, ecg_id {entry['ecg_id']}")
         header, millivolts = read_wfdb(path, folder, sums, verify)
         row = {"record_id": str(entry["ecg_id"]), "patient_id": str(int(entry["patient_id"])),
-               "fold": int(entry["strat_fold"]), "source": "ptb-xl", **{c: entry[c] for c in _KEPT if c in entry}}  # fmt: skip
+               "fold": int(entry["strat_fold"]), "source": "ptb-xl",
+               **{c: entry[c] for c in _KEPT if c in entry}}  # fmt: skip
         return Recording(header.leads, millivolts, header.sampling_rate, row, targets[position])
 
     about = {
         "source": "PTB-XL", "simulated": False, "task": task, "folder": folder.name, **_version(folder, index),
-        "likely_only": likely_only, "not_downloaded": int((~present).sum()), "without_class": int((~targets.any(axis=1)).sum()),
+        "likely_only": likely_only, "not_downloaded": int((~present).sum()),
+        "without_class": int((~targets.any(axis=1)).sum()),
         "class_counts": {name: {"any statement": int(a), f"likelihood {LIKELY:.0f} or more": int(b)}
                          for name, a, b in zip(classes, any_statement.sum(0), likely.sum(0), strict=True)},
     }  # fmt: skip
@@ -72,9 +81,7 @@ def _read_index(folder: Path, sums: Mapping[str, str]) -> pd.DataFrame:
     index = read_csv(path, _NEEDED)
     for column in ("ecg_id", "patient_id", "strat_fold"):
         index[column] = whole_numbers(path, index, column)
-    if index["ecg_id"].duplicated().any():
-        twice = index["ecg_id"][index["ecg_id"].duplicated()].iloc[0]
-        raise DataError(f"{path}: ecg_id {twice} stands there twice; download the file again.")
+    no_duplicates(path, index, "ecg_id")
     if not index["strat_fold"].between(1, 10).all():
         raise DataError(f"{path}: strat_fold must be 1 to 10; download the file again.")
     return index
@@ -100,7 +107,11 @@ def _classes(folder: Path, task: str, sums: Mapping[str, str]) -> tuple[tuple[st
     path = folder / STATEMENTS
     verify_file(folder, path, sums)
     table = read_csv(path, ("diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass"))
+    blank = table.iloc[:, 0].isna()
+    if blank.any():
+        raise DataError(f"{path}: line {int(blank.argmax()) + 2} names no statement; download the file again.")
     table = table.set_index(table.columns[0])
+    table.index = table.index.astype(str)
     if task == "all":
         chosen = pd.Series(table.index, index=table.index)
     elif task in ("subclass", "superclass"):
@@ -108,6 +119,7 @@ def _classes(folder: Path, task: str, sums: Mapping[str, str]) -> tuple[tuple[st
         chosen = table.loc[table["diagnostic"] == 1, column].dropna()
     else:
         chosen = pd.Series(table.index, index=table.index)[table[task] == 1]
+    chosen = chosen.astype(str)
     return tuple(sorted(set(chosen))), chosen.to_dict()
 
 
@@ -135,5 +147,7 @@ def _parse_codes(folder: Path, ecg_id: int, text: object) -> dict[str, float]:
     """The statements of one record, `{"NORM": 100.0, ...}`."""
     try:
         return {str(code): float(value) for code, value in ast.literal_eval(str(text)).items()}
-    except (ValueError, SyntaxError, AttributeError, TypeError, RecursionError, MemoryError):
-        raise DataError(f"{folder / INDEX}: ecg_id {ecg_id} has scp_codes {text!r}, not a list of statements.") from None
+    except (ValueError, SyntaxError, AttributeError, TypeError, OverflowError, RecursionError, MemoryError):
+        raise DataError(
+            f"{folder / INDEX}: ecg_id {ecg_id} has scp_codes {text!r}, not a list of statements; correct it."
+        ) from None

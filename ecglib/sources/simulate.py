@@ -20,7 +20,7 @@ from ecglib.sources.heart import apply_conditions, draw_heart, draw_lead_field
 from ecglib.sources.recorder import record_hearts
 from ecglib.sources.rhythm import ATRIAL, NORMAL, VENTRICULAR, Beats, Pacing, draw_beats
 
-BLOCK = 120  # patients simulated together: memory does not grow with the cohort, and the first ones never change
+BLOCK = 60  # patients simulated together: memory does not grow with the cohort, and the first ones never change
 FOLDS = 10
 RECORDS_PER_PATIENT = (0.84, 0.10, 0.04, 0.02)  # shares of one to four
 
@@ -42,7 +42,7 @@ COMBINATIONS = {
 # Within a superclass, the share of each condition or pair of conditions.
 KINDS = {
     "MI": {"AMI": 0.42, "IMI": 0.41, "LMI": 0.05, "IMI LMI": 0.08, "AMI LMI": 0.04},
-    "STTC": {"NDT": 0.50, "ISCAL": 0.32, "ISCIN": 0.18},
+    "STTC": {"NDT": 0.40, "ISCAL": 0.35, "ISCIN": 0.25},
     "CD": {"LAFB": 0.28, "IRBBB": 0.20, "1AVB": 0.16, "CRBBB": 0.11, "CLBBB": 0.13, "CRBBB LAFB": 0.06,
            "1AVB LAFB": 0.06},
     "HYP": {"LVH": 1.0},

@@ -21,6 +21,7 @@ UNITS_PER_MILLIVOLT = {"mv": 1.0, "uv": 1000.0, "v": 0.001, "nv": 1e6}
 # The first release of the Georgia set gave 4880 counts per mV for counts of 1 microvolt; 1000 is right.
 OBSOLETE_GAINS = {4880.0: 1000.0}
 SAMPLING_RATES = (50.0, 20_000.0)  # Hz; outside it the header is wrong
+MOST_SAMPLES_A_BYTE = 64  # of any format, compressed ones included
 
 _SIGNAL_LINE = re.compile(
     r"^(?P<file>\S+)\s+(?P<format>\d+)(?:x(?P<per_frame>\d+))?(?::\d+)?(?:\+(?P<offset>\d+))?"
@@ -202,7 +203,7 @@ def read_wfdb(path: Path, root: Path, sums: Mapping[str, str], verify: bool = Tr
 def _signal_path(header: Header, name: str) -> Path:
     """The signal file beside its header; a name that is a path could point anywhere and is refused."""
     if name in {".", ".."} or Path(name).name != name or "\0" in name:
-        raise DataError(f"{header.path}: the signal file {name!r} is not a plain file name beside the header; correct it.")
+        raise DataError(f"{header.path}: the signal file {name!r} is not a plain file name; correct the header.")
     return header.path.parent / name
 
 
@@ -214,6 +215,9 @@ def _counts_by_library(header: Header) -> np.ndarray:
         path = _signal_path(header, channel.file)
         if not path.is_file():
             raise DataError(f"{path}: listed but absent; download it again or remove it from the list.")
+        # The library would reserve the memory for all announced samples first.
+        if (header.length or 0) > MOST_SAMPLES_A_BYTE * path.stat().st_size:
+            raise DataError(f"{path}: far too short for {header.length} samples; it is truncated, download it again.")
     try:
         record = wfdb.rdrecord(str(header.path.with_suffix("")), physical=False)
         counts = record.d_signal.T

@@ -10,7 +10,16 @@ from ecglib.errors import DataError
 from ecglib.files import inside
 from ecglib.records import Records
 from ecglib.sources.assemble import Recording, assemble, read_each
-from ecglib.sources.index_files import FOLDS, existing_folder, read_checksums, read_csv, ten_folds, whole_numbers
+from ecglib.sources.index_files import (
+    FOLDS,
+    existing_folder,
+    no_duplicates,
+    read_checksums,
+    read_csv,
+    ten_folds,
+    where,
+    whole_numbers,
+)
 from ecglib.sources.wfdb_files import read_wfdb
 
 NAMES = ("record", "record_id", "filename")
@@ -23,7 +32,7 @@ def read_wfdb_folder(folder: str | Path, labels_csv: str | Path, *, sampling_rat
     """The records named in `labels_csv` (a path, or a name within the folder), resampled to one rate and length.
 
     Columns: `record` (or record_id, filename: path below the folder without .hea), optional `patient_id` and `fold`
-    (1-10), and the classes: either one column `labels` with names between semicolons, or columns that hold only 0 and 1;
+    (1-10), and the classes: either one column `labels` with names between semicolons, or columns of only 0 and 1;
     `classes` names them. Other columns go to the table. Without a fold column whole patients are dealt to ten folds, or
     records where there is no patient_id either; `about["split"]` says which. Raises DataError.
     """
@@ -39,7 +48,8 @@ def read_wfdb_folder(folder: str | Path, labels_csv: str | Path, *, sampling_rat
 
     def read(position: int) -> Recording:
         name = table["record"].iloc[position]
-        header, millivolts = read_wfdb(inside(folder, f"{name}.hea", f"{path}, line {position + 2}"), folder, sums, verify)
+        file = inside(folder, f"{name}.hea", f"{path}, line {position + 2}")
+        header, millivolts = read_wfdb(file, folder, sums, verify)
         row = {"record_id": name, "patient_id": patients[position], "fold": int(folds[position]), "source": folder.name,
                **kept.iloc[position].to_dict()}  # fmt: skip
         notes = [("header", "repaired", oddity) for oddity in header.oddities]
@@ -47,7 +57,7 @@ def read_wfdb_folder(folder: str | Path, labels_csv: str | Path, *, sampling_rat
 
     about = {
         "source": folder.name, "simulated": False, "folder": folder.name, "labels": path.name,
-        "split": "folds as given" if given_fold else "by patient" if by_patient else "by record, no patient_id is given",
+        "split": "as given" if given_fold else "by patient" if by_patient else "by record, no patient_id is given",
         "not_classes": list(kept.columns), "without_class": int((~targets.any(axis=1)).sum()),
         "class_counts": dict(zip(names, targets.sum(axis=0, dtype=int).tolist(), strict=True)),
     }  # fmt: skip
@@ -66,8 +76,7 @@ def _read_labels(path: Path) -> pd.DataFrame:
             row = int(np.argmax(table[needed].isna().to_numpy()))
             raise DataError(f"{path}: line {row + 2} has no {needed}; fill it in.")
     table["record"] = table[column].str.strip().str.removesuffix(".hea")
-    if table["record"].duplicated().any():
-        raise DataError(f"{path}: {table['record'][table['record'].duplicated()].iloc[0]} stands there twice; keep one line.")
+    no_duplicates(path, table, "record")
     if not len(table):
         raise DataError(f"{path}: lists no record; add one line a record.")
     return table
@@ -115,6 +124,5 @@ def _folds(path: Path, table: pd.DataFrame) -> np.ndarray:
     folds = whole_numbers(path, table, "fold").to_numpy()
     outside = (folds < 1) | (folds > FOLDS)
     if outside.any():
-        row = int(np.argmax(outside))
-        raise DataError(f"{path}: line {row + 2} has fold {folds[row]}; use 1 to {FOLDS} (9 selects, 10 tests).")
+        raise DataError(f"{path}: {where(table, 'fold', pd.Series(outside))}; use 1 to {FOLDS} (9 selects, 10 tests).")
     return folds
