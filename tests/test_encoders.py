@@ -6,6 +6,7 @@ from torch import nn
 
 from ecglib.encoders import make_encoder
 from ecglib.encoders.xresnet1d import xresnet1d50
+from ecglib.train import autocast
 from plain_conv1d import plain_conv1d
 
 
@@ -39,6 +40,25 @@ def test_forward_and_gradients_equal_plain_conv1d():
     second.square().mean().backward()
     for ours, theirs in zip(encoder.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours.grad.reshape(theirs.shape), theirs.grad, rtol=1e-2, atol=1e-3)
+
+
+def test_bfloat16_gradients_differ_by_rounding_alone():
+    torch.manual_seed(0)
+    encoder, head = xresnet1d50(), nn.Linear(512, 5)
+    twin = plain_conv1d(encoder)
+    signals, targets = torch.randn(32, 12, 250).cumsum(dim=2) / 10, torch.randint(0, 2, (32, 5)).float()
+
+    def gradient(network: nn.Module, dtype: str) -> torch.Tensor:
+        network.zero_grad()
+        with autocast("cpu", dtype):
+            loss = nn.functional.binary_cross_entropy_with_logits(head(network(signals)).float(), targets)
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in network.parameters()])
+
+    exact = gradient(twin, "float32")
+    ours, plain, single = ((gradient(*form) - exact).norm() / exact.norm()
+                           for form in ((encoder, "bfloat16"), (twin, "bfloat16"), (encoder, "float32")))  # fmt: skip
+    assert single < 1e-2 and ours < 0.25 and ours < 1.5 * plain, (single, ours, plain)
 
 
 def test_unknown_encoder_is_named():
