@@ -38,6 +38,7 @@ HEALTHY = {
     ),
 }  # fmt: skip
 QT_SCALE = 1.08  # that subject's QTc was 0.37 s; adults have 0.41 s
+PLAIN = 0.15  # from this severity on a condition is present; below it is a borderline finding, not a disease
 LEVEL = {"P": 0.10, "QRS": 0.035, "T": 0.10}  # a wave lasts while its size is above this share of its peak
 
 # Unit vectors from the heart's centre to the three walls of the left ventricle.
@@ -183,7 +184,7 @@ def apply_conditions(rng: np.random.Generator, heart: Heart, severity: Mapping[s
 def _first_degree_block(heart: Heart, severity: np.ndarray) -> None:
     """1AVB: the P wave earlier, PR 0.2 s and longer."""
     interval = -0.05 - (heart["P"].centre - 2 * heart["P"].width).min(axis=1)
-    wanted = 0.185 + 0.025 * np.clip(severity / 0.15, 0, 1) + 0.10 * severity
+    wanted = 0.185 + 0.025 * np.clip(severity / PLAIN, 0, 1) + 0.10 * severity
     heart["P"].centre -= np.where(severity > 0, np.clip(wanted - interval, 0, None), 0)[:, None]
 
 
@@ -194,7 +195,7 @@ def _hypertrophy(rng: np.random.Generator, heart: Heart, severity: np.ndarray) -
     qrs.dipole *= 1 + (severity[:, None] * main)[:, :, None] * np.array([1.05, 0.50, 1.0])
     _stretch(qrs, 1 + 0.12 * severity)
     strain = np.clip(severity - 0.25, 0, None) * rng.lognormal(0, 0.4, len(severity))
-    wave_t.dipole *= np.clip(1 - 1.0 * strain, 0.1, 1)[:, None, None]
+    wave_t.dipole *= np.clip(1 - strain, 0.1, 1)[:, None, None]
     wave_t.add(0.13, 0.045, strain[:, None] * np.array([-0.20, -0.04, 0.12]))
     wave_t.add(0.27, 0.035, strain[:, None] * np.array([-0.42, -0.10, 0.10]))
 
@@ -203,7 +204,7 @@ def _left_anterior_block(heart: Heart, severity: np.ndarray) -> None:
     """LAFB: the first forces point down, then the main forces swing up to the left; little widening."""
     qrs = heart["QRS"]
     after = 1 / (1 + np.exp(-(qrs.centre + 0.010) / 0.004))
-    angle = np.radians(28 + 42 * severity) * (severity > 0) * np.clip(severity / 0.15, 0, 1)
+    angle = np.radians(28 + 42 * severity) * (severity > 0) * np.clip(severity / PLAIN, 0, 1)
     angle = angle[:, None] * after
     x, y = qrs.dipole[..., 0].copy(), qrs.dipole[..., 1].copy()
     qrs.dipole[..., 0] = x * np.cos(angle) + y * np.sin(angle)
@@ -215,7 +216,7 @@ def _left_anterior_block(heart: Heart, severity: np.ndarray) -> None:
 def _infarct(rng: np.random.Generator, heart: Heart, wall: str, severity: np.ndarray) -> None:
     """Infarct of one wall: early forces turn away from it (Q, lost R); ST toward it when fresh, T away when older."""
     count, toward, near = len(severity), np.array(TOWARD[wall]), np.array(NEAR[wall])
-    lost = (0.14 + 0.78 * severity) * np.clip(severity / 0.15, 0, 1) * rng.lognormal(0, 0.25, count)
+    lost = (0.14 + 0.78 * severity) * np.clip(severity / PLAIN, 0, 1) * rng.lognormal(0, 0.25, count)
     away = -toward + rng.normal(0, 0.22, (count, 3))
     heart["QRS"].add(-0.023 + rng.normal(0, 0.003, count), 0.0095 + 0.004 * severity, lost[:, None] * away * 0.75,
                      -0.40 * lost[:, None] * near)  # fmt: skip
@@ -252,7 +253,7 @@ def _right_bundle_block(rng: np.random.Generator, heart: Heart, complete: np.nda
     right = np.array([-0.62, 0.0, -0.70]) + rng.normal(0, 0.15, (count, 3))
     full = (complete > 0) * (0.45 + 0.65 * complete)
     qrs.add(0.056 + 0.012 * complete, 0.0155 + 0.003 * complete, full[:, None] * right)
-    partial = np.clip(incomplete / 0.15, 0, 1) * (0.22 + 0.40 * incomplete) * (incomplete > 0)
+    partial = np.clip(incomplete / PLAIN, 0, 1) * (0.22 + 0.40 * incomplete) * (incomplete > 0)
     qrs.add(0.040 + 0.006 * incomplete, 0.0095, partial[:, None] * right)
     wave_t.centre += (0.02 * (complete > 0))[:, None]
     wave_t.add(0.27, 0.040, (0.35 * full + 0.12 * partial)[:, None] * np.array([0.15, 0.0, 0.9]))
@@ -267,7 +268,7 @@ def _st_t_change(rng: np.random.Generator, heart: Heart, severity: Mapping[str, 
         wave_t.dipole *= (1 - 0.35 * severity[code])[:, None, None]
         wave_t.add(0.12, 0.045, depression[:, None] * away)
         wave_t.add(0.28, 0.040, (severity[code] * rng.uniform(0.35, 0.80, count))[:, None] * away)
-    flat = np.clip(severity["NDT"] / 0.15, 0, 1) * (0.22 + 0.88 * severity["NDT"]) * (severity["NDT"] > 0)
+    flat = np.clip(severity["NDT"] / PLAIN, 0, 1) * (0.22 + 0.88 * severity["NDT"]) * (severity["NDT"] > 0)
     wave_t.dipole *= (1 - flat * rng.uniform(0.75, 1.2, count))[:, None, None]
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 from ecglib.errors import DataError, explain_storage
 from ecglib.files import atomic_file
 from ecglib.records import LEADS, MICROVOLT, Records
-from ecglib.sources.heart import apply_conditions, draw_heart, draw_lead_field
+from ecglib.sources.heart import PLAIN, apply_conditions, draw_heart, draw_lead_field
 from ecglib.sources.recorder import record_hearts
 from ecglib.sources.rhythm import ATRIAL, NORMAL, VENTRICULAR, Beats, Pacing, draw_beats
 
@@ -47,7 +47,6 @@ KINDS = {
            "1AVB LAFB": 0.06},
     "HYP": {"LVH": 1.0},
 }  # fmt: skip
-PLAIN = 0.15  # from this severity on a condition is present; below it is a borderline finding, not a disease
 BORDERLINE = 0.06  # share of people without a condition who have a borderline finding of it; never a complete block
 MISSED, OVERCALLED = 0.04, 0.08  # share of plain findings not stated, of borderline ones stated
 
