@@ -87,10 +87,10 @@ def random_resized_crop(signals: Tensor, generator: Generator, low: float = 0.5,
     batch, _, time = signals.shape
     kept = (_uniform((batch, 1), low, high, signals, generator) * time).floor().clamp(2, time)
     start = (torch.rand((batch, 1), generator=generator, device=signals.device) * (time - kept + 1)).floor()
-    # A random subset of the grid of `kept` places: keep the places with the smallest random keys, ends always in.
-    keys = torch.rand((batch, time), generator=generator, device=signals.device)
+    # A random subset of `kept` places of the grid: those with the smallest random keys, the ends always among them.
+    keys = torch.rand((batch, time), generator=generator, device=signals.device, dtype=torch.float64)
     keys[:, 0], keys[:, -1] = -1.0, -1.0
-    chosen = keys.argsort(dim=1).argsort(dim=1) < kept
+    chosen = keys <= keys.sort(dim=1).values.gather(1, kept.long() - 1)
     rank = chosen.cumsum(dim=1) - 1  # the sample that stands at the last chosen place up to here
     clock = torch.arange(time, device=signals.device).expand(batch, -1)
     before = torch.where(chosen, clock, -1).cummax(dim=1).values
@@ -126,10 +126,12 @@ def baseline_wander(signals: Tensor, generator: Generator, largest: float = 0.1,
     batch, terms = signals.shape[0], 50
     size = _uniform((batch, 1), 0.0, largest, signals, generator)
     amplitude = _uniform((batch, terms), 0.0, 1.0, signals, generator)
-    phase = _uniform((batch, terms, 1), 0.0, 2 * math.pi, signals, generator)
+    phase = _uniform((batch, terms), 0.0, 2 * math.pi, signals, generator)
     frequency = 0.01 * torch.arange(terms, device=signals.device, dtype=signals.dtype)
-    waves = torch.cos(2 * math.pi * frequency[:, None] * _clock(signals, sampling_rate) + phase)
-    return signals + (size * torch.einsum("bk,bkt->bt", amplitude, waves))[:, None, :]
+    angle = 2 * math.pi * frequency[:, None] * _clock(signals, sampling_rate)
+    # cos(angle + phase) by the addition theorem: two small products instead of a cosine a record, term and sample.
+    wander = (amplitude * phase.cos()) @ angle.cos() - (amplitude * phase.sin()) @ angle.sin()
+    return signals + (size * wander)[:, None, :]
 
 
 def powerline_noise(signals: Tensor, generator: Generator, largest: float = 0.2, sampling_rate: float = 100.0,

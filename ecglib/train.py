@@ -99,7 +99,7 @@ def fit(objective: nn.Module, batches: Callable[[int], Batch], steps: int, *, le
     dtype = dtype or precision(device)
     groups = groups or parameter_groups(objective, weight_decay)
     factors = [group.pop("learning_rate_factor", 1.0) for group in groups]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
     module = _wrapped(objective, compiled)
     leader = not _distributed() or torch.distributed.get_rank() == 0
     store = _Store(Path(folder) if folder else None, steps, seed, leader)

@@ -8,12 +8,22 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 EXPANSION = 4  # output channels of a bottleneck over its inner width
 
 
+class Pointwise(nn.Conv2d):
+    """A 1 x 1 convolution done as a matrix product, which is what it is in channels-last memory, and faster."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
     """A 1 x `kernel` convolution that keeps the length at stride 1."""
+    if kernel == stride == 1:
+        return Pointwise(inputs, outputs, 1, bias=bias)
     return nn.Conv2d(inputs, outputs, (1, kernel), (1, stride), (0, kernel // 2), bias=bias)
 
 
