@@ -1,6 +1,6 @@
 """Time of the patient bootstrap beside the same work done with scikit-learn, and the largest difference between them.
 
-    python benchmarks/bootstrap.py [records] [classes] [draws] [draws of the scikit-learn loop]
+python benchmarks/bootstrap.py [records] [classes] [draws] [draws of the scikit-learn loop]
 """
 
 import sys

@@ -82,7 +82,7 @@ def _inverse_map(knots: Tensor, values: Tensor, time: int) -> Tensor:
 def random_resized_crop(signals: Tensor, generator: Generator, low: float = 0.5, high: float = 1.0) -> Tensor:
     """A random window of a fraction `low` to `high`, its samples put at random sorted places of the full grid.
 
-    Both ends are pinned and gaps are interpolated: a crop and a random, non-uniform time warp in one, equal on all leads.
+    Both ends are pinned and gaps are interpolated: a crop and a random, non-uniform time warp in one, on all leads.
     """
     batch, _, time = signals.shape
     kept = (_uniform((batch, 1), low, high, signals, generator) * time).floor().clamp(2, time)
@@ -121,7 +121,9 @@ def _clock(signals: Tensor, sampling_rate: float) -> Tensor:
     return torch.arange(signals.shape[2], device=signals.device, dtype=signals.dtype) / sampling_rate
 
 
-def baseline_wander(signals: Tensor, generator: Generator, largest: float = 0.1, sampling_rate: float = 100.0) -> Tensor:
+def baseline_wander(
+    signals: Tensor, generator: Generator, largest: float = 0.1, sampling_rate: float = 100.0
+) -> Tensor:
     """Adds 50 slow cosines (0 to 0.49 Hz), together scaled by U(0, `largest`) mV, the same trace on all leads."""
     batch, terms = signals.shape[0], 50
     size = _uniform((batch, 1), 0.0, largest, signals, generator)
@@ -136,7 +138,7 @@ def baseline_wander(signals: Tensor, generator: Generator, largest: float = 0.1,
 
 def powerline_noise(signals: Tensor, generator: Generator, largest: float = 0.2, sampling_rate: float = 100.0,
                     mains: float = 50.0) -> Tensor:  # fmt: skip
-    """Adds the mains tone and its harmonics below half the sampling rate, amplitude U(0, `largest`)^2 mV, a gain a lead.
+    """Adds the mains tone and its harmonics below half the sampling rate: U(0, `largest`)^2 mV times a gain a lead.
 
     The published transform adds all three harmonics at 100 Hz, where they alias; those are left out here, so that at
     100 Hz nothing remains and the signals come back unchanged.

@@ -12,7 +12,7 @@ from ecglib.records import MISSING, Records
 
 @dataclass
 class Batch:
-    """signals `(batch, leads, time)` mV float32, targets `(batch, classes)`, record positions, this step's generator."""
+    """signals `(batch, leads, time)` mV float32, targets `(batch, classes)`, record positions, the step's generator."""
 
     signals: Tensor
     targets: Tensor
@@ -46,7 +46,9 @@ class CropBatches:
         self.length = round(crop_seconds * records.sampling_rate)
         self.time = records.signals.shape[2]
         if not 1 <= self.length <= self.time:
-            raise DataError(f"A crop of {crop_seconds} s does not fit into records of {self.time / records.sampling_rate} s.")
+            raise DataError(
+                f"A crop of {crop_seconds} s does not fit into records of {self.time / records.sampling_rate} s."
+            )
         self.batch_size, self.seed, self.device, self.scale = batch_size, seed, torch.device(device), records.scale
         self.counts = torch.from_numpy(np.array(records.signals[self.indices])).to(self.device)
         self.targets = torch.from_numpy(records.targets[self.indices].astype(np.float32)).to(self.device)
@@ -64,7 +66,9 @@ class CropBatches:
         places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         chosen = np.array([self._shuffled(place // len(self.indices))[place % len(self.indices)] for place in places])
         generator = step_generator(self.seed, step, self.device)
-        starts = torch.randint(0, self.time - self.length + 1, (self.batch_size,), generator=generator, device=self.device)
+        starts = torch.randint(
+            0, self.time - self.length + 1, (self.batch_size,), generator=generator, device=self.device
+        )
         picked = torch.from_numpy(chosen).to(self.device)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()

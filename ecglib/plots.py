@@ -244,7 +244,7 @@ def _require_columns(table: pd.DataFrame, columns: Iterable[str], what: str) -> 
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write the figure as SVG, atomically, and close it, so that a notebook shows it once; equal figures, equal bytes."""
+    """Write the figure as SVG, atomically, and close it, so that a notebook shows it once; equal in, equal out."""
     path = Path(path)
     if path.suffix != ".svg":
         raise DataError(f"{path}: figures are kept as SVG; choose a name that ends in .svg.")

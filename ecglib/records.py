@@ -80,7 +80,9 @@ class Records:
         lacking = [column for column in TABLE_COLUMNS if column not in self.table]
         if lacking:
             raise DataError(f"The records' table lacks the column {lacking[0]!r}; it needs {', '.join(TABLE_COLUMNS)}.")
-        if not (np.isfinite(self.scale) and self.scale > 0 and np.isfinite(self.sampling_rate) and self.sampling_rate > 0):
+        if not (
+            np.isfinite(self.scale) and self.scale > 0 and np.isfinite(self.sampling_rate) and self.sampling_rate > 0
+        ):
             raise DataError(f"scale {self.scale} and sampling rate {self.sampling_rate} must both be positive numbers.")
 
     @classmethod
@@ -103,11 +105,15 @@ class Records:
         chosen = np.asarray(mask_or_indices)
         if chosen.dtype == bool:
             if chosen.shape != (len(self),):
-                raise DataError(f"The mask has {chosen.shape} entries for {len(self)} records; give one entry a record.")
+                raise DataError(
+                    f"The mask has {chosen.shape} entries for {len(self)} records; give one entry a record."
+                )
             chosen = np.flatnonzero(chosen)
         chosen = chosen.astype(np.int64).reshape(-1)
         if len(chosen) and (chosen.min() < -len(self) or chosen.max() >= len(self)):
-            raise DataError(f"Record index {chosen.max()} does not exist among {len(self)} records; select by position.")
+            raise DataError(
+                f"Record index {chosen.max()} does not exist among {len(self)} records; select by position."
+            )
         part = hashlib.sha256(self.fingerprint.encode() + chosen.tobytes()).hexdigest()
         return Records(
             self.signals[chosen], self.scale, self.sampling_rate, self.table.iloc[chosen], self.targets[chosen],
@@ -119,7 +125,9 @@ class Records:
         """SHA-256 over signals, targets, classes and the table's identifying columns; runs are keyed by it."""
         if self.known_fingerprint:
             return self.known_fingerprint
-        digest = hashlib.sha256(repr((self.classes, float(self.scale), float(self.sampling_rate), self.signals.shape)).encode())
+        digest = hashlib.sha256(
+            repr((self.classes, float(self.scale), float(self.sampling_rate), self.signals.shape)).encode()
+        )
         for start in range(0, len(self), CHUNK):
             digest.update(np.ascontiguousarray(self.signals[start : start + CHUNK]))
         digest.update(np.ascontiguousarray(self.targets.astype(np.float32)))
@@ -179,7 +187,9 @@ class Records:
             return cls(signals, about["scale"], about["sampling_rate"], table, targets, about["classes"], left_out,
                        about["about"], about["fingerprint"])  # fmt: skip
         except (OSError, ValueError, KeyError, EOFError) as error:
-            raise DataError(f"{folder}: damaged records ({error}); delete the folder and prepare the data again.") from error
+            raise DataError(
+                f"{folder}: damaged records ({error}); delete the folder and prepare the data again."
+            ) from error
 
 
 def to_counts(millivolts: np.ndarray) -> np.ndarray:
@@ -189,7 +199,7 @@ def to_counts(millivolts: np.ndarray) -> np.ndarray:
 
 
 def find_faults(millivolts: np.ndarray) -> list[tuple[int, str, str, str]]:
-    """Faults in signals `(n, 12, time)` in mV as (position, lead, fault, detail); see the constants above for limits."""
+    """Faults in signals `(n, 12, time)` in mV as (position, lead, fault, detail); limits are the constants above."""
     faults: list[tuple[int, str, str, str]] = []
     missing = np.isnan(millivolts)
     signals = np.where(missing, np.float32(0), millivolts) if missing.any() else millivolts
@@ -211,8 +221,12 @@ def find_faults(millivolts: np.ndarray) -> list[tuple[int, str, str, str]]:
     for index in np.flatnonzero((span.max(axis=1) < ABSURDLY_SMALL) & ~flat.all(axis=1)):
         faults.append((int(index), "all", "absurd amplitude", f"largest range {span[index].max():.4f} mV"))
     residual = limb_residual(signals)
-    for index in np.flatnonzero((residual > LAW_TOLERANCE) & ~flat[:, :6].any(axis=1) & (share[:, :6].max(axis=1) == 0)):
-        faults.append((int(index), "limb leads", "Einthoven's law broken", _law_detail(signals[index], residual[index])))
+    for index in np.flatnonzero(
+        (residual > LAW_TOLERANCE) & ~flat[:, :6].any(axis=1) & (share[:, :6].max(axis=1) == 0)
+    ):
+        faults.append(
+            (int(index), "limb leads", "Einthoven's law broken", _law_detail(signals[index], residual[index]))
+        )
     return faults
 
 

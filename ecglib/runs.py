@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ecglib.errors import StorageError, explain_storage
 from ecglib.evaluate import bootstrap_interval, macro_auroc
@@ -56,7 +56,9 @@ class RunSpec:
     @property
     def name(self) -> str:
         """Folder name: readable first, then the key."""
-        return f"{self.method}-{self.labels}-{self.fraction:g}-seed{self.seed}-{self.key}".replace(" ", "_").replace("/", "_")
+        return f"{self.method}-{self.labels}-{self.fraction:g}-seed{self.seed}-{self.key}".replace(" ", "_").replace(
+            "/", "_"
+        )
 
 
 @dataclass
@@ -188,8 +190,6 @@ def _processor() -> str:
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a number."""
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
-
-
 
 
 def seed_summary(runs: Iterable[Run], records: Records, split: str = "test") -> pd.DataFrame:

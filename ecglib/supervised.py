@@ -57,7 +57,9 @@ def train_supervised(records: Records, indices: np.ndarray, seed: int, settings:
     return objective.classifier, history.to_dict("records")
 
 
-def supervised_run(records: Records, fractions: Sequence[float], device: str = "cpu") -> Callable[[RunSpec, Path], Result]:
+def supervised_run(
+    records: Records, fractions: Sequence[float], device: str = "cpu"
+) -> Callable[[RunSpec, Path], Result]:
     """The function for `runs.run_or_load`: train on the label subset of the spec, score folds 9 and 10.
 
     `fractions` are all fractions of the study, so that the subsets of one seed are nested.

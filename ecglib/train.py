@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ecglib.batches import Batch, step_generator
 from ecglib.errors import DataError
@@ -116,7 +116,9 @@ def fit(objective: nn.Module, batches: Callable[[int], Batch], steps: int, *, le
             with autocast(device, dtype):
                 loss = module(batch)
             if not torch.isfinite(loss):
-                raise TrainingError(_not_finite(step, learning_rate * schedule((step + 0.5) / steps), batches, batch, folder))
+                raise TrainingError(
+                    _not_finite(step, learning_rate * schedule((step + 0.5) / steps), batches, batch, folder)
+                )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if clip is not None:
@@ -209,7 +211,9 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], about: dict[str, 
     """Tensors as one safetensors file, written atomically; `about` becomes its metadata."""
     with atomic_file(path) as temporary:
         # Clones, because safetensors refuses tensors that share memory.
-        save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, temporary, about)
+        save_file(
+            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, temporary, about
+        )
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

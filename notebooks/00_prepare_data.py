@@ -12,8 +12,8 @@
 # %% [markdown]
 # ## Parameters
 #
-# Everything that may differ between a quick look and a full run stands here. `run_all.sh` replaces these values by those
-# of a profile in `configs/`.
+# Everything that may differ between a quick look and a full run stands here. `run_all.sh` replaces these values by
+# those of a profile in `configs/`.
 
 # %% tags=["parameters"]
 data = ""  # folder with ECG files; empty: simulate
@@ -35,13 +35,15 @@ fractions = [0.01, 0.1, 1.0]  # shares of the training labels that later noteboo
 from pathlib import Path
 
 from ecglib.sources import read_source
-from ecglib.sources.simulate import simulate_records
+from ecglib.sources.simulate import simulate_cohort
 
 if data:
-    records = read_source(data, task, sampling_rate)
+    source = records = read_source(data, task, sampling_rate)
 else:
-    records = simulate_records(simulated_patients, seed, sampling_rate=sampling_rate, task=task)
-print(f"{records.about['source']}, {records.about.get('version', 'simulated')}: {len(records):,} recordings")
+    source = simulate_cohort(simulated_patients, seed, sampling_rate=sampling_rate, task=task)
+    records = source.records
+version = "simulated" if records.about["simulated"] else records.about.get("version", "no version known")
+print(f"{records.about['source']}, {version}: {len(records):,} recordings")
 
 # %% [markdown]
 # The table: who was recorded, in which fold the patient lies, and what is known beside the signal.
@@ -99,9 +101,9 @@ len(faults)
 # %% [markdown]
 # ## What the labels are
 #
-# A recording may have several classes, so each class is its own yes-or-no question. In PTB-XL a cardiologist's statement
-# carries a likelihood. The common choice, and ours, is that any statement counts; the stricter rule (50 % or more) can
-# be asked for, and both counts are shown so that nobody has to guess.
+# A recording may have several classes, so each class is its own yes-or-no question. In PTB-XL a cardiologist's
+# statement carries a likelihood. The common choice, and ours, is that any statement counts; the stricter rule (50 %
+# or more) can be asked for, and both counts are shown so that nobody has to guess.
 
 # %%
 import pandas as pd
@@ -129,7 +131,11 @@ together = (records.targets.T.astype(float) @ records.targets) / np.maximum(reco
 figure, axes = plt.subplots(figsize=(5.5, 4.5), layout="constrained")
 sns.heatmap(pd.DataFrame(together, records.classes, records.classes), annot=len(records.classes) <= 12, fmt=".2f",
             cmap="crest", vmin=0, vmax=1, ax=axes, cbar_kws={"label": "share of the row's recordings"})  # fmt: skip
-axes.set(xlabel="also has this class", ylabel="recordings of this class", title=f"Classes together: {records.about['source']}")
+axes.set(
+    xlabel="also has this class",
+    ylabel="recordings of this class",
+    title=f"Classes together: {records.about['source']}",
+)
 save_figure(figure, Path(results) / "figures" / "classes_together.svg")
 figure
 
@@ -174,12 +180,13 @@ pd.DataFrame({f"{100 * fraction:g} %": labelled.targets[where].sum(axis=0) for f
 # ## Keep the records
 #
 # The folder is written in one step: a kill in the middle leaves the old one. Later notebooks map it from disk, which
-# takes milliseconds.
+# takes milliseconds. A simulated cohort also keeps onset and offset of every wave, for the notebooks that ask where a
+# network looks.
 
 # %%
 from ecglib.records import Records
 
-folder = records.save(Path(results) / "records")
+folder = source.save(Path(results) / "records")
 again = Records.load(folder)
 assert again.fingerprint == records.fingerprint
 print(f"fingerprint {again.fingerprint[:16]}: results computed on these records carry it")

@@ -27,9 +27,9 @@ print(f"{len(records):,} recordings: {origin}")
 # %% [markdown]
 # ## One ECG on paper
 #
-# ECG paper runs at 25 mm/s and shows 10 mm for 1 mV. A small square is 40 ms by 0.1 mV, a large one 200 ms by 0.5 mV. The
-# rectangle at the left is the calibration pulse: 1 mV for 200 ms. The upper rows show 2.5 s of each lead one after the
-# other, the lowest row is lead II throughout.
+# ECG paper runs at 25 mm/s and shows 10 mm for 1 mV. A small square is 40 ms by 0.1 mV, a large one 200 ms by 0.5 mV.
+# The rectangle at the left is the calibration pulse: 1 mV for 200 ms. The upper rows show 2.5 s of each lead one
+# after the other, the lowest row is lead II throughout.
 
 # %%
 from ecglib.plots import plot_ecg, save_figure
@@ -56,8 +56,8 @@ figure
 # %% [markdown]
 # ## Check: the paper's speed
 #
-# Drawings mislead when their scale is wrong. Ten seconds at 25 mm/s are 250 mm of trace, so the drawing of a 10 s record
-# must be at least that wide. (1 inch is 25.4 mm.)
+# Drawings mislead when their scale is wrong. Ten seconds at 25 mm/s are 250 mm of trace, so the drawing of a 10 s
+# record must be at least that wide. (1 inch is 25.4 mm.)
 
 # %%
 width = figure.get_size_inches()[0] * 25.4
@@ -68,9 +68,9 @@ print(f"{seconds:g} s of ECG on {width:.0f} mm of paper")
 # %% [markdown]
 # ## The other classes
 #
-# One example each. Look for: *CD*, conduction disturbance: the QRS complex is broad or notched. *HYP*, hypertrophy: tall
-# R waves in V5–V6 and deep S waves in V1–V2. *MI*, infarction: Q waves and raised or inverted segments in neighbouring
-# leads. *STTC*: the part after the QRS complex is lowered, raised or inverted.
+# One example each. Look for: *CD*, conduction disturbance: the QRS complex is broad or notched. *HYP*, hypertrophy:
+# tall R waves in V5–V6 and deep S waves in V1–V2. *MI*, infarction: Q waves and raised or inverted segments in
+# neighbouring leads. *STTC*: the part after the QRS complex is lowered, raised or inverted.
 
 # %%
 from IPython.display import display
@@ -81,12 +81,13 @@ for name in [name for name in present if name != first][:4]:
     display(plot_ecg(records.millivolts([index])[0], records.sampling_rate, title))
 
 # %% [markdown]
-# One example proves little: an infarct may be old and faint, and a normal ECG may look odd. The next cells look at many.
+# One example proves little: an infarct may be old and faint, and a normal ECG may look odd. The next cells look at
+# many.
 #
 # ## How large are ECGs?
 #
-# The range (largest minus smallest value) of each lead, as median and middle half over recordings. Chest leads V2–V4 lie
-# nearest to the heart and are the largest.
+# The range (largest minus smallest value) of each lead, as median and middle half over recordings. Chest leads V2–V4
+# lie nearest to the heart and are the largest.
 
 # %%
 import pandas as pd
@@ -100,8 +101,8 @@ sizes
 # %% [markdown]
 # ## Finding beats
 #
-# The QRS complex is the steepest part of a beat. Squaring the slope of a lead and looking for peaks at least 250 ms apart
-# finds it: enough for a heart rate, and for a check of the data.
+# The QRS complex is the steepest part of a beat. Squaring the slope of a lead and looking for peaks at least 250 ms
+# apart finds it: enough for a heart rate, and for a check of the data.
 
 # %%
 from scipy.signal import find_peaks
@@ -115,14 +116,16 @@ def beats(lead: np.ndarray, rate: float) -> np.ndarray:
 
 intervals = [np.diff(beats(signal[LEADS.index("II")], records.sampling_rate)) for signal in signals]
 rates = np.array([60 * records.sampling_rate / np.median(gaps) for gaps in intervals if len(gaps) > 2])
-print(f"heart rate: median {np.median(rates):.0f}/min, 5 to 95 %: {np.quantile(rates, 0.05):.0f} to {np.quantile(rates, 0.95):.0f}")
-assert 50 < np.median(rates) < 100, "the sampling rate or the beat finder is wrong"
+low, middle, high = np.quantile(rates, [0.05, 0.5, 0.95])
+print(f"heart rate: median {middle:.0f}/min, 5 to 95 % of recordings: {low:.0f} to {high:.0f}")
+assert 50 < middle < 100, "the sampling rate or the beat finder is wrong"
 
 # %% [markdown]
 # ## Where the energy lies
 #
-# The power spectrum, averaged over recordings. Almost everything lies below 25 Hz, which is why 100 Hz suffices for most
-# diagnoses; a peak near 50 or 60 Hz would be the mains, and power below 0.5 Hz is breathing and moving electrodes.
+# The power spectrum, averaged over recordings. Almost everything lies below 25 Hz, which is why 100 Hz suffices for
+# most diagnoses; a peak near 50 or 60 Hz would be the mains, and power below 0.5 Hz is breathing and moving
+# electrodes.
 
 # %%
 import matplotlib.pyplot as plt
@@ -166,23 +169,23 @@ save_figure(figure, Path(results) / "figures" / "augmentations.svg")
 figure
 
 # %% [markdown]
-# Powerline noise leaves no trace at 100 Hz: the mains tone lies at or above half the sampling rate and would alias, so it
-# is left out. The published code adds it all the same, where it turns into an alternating sign.
+# Powerline noise leaves no trace at 100 Hz: the mains tone lies at or above half the sampling rate and would alias,
+# so it is left out. The published code adds it all the same, where it turns into an alternating sign.
 #
 # Not every change is harmless. A gain per lead (*channel resize*) changes the voltages by which hypertrophy is defined
 # and breaks Einthoven's law; a time warp changes rate and intervals. Check it:
 
 # %%
-resized = TRANSFORMS["channel_resize"](original, torch.Generator().manual_seed(7))[0].numpy()
-law = np.abs(resized[2] - (resized[1] - resized[0])).mean()
-print(f"mean |III - (II - I)|: {np.abs(original[0, 2] - (original[0, 1] - original[0, 0])).mean():.4f} mV before, {law:.4f} mV after")
-assert law > 0.005, "channel resize should break Einthoven's law"
+resized = TRANSFORMS["channel_resize"](original, torch.Generator().manual_seed(7))
+before, after = (float((x[0, 2] - (x[0, 1] - x[0, 0])).abs().mean()) for x in (original, resized))
+print(f"mean |III - (II - I)|: {before:.4f} mV before, {after:.4f} mV after")
+assert after > 0.005, "channel resize should break Einthoven's law"
 
 # %% [markdown]
 # ## Exercise
 #
-# Sokolow and Lyon: hypertrophy of the left ventricle is likely where the S wave of V1 and the larger R wave of V5 and V6
-# together exceed 3.5 mV. Compute this voltage for the recordings above and compare hypertrophy with the rest.
+# Sokolow and Lyon: hypertrophy of the left ventricle is likely where the S wave of V1 and the larger R wave of V5 and
+# V6 together exceed 3.5 mV. Compute this voltage for the recordings above and compare hypertrophy with the rest.
 
 # %% tags=["solution"]
 centred = signals - np.median(signals, axis=2, keepdims=True)
@@ -196,6 +199,6 @@ voltage.groupby(labels).describe()[["count", "25%", "50%", "75%"]].round(2)
 # %% [markdown]
 # ## What was seen
 #
-# Amplitudes of a millivolt or two, most of the power below 25 Hz, heart rates where they should be, and classes that are
-# a matter of a few tenths of a millivolt or of some tens of milliseconds in some of the leads. Written:
+# Amplitudes of a millivolt or two, most of the power below 25 Hz, heart rates where they should be, and classes that
+# are a matter of a few tenths of a millivolt or of some tens of milliseconds in some of the leads. Written:
 # `figures/ecg_first.svg`, `figures/spectrum.svg`, `figures/augmentations.svg`.

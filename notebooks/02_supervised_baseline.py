@@ -94,7 +94,7 @@ network.train()
 by_hand = binary_cross_entropy(network(batch.signals), batch.targets).item()
 by_package = Supervised(network).loss(batch).item()
 assert abs(by_hand - by_package) < 1e-5, (by_hand, by_package)
-print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; all answers 0.5 would give {torch.log(torch.tensor(2.0)):.6f}")
+print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; all answers 0.5 would give log 2 = 0.693147")
 
 # %% [markdown]
 # ## Check: before training, the score should be about chance
@@ -114,8 +114,8 @@ print(f"untrained, fold 9: {before.value:.3f} [{before.low:.3f}, {before.high:.3
 # %% [markdown]
 # ## One training, watched
 #
-# The learning rate rises for the first tenth of the steps and then falls as a cosine to zero. If the loss does not fall,
-# nothing that follows means anything.
+# The learning rate rises for the first tenth of the steps and then falls as a cosine to zero. If the loss does not
+# fall, nothing that follows means anything.
 
 # %%
 from ecglib.plots import plot_label_curve, plot_training, save_figure

@@ -33,8 +33,8 @@ print(f"{about['source']}, label set {about['task']!r}: {kind}")
 # %%
 parts = {"classes": "00_prepare_data", "left_out": "00_prepare_data", "supervised_summary": "02_supervised_baseline"}
 found = {name: Path(results) / "tables" / f"{name}.csv" for name in parts}
-status = pd.DataFrame([{"table": name, "notebook": parts[name], "state": "there" if path.exists() else f"run {parts[name]}"}
-                       for name, path in found.items()])  # fmt: skip
+state = {name: "there" if path.exists() else f"run {parts[name]}" for name, path in found.items()}
+status = pd.DataFrame([{"table": name, "notebook": parts[name], "state": state[name]} for name in parts])
 status
 
 # %%
@@ -55,7 +55,9 @@ left_out.groupby(["fault", "action"], as_index=False).size() if len(left_out) el
 
 # %%
 supervised = pd.read_csv(found["supervised_summary"])
-supervised["origin"] = "simulated" if about["simulated"] else "measured on the subset" if about.get("subset") else "measured"
+supervised["origin"] = (
+    "simulated" if about["simulated"] else "measured on the subset" if about.get("subset") else "measured"
+)
 supervised[["method", "data", "labels", "fraction", "value", "low", "high", "seeds", "origin"]].round(3)
 
 # %% [markdown]
@@ -74,8 +76,8 @@ print(f"from {100 * curve['fraction'].iloc[0]:g} % to {100 * curve['fraction'].i
 # %% [markdown]
 # ## Beside it: what papers print
 #
-# PTB-XL with 71 statements and all 21,837 recordings (Mehari and Strodthoff 2022). The data and the label set differ from
-# ours, so this is orientation, not a comparison.
+# PTB-XL with 71 statements and all 21,837 recordings (Mehari and Strodthoff 2022). The data and the label set differ
+# from ours, so this is orientation, not a comparison.
 
 # %%
 printed = pd.read_csv(Path(published) / "ecg-selfsupervised.csv")

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from plain_conv1d import plain_conv1d
 from torch import nn
 
 from ecglib.encoders import make_encoder
 from ecglib.encoders.xresnet1d import xresnet1d50
 from ecglib.train import autocast
-from plain_conv1d import plain_conv1d
 
 
 def test_paper_encoder_has_the_published_size_and_shapes():

@@ -9,7 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import (
-    average_precision_score, coverage_error, fbeta_score, hamming_loss, label_ranking_loss, roc_auc_score,
+    average_precision_score,
+    coverage_error,
+    fbeta_score,
+    hamming_loss,
+    label_ranking_loss,
+    roc_auc_score,
 )  # fmt: skip
 
 from ecglib import evaluate

@@ -37,7 +37,15 @@ def spec(records: Records, seed: int = 0, **changes) -> RunSpec:
 
 
 def constant(spec: RunSpec, workspace: Path) -> Result:
-    row = {"split": "test", "metric": "macro_auroc", "value": 0.5, "low": 0.4, "high": 0.6, "n_records": 3, "n_patients": 2}
+    row = {
+        "split": "test",
+        "metric": "macro_auroc",
+        "value": 0.5,
+        "low": 0.4,
+        "high": 0.6,
+        "n_records": 3,
+        "n_patients": 2,
+    }
     return Result([row], {"scores": np.arange(4.0)}, seconds=1.5)
 
 
@@ -45,7 +53,8 @@ def test_the_key_ignores_order_and_sees_every_change():
     first = RunSpec("a", "d", "k", "l", 0.1, 0, {"x": 1, "y": {"p": 2, "q": 3}})
     same = RunSpec("a", "d", "k", "l", 0.1, 0, {"y": {"q": 3, "p": 2}, "x": 1})
     assert first.key == same.key and first.name == same.name
-    others = [RunSpec("a", "d", "k", "l", 0.1, 1, first.settings), RunSpec("a", "d", "other", "l", 0.1, 0, first.settings),
+    others = [RunSpec("a", "d", "k", "l", 0.1, 1, first.settings),
+              RunSpec("a", "d", "other", "l", 0.1, 0, first.settings),
               RunSpec("a", "d", "k", "l", 0.1, 0, {"x": 1, "y": {"p": 2, "q": 4}})]  # fmt: skip
     assert len({first.key, *(other.key for other in others)}) == 4
 
@@ -106,7 +115,15 @@ def test_equal_seeds_give_equal_numbers_and_the_table_is_complete(tmp_path):
     assert [row["value"] for row in first.rows()] == [row["value"] for row in second.rows()]
     rows = tidy(first.rows())
     assert set(rows["split"]) == {"validation", "test"}
-    wanted = {"macro_auroc", "mean_average_precision", "ranking_loss", "coverage", "macro_f2", "macro_g2", "hamming_loss"}
+    wanted = {
+        "macro_auroc",
+        "mean_average_precision",
+        "ranking_loss",
+        "coverage",
+        "macro_f2",
+        "macro_g2",
+        "hamming_loss",
+    }
     assert wanted <= set(rows["metric"])
     assert rows.loc[rows["metric"] == "macro_auroc", ["low", "high"]].notna().all(axis=None)
     assert (rows["n_records"] == 48).all()
@@ -138,7 +155,8 @@ def test_killed_five_times_a_run_ends_in_the_same_metrics(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(KILLED.format(root=str(ROOT), tests=str(ROOT / "tests")))
     start = lambda folder: subprocess.Popen([sys.executable, str(script), str(tmp_path / folder)],  # noqa: E731
-                                            stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+                                            stdout=subprocess.PIPE,
+                                            env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert start("undisturbed").wait(120) == 0
     training = table(tmp_path / "undisturbed")["seconds"].max()
     moment = random.Random(5)

@@ -12,7 +12,16 @@ from ecglib.records import LEADS, Records
 from ecglib.sources.heart import LEAD_FIELD, rotation
 from ecglib.sources.recorder import recorder_noise
 from ecglib.sources.simulate import (
-    BLOCK, CONDITIONS, EVIDENCE, PLAIN, RHYTHMS, SUPERCLASSES, TASKS, Simulation, simulate_cohort, simulate_records,
+    BLOCK,
+    CONDITIONS,
+    EVIDENCE,
+    PLAIN,
+    RHYTHMS,
+    SUPERCLASSES,
+    TASKS,
+    Simulation,
+    simulate_cohort,
+    simulate_records,
 )  # fmt: skip
 
 SECOND = 100  # samples
@@ -316,8 +325,10 @@ CLASSICAL = {
     "IMI": lambda beats: lowest(beats, "II aVF", 30, 35),  # Q
     "AMI": lambda beats: -highest(beats, "V1 V2 V3", 30, 36),  # lost R
     "LMI": lambda beats: lowest(beats, "V5 V6", 30, 35),  # Q
-    "LVH": lambda beats: lowest(beats, "V1", 30, 42)  # Sokolow-Lyon: S in V1 and the taller R of V5 and V6
-    + np.maximum(highest(beats, "V5", 30, 42), highest(beats, "V6", 30, 42)),
+    "LVH": lambda beats: (
+        lowest(beats, "V1", 30, 42)  # Sokolow-Lyon: S in V1 and the taller R of V5 and V6
+        + np.maximum(highest(beats, "V5", 30, 42), highest(beats, "V6", 30, 42))
+    ),
     "CRBBB": lambda beats: highest(beats, "V1", 39, 44),  # R'
     "IRBBB": lambda beats: highest(beats, "V1", 38, 42),  # r'
     "CLBBB": lambda beats: highest(beats, "I", 39, 44),  # the left ventricle comes late

@@ -26,6 +26,7 @@ from synthetic_files import (
 from ecglib.errors import DataError, StorageError
 from ecglib.records import LEADS
 from ecglib.sources import download as downloads
+from ecglib.sources import read_source
 from ecglib.sources.cinc2021 import DATASETS, SCORED, class_codes, read_cinc2021
 from ecglib.sources.code15 import read_code15, strip_zeros
 from ecglib.sources.download import download
@@ -487,3 +488,16 @@ def test_a_slow_failing_download_keeps_finished_files(server, tmp_path: Path) ->
     assert is_complete(server, tmp_path)
 
 
+def test_a_folder_is_told_apart_by_its_index_file(tmp_path):
+    write_wfdb(tmp_path / "own", "a", heart_signal())
+    (tmp_path / "own" / "labels.csv").write_text("record,AF\na,1\n")
+    found = {"ptb": write_ptbxl(tmp_path / "ptb"), "ludb": write_ludb(tmp_path / "ludb"),
+             "code": write_code15(tmp_path / "code"), "own": tmp_path / "own"}  # fmt: skip
+    for name, folder in found.items():
+        records = read_source(folder, sampling_rate=100)
+        assert len(records) and records.sampling_rate == 100 and records.signals.shape[1:] == (12, 1000), name
+        assert {"source", "simulated", "task"} <= set(records.about), name
+    with pytest.raises(DataError, match="holds none of ptbxl_database.csv"):
+        read_source(tmp_path)
+    with pytest.raises(DataError, match="no such folder"):
+        read_source(tmp_path / "absent")

@@ -15,7 +15,7 @@ from ecglib import study
 from ecglib.errors import DataError, StorageError
 from ecglib.notebooks import NotebookFailure, notebook_sources, parameter_names, read_notebook, write_pairs
 
-FIRST = '''# %% [markdown]
+FIRST = """# %% [markdown]
 # # First
 
 # %% tags=["parameters"]
@@ -29,8 +29,8 @@ from pathlib import Path
 folder = Path(results, "tables")
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "first.csv").write_text(f"{number}")
-'''
-SECOND = '''# %% [markdown]
+"""
+SECOND = """# %% [markdown]
 # # Second
 
 # %% tags=["parameters"]
@@ -52,7 +52,7 @@ if bad:
     raise ValueError("the number is bad; change it")
 Path(results, "tables", "second.csv").write_text(f"{number + 1}")
 sys.executable
-'''
+"""
 CONFIG = "about: a few seconds\ncommon: {number: 2}\n01_second: {bad: false}\n"
 
 

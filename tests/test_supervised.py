@@ -35,7 +35,8 @@ def test_sixty_steps_on_real_ecgs_beat_chance_by_far():
     records = read_ptbxl(PTB_XL)
     records = records.select(records.targets.any(axis=1))
     split = split_indices(records)
-    settings = {"encoder": "xresnet1d_narrow", "steps": 60, "batch_size": 32, "crop_seconds": 2.5, "learning_rate": 3e-3,
+    settings = {"encoder": "xresnet1d_narrow", "steps": 60, "batch_size": 32, "crop_seconds": 2.5,
+                "learning_rate": 3e-3,
                 "weight_decay": 0.01, "dropout": 0.0, "transforms": {}}  # fmt: skip
     classifier, history = train_supervised(records, split["train"], 0, settings)
     scores = predict_windows(classifier, records, split["validation"])

@@ -105,7 +105,9 @@ def test_a_checkpoint_of_another_run_or_network_is_refused(tmp_path):
     train_tiny(folder=tmp_path)
     with pytest.raises(DataError, match="another run"):
         train_tiny(steps=50, folder=tmp_path)
-    save_tensors(tmp_path / "other" / CHECKPOINT, {"model/strange": torch.zeros(2)}, {"step": "5", "steps": "40", "seed": "3"})
+    save_tensors(
+        tmp_path / "other" / CHECKPOINT, {"model/strange": torch.zeros(2)}, {"step": "5", "steps": "40", "seed": "3"}
+    )
     with pytest.raises(DataError, match="another network"):
         train_tiny(folder=tmp_path / "other")
     (tmp_path / CHECKPOINT).write_bytes(b"not a checkpoint")
@@ -133,7 +135,9 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path):
 
 def test_schedules():
     rates = [cosine_schedule(p) for p in np.linspace(0, 1, 101)]
-    assert rates[0] == 0 and max(rates) == pytest.approx(1.0) and np.argmax(rates) == 10 and rates[-1] == pytest.approx(0)
+    assert (
+        rates[0] == 0 and max(rates) == pytest.approx(1.0) and np.argmax(rates) == 10 and rates[-1] == pytest.approx(0)
+    )
     assert constant_schedule(0.3) == 1
 
 
@@ -192,7 +196,8 @@ class Plain(nn.Module):
         return nn.functional.binary_cross_entropy_with_logits(self.layer(batch.signals.std(dim=2)), batch.targets)
 torch.manual_seed(0)
 objective, records = Plain(), tiny_records()
-fit(objective, CropBatches(records, np.arange(40), 8, 1.0, 0), 20, folder=sys.argv[1], dtype="float32", learning_rate=0.05)
+fit(objective, CropBatches(records, np.arange(40), 8, 1.0, 0), 20, folder=sys.argv[1],
+    dtype="float32", learning_rate=0.05)
 if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
     save_tensors(sys.argv[1] + "/weights.safetensors", objective.state_dict())
 if torch.distributed.is_initialized():

@@ -1,4 +1,4 @@
-"""xresnet1d (He et al. 2019 "bag of tricks" in one dimension), as in Mehari & Strodthoff 2022 and Strodthoff et al. 2021.
+"""xresnet1d (the "bag of tricks" of He et al. 2019 in one dimension), as in Mehari & Strodthoff 2022.
 
 The convolutions are 1 x k two-dimensional ones in channels-last memory: the same numbers as `Conv1d`, but the form for
 which processors with bfloat16 units have fast kernels (see `ecglib.train.precision` and `benchmarks/training_step.py`).
@@ -64,7 +64,10 @@ class XResNet1d(nn.Module):
         layers: list[nn.Module] = []
         for position, (inputs, outputs) in enumerate(zip(channels, stem, strict=False)):
             # The first convolution has a bias and PyTorch's default start, as in the published model.
-            layers += [normalised(convolution(inputs, outputs, kernel, 2 if position == 0 else 1, bias=position == 0)), nn.ReLU()]
+            layers += [
+                normalised(convolution(inputs, outputs, kernel, 2 if position == 0 else 1, bias=position == 0)),
+                nn.ReLU(),
+            ]
         self.stem = nn.Sequential(*layers, nn.MaxPool2d((1, 3), (1, 2), (0, 1)))
         inputs, stages = stem[-1], []
         for stage, count in enumerate(blocks):

@@ -31,6 +31,6 @@ def read_source(folder: str | Path, task: str = "superclass", sampling_rate: int
 
         return read_wfdb_folder(folder, folder / "labels.csv", sampling_rate=sampling_rate)
     raise DataError(
-        f"{folder}: holds none of ptbxl_database.csv (PTB-XL), exams.csv (CODE-15 %), ludb.csv (LUDB) or labels.csv (your "
-        "own WFDB records, see the README); give the folder that holds one of them."
+        f"{folder}: holds none of ptbxl_database.csv (PTB-XL), exams.csv (CODE-15 %), ludb.csv (LUDB) or labels.csv "
+        "(your own WFDB records, see the README); give the folder that holds one of them."
     )

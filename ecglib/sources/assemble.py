@@ -140,7 +140,9 @@ class _Assembly:
         faults: dict[int, list[tuple[str, str, str]]] = {}
         for index, lead, fault, detail in find_faults(signals):
             faults.setdefault(index, []).append((lead, fault, detail))
-        keep = [self._settle(signals[i], self.buffer[i].row["record_id"], faults.get(i, [])) for i in range(len(signals))]
+        keep = [
+            self._settle(signals[i], self.buffer[i].row["record_id"], faults.get(i, [])) for i in range(len(signals))
+        ]
         with explain_storage(tempfile.gettempdir()):
             self.file.write(to_counts(signals[keep]).tobytes())
         self.rows += [r.row for r, kept in zip(self.buffer, keep, strict=True) if kept]

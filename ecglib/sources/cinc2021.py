@@ -83,7 +83,8 @@ def read_cinc2021(folder: str | Path, dataset: str, *, sampling_rate: float = 10
         return Recording(header.leads, millivolts, header.sampling_rate, row, target, notes)
 
     about = {
-        "source": "CinC 2021", "simulated": False, "dataset": dataset, "folder": listing[0].parent.parent.name,
+        "source": "CinC 2021", "simulated": False, "task": "diagnoses", "dataset": dataset,
+        "folder": listing[0].parent.parent.name,
         "merge_equivalent": merge_equivalent, "codes": {name: sorted(wanted) for name, wanted in codes.items()},
         "split": "PTB-XL's patients and folds" if patients else NO_PATIENTS,
         "without_class": 0, "without_class_kept": keep_without_class,

@@ -40,7 +40,8 @@ def read_code15(folder: str | Path, *, sampling_rate: float = 100, seconds: floa
         raise DataError(f"{folder}: no part ({PARTS}) is there; download at least one, or unpack its zip file.")
     absent = ~exams["trace_file"].isin([path.name for path in parts])
     about = {
-        "source": "CODE-15%", "simulated": False, "folder": folder.name, "parts": [path.name for path in parts],
+        "source": "CODE-15%", "simulated": False, "task": "diagnoses", "folder": folder.name,
+        "parts": [path.name for path in parts],
         "split": "by patient", "millivolts_per_unit": millivolts_per_unit, "not_downloaded": int(absent.sum()),
         "filler_rows": 0, "not_in_index": 0,
     }  # fmt: skip

@@ -88,7 +88,8 @@ def read_ludb(folder: str | Path, *, sampling_rate: float = RATE, seconds: float
 
     without = [statement for of_one in statements for statement in of_one if _class(statement) is None]
     about = {
-        "source": "LUDB", "simulated": False, "folder": folder.name, "split": "by record, one patient each",
+        "source": "LUDB", "simulated": False, "task": "diagnoses", "folder": folder.name,
+        "split": "by record, one patient each",
         "scale": "1 microvolt a count in all leads, not the headers' gains",
         "class_counts": dict(zip(classes, targets.sum(axis=0, dtype=int).tolist(), strict=True)),
         "statements_without_class": {name: without.count(name) for name in sorted(set(without))},

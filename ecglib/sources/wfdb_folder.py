@@ -56,7 +56,7 @@ def read_wfdb_folder(folder: str | Path, labels_csv: str | Path, *, sampling_rat
         return Recording(header.leads, millivolts, header.sampling_rate, row, targets[position], notes)
 
     about = {
-        "source": folder.name, "simulated": False, "folder": folder.name, "labels": path.name,
+        "source": folder.name, "simulated": False, "task": path.stem, "folder": folder.name, "labels": path.name,
         "split": "as given" if given_fold else "by patient" if by_patient else "by record, no patient_id is given",
         "not_classes": list(kept.columns), "without_class": int((~targets.any(axis=1)).sum()),
         "class_counts": dict(zip(names, targets.sum(axis=0, dtype=int).tolist(), strict=True)),
