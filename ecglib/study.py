@@ -52,11 +52,14 @@ def run_study(profile: str, data: Path | None = None, fresh: bool = False, root:
     """
     results = Path(results or root / "results" / profile)
     config = read_config(root / "configs" / f"{profile}.yaml")
+    if profile == "paper" and data is None:
+        raise DataError("The profile paper needs --data FOLDER with PTB-XL; `python -m ecglib.sources.download ptb-xl "
+                        "FOLDER` fetches it.")  # fmt: skip
     steps = plan(root, config, data, results)
     if last is not None:
         steps = steps[: [step.name for step in steps].index(last) + 1]
     with alone(results):
-        origin = f"ECGs of {data}" if data else "no data folder given"
+        origin = f"ECGs of {data}" if data else "simulated ECGs (no --data folder was given)"
         say(f"Profile {profile}: {config['about']}. {len(steps)} notebooks, {origin}; results go to {shown(results)}.")
         if fresh and results.exists():
             say(f"--fresh: deleting {shown(results)} first.")

@@ -39,6 +39,11 @@ def constant_schedule(progress: float) -> float:
     return 1.0
 
 
+def default_device() -> str:
+    """`cuda` where there is a GPU, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def precision(device: torch.device | str) -> str:
     """`bfloat16` where the device computes faster in it (GPU, or a CPU with AVX512-BF16 or AMX), else `float32`."""
     device = torch.device(device)
