@@ -55,11 +55,16 @@ class Bottleneck(nn.Module):
 
 
 class XResNet1d(nn.Module):
-    """Encoder `(batch, leads, time)` in mV -> `(batch, feature_size)`: [maximum, mean] over time of the last stage."""
+    """Encoder `(batch, leads, time)` in mV -> `(batch, feature_size)`: [maximum, mean] over time of the last stage.
+
+    With `centred` each lead's mean over the crop is taken away first: where a recorder's baseline stands says nothing
+    about a heart, and with a few dozen labels a network cannot learn that by itself.
+    """
 
     def __init__(self, leads: int = 12, stem: Sequence[int] = (32, 32, 64), width: int = 64,
-                 blocks: Sequence[int] = (3, 4, 6, 3), kernel: int = 5) -> None:  # fmt: skip
+                 blocks: Sequence[int] = (3, 4, 6, 3), kernel: int = 5, centred: bool = False) -> None:  # fmt: skip
         super().__init__()
+        self.centred = centred
         channels = (leads, *stem)
         layers: list[nn.Module] = []
         for position, (inputs, outputs) in enumerate(zip(channels, stem, strict=False)):
@@ -83,6 +88,8 @@ class XResNet1d(nn.Module):
 
     def feature_map(self, signals: Tensor) -> Tensor:
         """Last stage before pooling, `(batch, channels, time / 32)`."""
+        if self.centred:
+            signals = signals - signals.mean(dim=2, keepdim=True)
         return self.stages(self.stem(signals.unsqueeze(2))).squeeze(2)
 
     def forward(self, signals: Tensor) -> Tensor:
@@ -96,5 +103,5 @@ def xresnet1d50(leads: int = 12) -> XResNet1d:
 
 
 def xresnet1d_narrow(leads: int = 12) -> XResNet1d:
-    """A laptop's encoder of the same form: inner width 32, two blocks a stage, 256 features."""
-    return XResNet1d(leads, stem=(32, 32, 32), width=32, blocks=(2, 2, 2, 2))
+    """A laptop's encoder of the same form: inner width 32, one block a stage, longer filters, 256 features."""
+    return XResNet1d(leads, stem=(32, 32, 32), width=32, blocks=(1, 1, 1, 1), kernel=9, centred=True)
