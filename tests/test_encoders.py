@@ -6,8 +6,23 @@ from plain_conv1d import plain_conv1d
 from torch import nn
 
 from ecglib.encoders import make_encoder
-from ecglib.encoders.xresnet1d import xresnet1d50
+from ecglib.encoders.xresnet1d import XResNet1d, xresnet1d50
 from ecglib.train import autocast
+
+
+def small_encoder() -> XResNet1d:
+    """The paper's form with narrow stages, on signals as they are."""
+    return XResNet1d(stem=(32, 32, 32), width=32, blocks=(2, 2, 2, 2))
+
+
+def test_laptop_encoder_does_not_see_where_the_baseline_stands():
+    torch.manual_seed(0)
+    encoder, signals = make_encoder("xresnet1d_narrow").eval(), torch.randn(4, 12, 250)
+    shifted = signals + torch.randn(4, 12, 1)
+    torch.testing.assert_close(encoder(shifted), encoder(signals), rtol=1e-4, atol=1e-4)
+    assert encoder(signals).shape == (4, encoder.feature_size) == (4, 256)
+    paper = xresnet1d50().eval()
+    assert not torch.allclose(paper(shifted), paper(signals), atol=1e-2), "the published encoder takes raw millivolts"
 
 
 def test_paper_encoder_has_the_published_size_and_shapes():
@@ -20,7 +35,7 @@ def test_paper_encoder_has_the_published_size_and_shapes():
 
 
 def test_blocks_start_as_the_identity():
-    encoder = make_encoder("xresnet1d_narrow").eval()
+    encoder = small_encoder().eval()
     x = torch.rand(2, 128, 1, 40)
     block = encoder.stages[1]
     assert torch.allclose(block(x), torch.relu(x + block.path[-1][1].bias[:, None, None]), atol=1e-6)
@@ -28,7 +43,7 @@ def test_blocks_start_as_the_identity():
 
 def test_forward_and_gradients_equal_plain_conv1d():
     torch.manual_seed(0)
-    encoder = make_encoder("xresnet1d_narrow")
+    encoder = small_encoder()
     for module in encoder.modules():  # the last norms start at zero, which would hide the blocks from this test
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
