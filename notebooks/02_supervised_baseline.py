@@ -40,8 +40,9 @@ records = everything.select(everything.targets.any(axis=1))
 simulated = records.about["simulated"]
 data_name = "simulated" if simulated else records.about["source"] + (" subset" if records.about.get("subset") else "")
 print(f"{data_name}: {len(records):,} of {len(everything):,} recordings carry a class of {records.about['task']!r}")
-if not simulated and records.about.get("subset"):
-    print("A subset: its scores are not comparable with published tables.")
+warning = "SIMULATED records" if simulated else "a subset: not comparable with published tables"
+note = f"{data_name}, fold 10" + (f" ({warning})" if simulated or records.about.get("subset") else "")
+print(note)
 
 # %% [markdown]
 # ## The network
@@ -177,7 +178,7 @@ summary = seed_summary(runs, records)
 for name, frame in {"supervised": rows, "supervised_summary": summary}.items():
     with atomic_file(Path(results) / "tables" / f"{name}.csv") as path:
         frame.to_csv(path, index=False)
-summary.round(3)
+summary.style.format(precision=3).set_caption(f"Macro AUROC, mean over seeds: {note}")
 
 # %% [markdown]
 # In `supervised.csv` each run has one row a measure: `value` with the patient-bootstrap interval `low`–`high` (2.5 to
@@ -198,7 +199,8 @@ figure
 # %%
 classes = rows[rows["metric"].str.startswith("auroc:") & (rows["split"] == "test")]
 per_class = classes.assign(metric=classes["metric"].str.removeprefix("auroc:"))
-per_class.pivot_table(index="metric", columns="fraction", values="value").round(3).rename_axis("class")
+by_class = per_class.pivot_table(index="metric", columns="fraction", values="value").rename_axis("class")
+by_class.style.format(precision=3).set_caption(f"AUROC of each class: {note}")
 
 # %% [markdown]
 # ## Does it decide, not only rank?
@@ -209,7 +211,8 @@ per_class.pivot_table(index="metric", columns="fraction", values="value").round(
 # %%
 measures = ["ranking_loss", "coverage", "mean_average_precision", "macro_f2", "macro_g2", "hamming_loss"]
 decisions = rows[rows["metric"].isin(measures) & (rows["split"] == "test")]
-decisions.pivot_table(index="metric", columns="fraction", values="value").loc[measures].round(3)
+measured = decisions.pivot_table(index="metric", columns="fraction", values="value").loc[measures]
+measured.style.format(precision=3).set_caption(f"Rankings and decisions: {note}")
 
 # %% [markdown]
 # ## Exercise
@@ -227,7 +230,7 @@ print(f"gap {many.mean() - few.mean():.3f}; spread of the seeds at the smallest 
 # %%
 lines = [f"{100 * row.fraction:g} % of the labels: macro AUROC {row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
          for row in summary.itertuples()]  # fmt: skip
-print(f"{data_name}, {records.about['task']}, fold 10, mean over seeds\n" + "\n".join(lines))
+print(f"{note}, {records.about['task']}, mean over seeds\n" + "\n".join(lines))
 
 # %% [markdown]
 # The curve above is the control of the whole study. Written: `tables/supervised.csv`, `tables/supervised_summary.csv`,

@@ -58,7 +58,8 @@ supervised = pd.read_csv(found["supervised_summary"])
 supervised["origin"] = (
     "simulated" if about["simulated"] else "measured on the subset" if about.get("subset") else "measured"
 )
-supervised[["method", "data", "labels", "fraction", "value", "low", "high", "seeds", "origin"]].round(3)
+shown = supervised[["method", "data", "labels", "fraction", "value", "low", "high", "seeds", "origin"]]
+shown.style.format(precision=3).set_caption(f"Macro AUROC on fold 10: {kind}")
 
 # %% [markdown]
 # ## Check: more labels should not hurt
