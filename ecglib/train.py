@@ -91,7 +91,9 @@ def fit(objective: nn.Module, batches: Callable[[int], Batch], steps: int, *, le
         groups: list[dict] | None = None, clip: float | None = 1.0, seed: int = 0, folder: str | Path | None = None,
         checkpoint_every: int = 200, log_every: int = 20, dtype: str | None = None, compiled: bool = False,
         watch: Callable[[int], dict] | None = None, progress_bar: bool = False) -> pd.DataFrame:  # fmt: skip
-    """Train `objective` in place for `steps` AdamW steps and return its history, one row every `log_every` steps.
+    """Train `objective` in place for `steps` AdamW steps and return its history.
+
+    A row of the history stands for `log_every` steps, its loss for their mean.
 
     `objective.loss(batch)` gives the scalar to minimise; `objective.after_step(progress)`, where it exists, is called
     after each step with progress in (0, 1]. `batches(step)` gives the batch of a step. `groups` replaces the parameter
@@ -108,7 +110,7 @@ def fit(objective: nn.Module, batches: Callable[[int], Batch], steps: int, *, le
     module = _wrapped(objective, compiled)
     leader = not _distributed() or torch.distributed.get_rank() == 0
     store = _Store(Path(folder) if folder else None, steps, seed, leader)
-    first, history = store.resume(objective, optimizer)
+    first, history, recent = store.resume(objective, optimizer)
     started = time.perf_counter() - (history[-1]["seconds"] if history else 0.0)
     objective.train()
     bar = tqdm(range(first, steps), initial=first, total=steps, disable=not (progress_bar and leader), unit="step")
@@ -132,14 +134,17 @@ def fit(objective: nn.Module, batches: Callable[[int], Batch], steps: int, *, le
             if hasattr(objective, "after_step"):
                 objective.after_step((step + 1) / steps)
             done = step + 1
+            recent.append(loss.detach().float().cpu())
             if done % log_every == 0 or done == steps:
-                history.append({"step": done, "loss": loss.item(), "learning_rate": optimizer.param_groups[0]["lr"],
+                history.append({"step": done, "loss": float(torch.stack(recent).mean()),
+                                "learning_rate": optimizer.param_groups[0]["lr"],
                                 "seconds": time.perf_counter() - started, "precision": dtype,
                                 **(watch(done) if watch else {})})  # fmt: skip
+                recent.clear()
                 objective.train()
                 bar.set_postfix(loss=f"{history[-1]['loss']:.4f}")
             if done % checkpoint_every == 0 or done == steps:
-                store.save(objective, optimizer, done, history)
+                store.save(objective, optimizer, done, history, recent)
     return pd.DataFrame(history)
 
 
@@ -181,8 +186,9 @@ class _Store:
         self.folder, self.leader = folder, leader
         self.identity = {"steps": str(steps), "seed": str(seed)}
 
-    def save(self, objective: nn.Module, optimizer: torch.optim.Optimizer, step: int, history: list[dict]) -> None:
-        """Write weights, buffers, optimizer state and history atomically, the log first."""
+    def save(self, objective: nn.Module, optimizer: torch.optim.Optimizer, step: int, history: list[dict],
+             recent: list[Tensor]) -> None:  # fmt: skip
+        """Write weights, buffers, optimizer state, history and the losses since its last row, the log first."""
         if self.folder is None or not self.leader:
             return
         with atomic_file(self.folder / LOG) as temporary:
@@ -190,12 +196,14 @@ class _Store:
         tensors = {f"model/{name}": value for name, value in objective.state_dict().items()}
         for index, state in optimizer.state_dict()["state"].items():
             tensors.update({f"optimizer/{index}/{name}": torch.as_tensor(value) for name, value in state.items()})
+        if recent:
+            tensors["recent_losses"] = torch.stack(recent)
         save_tensors(self.folder / CHECKPOINT, tensors, {"step": str(step), **self.identity})
 
-    def resume(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
-        """Load the checkpoint, if there is one, and give the next step and the history up to it."""
+    def resume(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict], list[Tensor]]:
+        """Load the checkpoint, if there is one: the next step, the history, and the losses since its last row."""
         if self.folder is None or not (self.folder / CHECKPOINT).exists():
-            return 0, []
+            return 0, [], []
         tensors, about = load_tensors(self.folder / CHECKPOINT)
         if {key: about.get(key) for key in self.identity} != self.identity:
             raise DataError(f"{self.folder / CHECKPOINT}: a checkpoint of another run ({about}); use another folder.")
@@ -209,7 +217,8 @@ class _Store:
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         step = int(about["step"])
         lines = (self.folder / LOG).read_text().splitlines()
-        return step, [row for row in map(json.loads, lines) if row["step"] <= step]
+        recent = list(tensors.get("recent_losses", torch.empty(0)))
+        return step, [row for row in map(json.loads, lines) if row["step"] <= step], recent
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> None:

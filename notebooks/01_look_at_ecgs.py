@@ -21,7 +21,7 @@ import numpy as np
 from ecglib.records import LEADS, Records
 
 records = Records.load(Path(results) / "records")
-origin = f"{records.about['source']}{' (simulated)' if records.about['simulated'] else ''}"
+origin = records.about["source"]
 print(f"{len(records):,} recordings: {origin}")
 
 # %% [markdown]

@@ -97,6 +97,8 @@ def test_interrupted_and_resumed_equals_undisturbed(tmp_path):
     resumed, _ = train_tiny(folder=tmp_path / "broken", log_every=5, watch=interrupt)
     for (name, ours), theirs in zip(resumed.state_dict().items(), straight.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
+    logged = [train_tiny(folder=tmp_path / name, log_every=5)[1]["loss"].tolist() for name in ("broken", "fresh")]
+    assert logged[0] == logged[1], "the history, too, is that of an undisturbed run"
     again, repeated = train_tiny(folder=tmp_path / "straight")
     assert repeated["loss"].tolist() == history["loss"].tolist(), "a finished training is opened, not repeated"
 
