@@ -13,8 +13,9 @@ import pandas as pd
 import torch
 from sklearn.metrics import coverage_error, fbeta_score, hamming_loss, label_ranking_loss, precision_recall_curve
 
+from ecglib.batches import to_millivolts
 from ecglib.errors import DataError
-from ecglib.records import MISSING, Records
+from ecglib.records import Records
 
 DRAWS_TOGETHER = 32  # bootstrap draws computed at once: few enough to stay in the processor's cache
 CELLS_TOGETHER = 2**23  # and never more weights (records x draws) than this at once
@@ -309,7 +310,7 @@ def _mean_over_windows(
 ) -> np.ndarray:  # fmt: skip
     """Mean probability `(records, classes)` of one batch; the int16 counts travel and are scaled on the device."""
     counts = torch.from_numpy(np.ascontiguousarray(records.signals[indices])).to(device)
-    signals = torch.where(counts == int(MISSING), 0.0, counts.float() * records.scale)
+    signals = to_millivolts(counts, records.scale)
     windows = torch.stack([signals[:, :, start : start + window] for start in starts], dim=1)
     logits = encode(windows.flatten(0, 1)).float()
     return torch.sigmoid(logits).unflatten(0, (len(indices), len(starts))).mean(dim=1).cpu().numpy()

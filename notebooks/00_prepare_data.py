@@ -110,7 +110,7 @@ import pandas as pd
 
 counts = pd.DataFrame({"records": records.targets.sum(axis=0)}, index=records.classes)
 counts["share"] = (counts["records"] / len(records)).round(3)
-if "class_counts" in records.about:
+if "likely_only" in records.about:  # PTB-XL, whose statements carry a likelihood
     counts = counts.join(pd.DataFrame(records.about["class_counts"]).T)
 counts
 
