@@ -7,9 +7,12 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from synthetic_files import heart_signal, write_wfdb
+
 from ecglib import study
 from ecglib.environment import PROFILES, ROOT
 from ecglib.notebooks import notebook_sources, parameter_names, read_notebook
+from ecglib.records import Records
 
 FOLDER = ROOT / "notebooks"
 SOURCES = notebook_sources(FOLDER) if any(FOLDER.glob("*.py")) else []
@@ -86,3 +89,16 @@ def test_runs_headless(source: Path, results: Path) -> None:
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     warnings = [output.text for output in outputs if output.get("name") == "stderr" and "Warning:" in output.text]
     assert not warnings, warnings[0]
+
+
+def test_ones_own_folder_is_prepared(tmp_path: Path) -> None:
+    """What the README promises: a folder of WFDB records with a labels.csv needs nothing else."""
+    own = tmp_path / "own"
+    rows = ["record,patient_id,AF,LBBB"]
+    for number in range(40):
+        write_wfdb(own / "ward", f"r{number}", heart_signal(seed=number))
+        rows.append(f"ward/r{number},{number // 2},{number % 2},{(number // 3) % 2}")
+    (own / "labels.csv").write_text("\n".join(rows) + "\n")
+    results = study.run_study("smoke", own, results=tmp_path / "results", last="00_prepare_data")
+    records = Records.load(results / "records")
+    assert len(records) == 40 and records.classes == ("AF", "LBBB") and not records.about["simulated"]
