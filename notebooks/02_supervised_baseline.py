@@ -7,7 +7,7 @@
 #
 # **What it needs.** The records of notebook 00.
 #
-# **How long.** The `laptop` profile takes about 8 minutes on two CPU cores, less than a minute on a GPU. Finished runs
+# **How long.** The `laptop` profile takes about 6 minutes on two CPU cores, less than a minute on a GPU. Finished runs
 # are kept and opened again.
 
 # %% tags=["parameters"]
