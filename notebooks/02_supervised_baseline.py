@@ -7,8 +7,8 @@
 #
 # **What it needs.** The records of notebook 00.
 #
-# **How long.** The `laptop` profile takes about 6 minutes on two CPU cores, less than a minute on a GPU. Finished runs
-# are kept and opened again.
+# **How long.** The `laptop` profile takes about 6 minutes on two CPU cores; it uses a GPU where there is one. Finished
+# runs are kept and opened again.
 
 # %% tags=["parameters"]
 results = "../results/laptop"  # where notebook 00 left the records, and where results go
