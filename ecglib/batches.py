@@ -50,7 +50,7 @@ class CropBatches:
                 f"A crop of {crop_seconds} s does not fit into records of {self.time / records.sampling_rate} s."
             )
         self.batch_size, self.seed, self.device, self.scale = batch_size, seed, torch.device(device), records.scale
-        self.counts = torch.from_numpy(np.array(records.signals[self.indices])).to(self.device)
+        self.counts = torch.from_numpy(np.asarray(records.signals[self.indices])).to(self.device)
         self.targets = torch.from_numpy(records.targets[self.indices].astype(np.float32)).to(self.device)
         self.record_ids = records.table["record_id"].to_numpy()[self.indices]
         self._order: tuple[int, np.ndarray] | None = None

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from ecglib.environment import ROOT, read_command
+from ecglib.environment import ROOT, read_command, say
 from ecglib.errors import DataError, StorageError, explain_storage
 from ecglib.files import atomic_file, read_json, short_hash, write_json
 from ecglib.notebooks import NotebookFailure, execute, minutes, notebook_sources, parameter_names, shown, write_pairs
@@ -224,11 +224,6 @@ def pair(check: bool) -> int:
     for path in differing:
         say(f"{shown(path)} {'differs from its .py; run `./run_all.sh pair`' if check else 'written'}")
     return 1 if check and differing else 0
-
-
-def say(text: str) -> None:
-    """A line for the reader, at once."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ecglib.errors import DataError
 from ecglib.records import Records
+from ecglib.sources.index_files import existing_folder
 
 
 def read_source(folder: str | Path, task: str = "superclass", sampling_rate: int = 100) -> Records:
@@ -11,9 +12,7 @@ def read_source(folder: str | Path, task: str = "superclass", sampling_rate: int
 
     `task` is a PTB-XL label set and is ignored by the other sources, which have one set of classes each.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such folder; give the folder that holds the ECG files.")
+    folder = existing_folder(folder, "the ECG files")
     if (folder / "ptbxl_database.csv").exists():
         from ecglib.sources.ptbxl import read_ptbxl
 

@@ -280,5 +280,4 @@ _REPAIRS: dict[str, Callable[[np.ndarray, list[str]], bool]] = {
     "Einthoven's law broken": _reorder,
     "absurd amplitude": _clip,
     "saturated": lambda signal, leads: True,
-    "missing samples": lambda signal, leads: True,
 }

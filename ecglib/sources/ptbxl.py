@@ -46,8 +46,11 @@ def read_ptbxl(folder: str | Path, task: str = "superclass", *, sampling_rate: i
     folder = existing_folder(folder, f"PTB-XL's {INDEX}")
     sums = read_checksums(folder) if verify else {}
     index = _read_index(folder, sums)
-    classes, code_to_class = _classes(folder, task, sums)
-    any_statement, likely = _targets(folder, index, classes, code_to_class)
+    statements = _read_statements(folder, sums)
+    code_to_class = _code_to_class(statements, task)
+    classes = tuple(sorted(set(code_to_class.values())))
+    diagnostic = set(_code_to_class(statements, "diagnostic"))
+    any_statement, likely = _targets(folder, index, classes, code_to_class, diagnostic)
     column = "filename_lr" if sampling_rate == 100 else "filename_hr"
     present = np.ones(len(index), dtype=bool)
     if sampling_rate == 500:  # the 500 Hz files are optional in a download; how many are not there is said in `about`
@@ -102,8 +105,8 @@ def _version(folder: Path, index: pd.DataFrame) -> dict:
     return {"version": version or f"a subset of {len(index):,} records", "subset": version is None}
 
 
-def _classes(folder: Path, task: str, sums: Mapping[str, str]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The class names of a task and the class of each statement, from `scp_statements.csv`."""
+def _read_statements(folder: Path, sums: Mapping[str, str]) -> pd.DataFrame:
+    """`scp_statements.csv`, one row a statement, its columns and names checked."""
     path = folder / STATEMENTS
     verify_file(folder, path, sums)
     table = read_csv(path, ("diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass"))
@@ -112,25 +115,27 @@ def _classes(folder: Path, task: str, sums: Mapping[str, str]) -> tuple[tuple[st
         raise DataError(f"{path}: line {int(blank.argmax()) + 2} names no statement; download the file again.")
     table = table.set_index(table.columns[0])
     table.index = table.index.astype(str)
-    if task == "all":
-        chosen = pd.Series(table.index, index=table.index)
-    elif task in ("subclass", "superclass"):
+    return table
+
+
+def _code_to_class(statements: pd.DataFrame, task: str) -> dict[str, str]:
+    """The class of each statement that has one in a task."""
+    chosen = pd.Series(statements.index, index=statements.index)
+    if task in ("subclass", "superclass"):
         column = "diagnostic_class" if task == "superclass" else "diagnostic_subclass"
-        chosen = table.loc[table["diagnostic"] == 1, column].dropna()
-    else:
-        chosen = pd.Series(table.index, index=table.index)[table[task] == 1]
-    chosen = chosen.astype(str)
-    return tuple(sorted(set(chosen))), chosen.to_dict()
+        chosen = statements.loc[statements["diagnostic"] == 1, column].dropna()
+    elif task != "all":
+        chosen = chosen[statements[task] == 1]
+    return chosen.astype(str).to_dict()
 
 
 def _targets(folder: Path, index: pd.DataFrame, classes: tuple[str, ...],
-             code_to_class: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+             code_to_class: Mapping[str, str], diagnostic: set[str]) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """0/1 targets `(records, classes)` by any statement, and by statements of at least 50 % likelihood.
 
     Form and rhythm statements carry no likelihood (it is 0): they always count. For a diagnostic statement 0 means
     that no likelihood was noted, so that the likelihood rule leaves it out.
     """
-    diagnostic = set(_classes(folder, "diagnostic", {})[1])
     column = {name: position for position, name in enumerate(classes)}
     any_statement = np.zeros((len(index), len(classes)), dtype=np.uint8)
     likely = np.zeros_like(any_statement)
