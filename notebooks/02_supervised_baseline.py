@@ -42,7 +42,7 @@ data_name = "simulated" if simulated else records.about["source"] + (" subset" i
 print(f"{data_name}: {len(records):,} of {len(everything):,} recordings carry a class of {records.about['task']!r}")
 warning = "SIMULATED records" if simulated else "a subset: not comparable with published tables"
 note = f"{data_name}, fold 10" + (f" ({warning})" if simulated or records.about.get("subset") else "")
-print(note)
+print(f"All scores below: {note}")
 
 # %% [markdown]
 # ## The network
@@ -200,7 +200,7 @@ figure
 classes = rows[rows["metric"].str.startswith("auroc:") & (rows["split"] == "test")]
 per_class = classes.assign(metric=classes["metric"].str.removeprefix("auroc:"))
 by_class = per_class.pivot_table(index="metric", columns="fraction", values="value").rename_axis("class")
-by_class.style.format(precision=3).set_caption(f"AUROC of each class: {note}")
+by_class.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"AUROC of each class: {note}")
 
 # %% [markdown]
 # ## Does it decide, not only rank?
@@ -212,7 +212,7 @@ by_class.style.format(precision=3).set_caption(f"AUROC of each class: {note}")
 measures = ["ranking_loss", "coverage", "mean_average_precision", "macro_f2", "macro_g2", "hamming_loss"]
 decisions = rows[rows["metric"].isin(measures) & (rows["split"] == "test")]
 measured = decisions.pivot_table(index="metric", columns="fraction", values="value").loc[measures]
-measured.style.format(precision=3).set_caption(f"Rankings and decisions: {note}")
+measured.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"Rankings and decisions: {note}")
 
 # %% [markdown]
 # ## Exercise
