@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Generator, Tensor
 
@@ -31,6 +32,16 @@ def to_millivolts(counts: Tensor, scale: float) -> Tensor:
     return counts.to(torch.float32).mul_(scale).masked_fill_(counts == int(MISSING), 0.0)
 
 
+@dataclass
+class PairBatch(Batch):
+    """A batch of pairs: signals, targets and indices hold every first view, then every second one, in the same order.
+
+    `patients` `(pairs,)` is the number of each pair's patient.
+    """
+
+    patients: Tensor
+
+
 class CropBatches:
     """`batches(step)` gives random crops of the records at `indices`; each record comes equally often.
 
@@ -53,27 +64,99 @@ class CropBatches:
         self.counts = torch.from_numpy(np.asarray(records.signals[self.indices])).to(self.device)
         self.targets = torch.from_numpy(records.targets[self.indices].astype(np.float32)).to(self.device)
         self.record_ids = records.table["record_id"].to_numpy()[self.indices]
+        self.units = len(self.indices)  # what one pass goes through
         self._order: tuple[int, np.ndarray] | None = None
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        """The order of one pass through the records."""
+        """The order of one pass."""
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.indices)))
+            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.units))
         return self._order[1]
+
+    def _chosen(self, step: int) -> Tensor:
+        """The numbers of the units in the batch of one step, for all processes together."""
+        places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        chosen = np.array([self._shuffled(place // self.units)[place % self.units] for place in places])
+        return torch.from_numpy(chosen).to(self.device)
+
+    def _share(self, step: int, generator: Generator, *drawn: Tensor) -> tuple[Generator, tuple[Tensor, ...]]:
+        """This process's part of what was drawn for all, along the last axis, and its own random numbers from there."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return generator, drawn
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        own = step_generator(self.seed + 1_000_003 * (rank + 1), step, self.device)
+        return own, tuple(values[..., rank::world] for values in drawn)
+
+    def _cut(self, picked: Tensor, starts: Tensor) -> Tensor:
+        """Crops `(batch, leads, time)` in mV of the records `picked` from `starts` on."""
+        window = starts[:, None] + torch.arange(self.length, device=self.device)
+        return to_millivolts(self.counts[picked[:, None], :, window].transpose(1, 2), self.scale)
 
     def __call__(self, step: int) -> Batch:
         """The batch of one step, the same whenever it is asked for."""
-        places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        chosen = np.array([self._shuffled(place // len(self.indices))[place % len(self.indices)] for place in places])
+        picked = self._chosen(step)
         generator = step_generator(self.seed, step, self.device)
         starts = torch.randint(
             0, self.time - self.length + 1, (self.batch_size,), generator=generator, device=self.device
         )
-        picked = torch.from_numpy(chosen).to(self.device)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-            picked, starts = picked[rank::world], starts[rank::world]
-            generator = step_generator(self.seed + 1_000_003 * (rank + 1), step, self.device)
-        window = starts[:, None] + torch.arange(self.length, device=self.device)
-        counts = self.counts[picked[:, None], :, window].transpose(1, 2)
-        return Batch(to_millivolts(counts, self.scale), self.targets[picked], picked, generator)
+        generator, (picked, starts) = self._share(step, generator, picked, starts)
+        return Batch(self._cut(picked, starts), self.targets[picked], picked, generator)
+
+
+class PatientBatches(CropBatches):
+    """`batches(step)` gives a PairBatch: two crops of each of `batch_size` patients; every patient comes equally often.
+
+    The two come from two different records of the patient, drawn anew at each pass, or from two segments of the one
+    record that do not overlap. Raises DataError where that record is too short for them, where a record has no patient
+    number, and where there are fewer than two patients, for then nothing is left to push apart.
+    """
+
+    def __init__(self, records: Records, indices: np.ndarray, batch_size: int, crop_seconds: float, seed: int,
+                 device: torch.device | str = "cpu") -> None:  # fmt: skip
+        super().__init__(records, indices, batch_size, crop_seconds, seed, device)
+        number, self.patient_ids = pd.factorize(records.table["patient_id"].to_numpy()[self.indices])
+        sizes = np.bincount(number[number >= 0], minlength=len(self.patient_ids))
+        self._check(number, sizes, crop_seconds, records.sampling_rate)
+        self.units = len(self.patient_ids)
+        # The records of patient p are members[first[p] : first[p] + sizes[p]].
+        self.members, self.sizes = (torch.from_numpy(values).to(self.device)
+                                    for values in (np.argsort(number, kind="stable"), sizes))  # fmt: skip
+        self.first = self.sizes.cumsum(0) - self.sizes
+
+    def _check(self, number: np.ndarray, sizes: np.ndarray, crop_seconds: float, sampling_rate: float) -> None:
+        """DataError where no pairs can be made, naming the record or patient."""
+        if (number < 0).any():
+            raise DataError(f"Record {self.record_ids[(number < 0).argmax()]} has no patient_id; give it one, or leave "
+                            "it out of the pairs.")  # fmt: skip
+        if len(sizes) < 2:
+            raise DataError(f"All records come from one patient ({self.patient_ids[0]}); pairs need at least two.")
+        if 2 * self.length > self.time and (sizes == 1).any():
+            raise DataError(
+                f"Patient {self.patient_ids[(sizes == 1).argmax()]} has a single record, of {self.time / sampling_rate}"
+                f" s, in which two crops of {crop_seconds} s overlap; shorten the crop to at most half the record or "
+                "leave such patients out."
+            )
+
+    def __call__(self, step: int) -> PairBatch:
+        """The pairs of one step, the same whenever they are asked for."""
+        patients = self._chosen(step)
+        generator = step_generator(self.seed, step, self.device)
+        draws = torch.rand((4, len(patients)), generator=generator, device=self.device, dtype=torch.float64)
+        generator, (patients, draws) = self._share(step, generator, patients, draws)
+        size = self.sizes[patients]
+        one = (draws[0] * size).long()
+        other = (one + 1 + (draws[1] * (size - 1)).long()) % size  # the same record where there is only one
+        picked = self.members[self.first[patients] + torch.stack([one, other])]
+        starts = torch.where(size == 1, self._apart(draws[2:]), self._anywhere(draws[2:]))
+        picked, starts = picked.flatten(), starts.flatten()
+        return PairBatch(self._cut(picked, starts), self.targets[picked], picked, generator, patients)
+
+    def _anywhere(self, draws: Tensor) -> Tensor:
+        """Starts of two crops, each anywhere in its record; `draws` `(2, pairs)` uniform in [0, 1)."""
+        return (draws * (self.time - self.length + 1)).long()
+
+    def _apart(self, draws: Tensor) -> Tensor:
+        """Starts of two crops of one record that do not overlap; either may be the earlier one."""
+        room = max(self.time - 2 * self.length + 1, 0)
+        later = torch.stack([draws[0] > draws[1], draws[1] >= draws[0]])
+        return (draws * room).long() + self.length * later

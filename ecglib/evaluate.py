@@ -223,6 +223,38 @@ def paired_difference(
     return _percentiles(value[0] - value[1], drawn[0] - drawn[1], level)
 
 
+def labels_needed(
+    targets: np.ndarray, curve: Mapping[float, np.ndarray], goal: np.ndarray, groups: Sequence, draws: int = 1000,
+    seed: int = 0, level: float = 0.95, classes: Sequence[str] | None = None,
+) -> Interval:  # fmt: skip
+    """Smallest share of the labels with which a method reaches the macro AUROC of `goal`, with its interval.
+
+    curve maps each label fraction to the method's scores, goal are those of the model to be reached, both
+    `(n, classes)` or `(repeats, n, classes)`. Between fractions the curve is a straight line over log(fraction); the
+    question is asked anew on every patient draw. infinity: not reached with all labels (`high` is infinite where that
+    happens in more draws than the interval leaves out); the smallest fraction means "this or fewer".
+    """
+    fractions = sorted(curve)
+    models = [goal, *(curve[fraction] for fraction in fractions)]
+    value, drawn = _bootstrap(targets, models, groups, draws, seed, "auroc", classes)
+    every = np.concatenate([value[:, None], drawn], axis=1)
+    needed = [_first_reached(fractions, column[1:], column[0]) for column in every.T]
+    low, high = np.quantile(needed[1:], [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+    return Interval(needed[0], float(low), float(high))
+
+
+def _first_reached(fractions: list[float], values: np.ndarray, goal: float) -> float:
+    """Where the line through (log fraction, value) first reaches `goal`; infinity where it does not."""
+    for place, value in enumerate(values):
+        if value >= goal:
+            if place == 0:
+                return float(fractions[0])
+            share = (goal - values[place - 1]) / (value - values[place - 1])
+            below, above = np.log(fractions[place - 1]), np.log(fractions[place])
+            return float(np.exp(below + share * (above - below)))
+    return float(np.inf)
+
+
 def _bootstrap(
     targets: np.ndarray, models: list[np.ndarray], groups: Sequence, draws: int, seed: int, statistic: str,
     classes: Sequence[str] | None,
@@ -284,36 +316,48 @@ def predict_windows(
     encode maps windows `(b, 12, time)` in mV to logits `(b, classes)`; a module is put in evaluation mode meanwhile.
     Missing samples become 0 mV; a record shorter than the window is used whole. batch_size counts windows.
     """
-    window, stride = (max(1, round(seconds * records.sampling_rate)) for seconds in (window_seconds, stride_seconds))
-    starts = window_starts(records.signals.shape[2], window, stride)
-    indices, together = np.arange(len(records))[indices], max(1, batch_size // len(starts))  # a mask will do as well
-    was_training = getattr(encode, "training", False)
-    if was_training:
-        encode.eval()
-    try:
-        with torch.inference_mode():
-            parts = [
-                _mean_over_windows(encode, records, indices[start : start + together], starts, window, device)
-                for start in range(0, len(indices), together)
-            ]
-    finally:
-        if was_training:
-            encode.train()
-    if not parts:
-        raise DataError("There is no record to predict; check the split.")
-    return _require_finite(np.concatenate(parts), records.table["record_id"].iloc[indices])
+    return _mean_over_windows(
+        encode, torch.sigmoid, records, indices, window_seconds, stride_seconds, batch_size, device
+    )
+
+
+def encode_windows(
+    encode: Callable[[torch.Tensor], torch.Tensor], records: Records, indices: np.ndarray, window_seconds: float = 2.5,
+    stride_seconds: float = 1.25, batch_size: int = 256, device: str | torch.device = "cpu",
+) -> np.ndarray:  # fmt: skip
+    """Features of each record, float32 `(n, features)`: their mean over the windows of `predict_windows`."""
+    return _mean_over_windows(
+        encode, lambda features: features, records, indices, window_seconds, stride_seconds, batch_size, device
+    )
 
 
 def _mean_over_windows(
-    encode: Callable[[torch.Tensor], torch.Tensor], records: Records, indices: np.ndarray, starts: list[int],
-    window: int, device: str | torch.device,
+    encode: Callable[[torch.Tensor], torch.Tensor], finish: Callable[[torch.Tensor], torch.Tensor], records: Records,
+    indices: np.ndarray, window_seconds: float, stride_seconds: float, batch_size: int, device: str | torch.device,
 ) -> np.ndarray:  # fmt: skip
-    """Mean probability `(records, classes)` of one batch; the int16 counts travel and are scaled on the device."""
-    counts = torch.from_numpy(np.ascontiguousarray(records.signals[indices])).to(device)
-    signals = to_millivolts(counts, records.scale)
-    windows = torch.stack([signals[:, :, start : start + window] for start in starts], dim=1)
-    logits = encode(windows.flatten(0, 1)).float()
-    return torch.sigmoid(logits).unflatten(0, (len(indices), len(starts))).mean(dim=1).cpu().numpy()
+    """Mean of `finish(encode(window))` over each record's windows, a few records at a time."""
+    window, stride = (max(1, round(seconds * records.sampling_rate)) for seconds in (window_seconds, stride_seconds))
+    starts = window_starts(records.signals.shape[2], window, stride)
+    indices, together = np.arange(len(records))[indices], max(1, batch_size // len(starts))  # a mask will do as well
+    if not len(indices):
+        raise DataError("There is no record to predict; check the split.")
+    was_training = getattr(encode, "training", False)
+    if was_training:
+        encode.eval()
+    parts = []
+    try:
+        with torch.inference_mode():
+            for start in range(0, len(indices), together):
+                # The int16 counts travel and are scaled on the device.
+                counts = torch.from_numpy(np.ascontiguousarray(records.signals[indices[start : start + together]]))
+                signals = to_millivolts(counts.to(device), records.scale)
+                windows = torch.stack([signals[:, :, first : first + window] for first in starts], dim=1)
+                outputs = finish(encode(windows.flatten(0, 1)).float())
+                parts.append(outputs.unflatten(0, (len(counts), len(starts))).mean(dim=1).cpu().numpy())
+    finally:
+        if was_training:
+            encode.train()
+    return _require_finite(np.concatenate(parts), records.table["record_id"].iloc[indices])
 
 
 def _require_finite(probabilities: np.ndarray, record_ids: pd.Series) -> np.ndarray:

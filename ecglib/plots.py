@@ -229,6 +229,32 @@ def plot_training(history: pd.DataFrame, title: str | None = None) -> Figure:
     return figure
 
 
+WATCHED = {"loss": "Loss", "online_probe": "Online probe\n(macro AUROC, fold 9)",
+           "alignment": "Alignment\n(0: views agree)", "uniformity": "Uniformity\n(0: collapsed)",
+           "effective_rank": "Effective rank\n(1: collapsed)"}  # fmt: skip
+
+
+def plot_pretraining(history: pd.DataFrame, title: str | None = None) -> Figure:
+    """What a pretraining learns, over its steps: loss, online probe, alignment, uniformity and effective rank.
+
+    history has these columns and `step`; step 0 is the random start, drawn as a dotted line through each panel.
+    """
+    _require_columns(history, ("step", *WATCHED), "pretraining history")
+    figure, panels = plt.subplots(1, len(WATCHED), figsize=(13, 2.9), layout="constrained")
+    for axes, (column, name) in zip(panels, WATCHED.items(), strict=True):
+        axes.plot(history["step"], history[column], color=sns.color_palette("colorblind")[0], linewidth=1.5)
+        start = history.loc[history["step"] == 0, column].dropna()
+        if len(start):
+            axes.axhline(start.iloc[0], color="0.5", linestyle=":", linewidth=1)
+        axes.set(xlabel="Step", title=name)
+        axes.title.set_size(10)
+        axes.grid(color="0.9")
+    figure.suptitle(title)
+    sns.despine(figure)
+    plt.close(figure)
+    return figure
+
+
 def _loss_name(column: str) -> str:
     """How a loss column is called in the legend."""
     return "training loss" if column == "loss" else column.replace("_", " ")

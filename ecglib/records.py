@@ -120,6 +120,20 @@ class Records:
             self.classes, self.left_out, self.about, part,
         )  # fmt: skip
 
+    @property
+    def name(self) -> str:
+        """What tables and titles call these data: `simulated`, or their source, with `subset` where it is one."""
+        if self.about.get("simulated"):
+            return "simulated"
+        return self.about.get("source", "records") + (" subset" if self.about.get("subset") else "")
+
+    @property
+    def caveat(self) -> str:
+        """What a title must say about scores on these data, in brackets; empty for a complete real data set."""
+        if self.about.get("simulated"):
+            return " (SIMULATED records)"
+        return " (a subset: not comparable with published tables)" if self.about.get("subset") else ""
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over signals, targets, classes and the table's identifying columns; runs are keyed by it."""

@@ -9,7 +9,7 @@ one step and holds `run.json` (settings used, metrics, timings, machine, version
 import os
 import platform
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from ecglib.errors import StorageError, explain_storage
@@ -56,9 +57,12 @@ class RunSpec:
     @property
     def name(self) -> str:
         """Folder name: readable first, then the key."""
-        return f"{self.method}-{self.labels}-{self.fraction:g}-seed{self.seed}-{self.key}".replace(" ", "_").replace(
-            "/", "_"
-        )
+        method = "-".join(filter(None, [self.method, self.settings.get("protocol")]))
+        return f"{method}-{self.labels}-{self.fraction:g}-seed{self.seed}-{self.key}".replace(" ", "_").replace("/", "_")
+
+    def value(self, name: str) -> object:
+        """A field or a setting of the spec by its name, None where it has neither."""
+        return getattr(self, name, self.settings.get(name))
 
 
 @dataclass
@@ -97,6 +101,12 @@ class Run:
         return load_tensors(self.folder / MODEL)[0]
 
 
+def open_run(folder: str | Path) -> Run:
+    """A finished run by its folder; DataError where it is not there."""
+    about = read_json(Path(folder) / RESULT)
+    return Run(RunSpec(**about["spec"]), Path(folder), about)
+
+
 def run_or_load(spec: RunSpec, function: Callable[[RunSpec, Path], Result], folder: str | Path) -> Run:
     """The run of `spec`: opened if it is below `folder`, else computed by `function(spec, workspace)` and kept.
 
@@ -126,27 +136,41 @@ def run_or_load(spec: RunSpec, function: Callable[[RunSpec, Path], Result], fold
 
 
 def run_grid(specs: Iterable[RunSpec], function: Callable[[RunSpec, Path], Result], folder: str | Path,
-             progress_bar: bool = True) -> list[Run]:  # fmt: skip
+             progress_bar: bool = True, workers: int = 1) -> list[Run]:  # fmt: skip
     """Every run of a grid, computing what is missing; a failed run does not stop the others.
 
-    A full disk or an unwritable folder stops at once. Otherwise the failures are named together at the end.
+    With several `workers`, processes of one thread each work side by side: small networks gain little from threads, so
+    two runs on two cores take about as long as one. A full disk or an unwritable folder stops at once. Otherwise the
+    failures are named together at the end.
     """
-    finished, failed = [], []
-    for spec in tqdm(list(specs), disable=not progress_bar, unit="run"):
-        try:
-            finished.append(run_or_load(spec, function, folder))
-        except StorageError:
-            raise
-        except Exception as error:
-            path = Path(folder) / "runs" / f".{spec.name}.partial" / "error.txt"
-            path.write_text(traceback.format_exc())
-            failed.append(f"{spec.name} ({type(error).__name__}: {error})")
+    specs = list(specs)
+    outcomes: Iterable[Run | str]
+    if workers > 1:
+        parallel = Parallel(workers, return_as="generator", inner_max_num_threads=1)
+        outcomes = parallel(delayed(_try_run)(spec, function, folder) for spec in specs)
+    else:
+        outcomes = (_try_run(spec, function, folder) for spec in specs)
+    outcomes = list(tqdm(outcomes, total=len(specs), disable=not progress_bar, unit="run"))
+    failed = [outcome for outcome in outcomes if isinstance(outcome, str)]
+    finished = [outcome for outcome in outcomes if isinstance(outcome, Run)]
     if failed:
         raise RuntimeError(
             f"{len(failed)} of {len(failed) + len(finished)} runs failed and the others are kept: {'; '.join(failed)}. "
             "Mend the cause and run again; only these are repeated."
         )
     return finished
+
+
+def _try_run(spec: RunSpec, function: Callable[[RunSpec, Path], Result], folder: str | Path) -> Run | str:
+    """The run, or the sentence on why it failed; its traceback is kept in its workspace."""
+    try:
+        return run_or_load(spec, function, folder)
+    except StorageError:
+        raise
+    except Exception as error:
+        path = Path(folder) / "runs" / f".{spec.name}.partial" / "error.txt"
+        path.write_text(traceback.format_exc())
+        return f"{spec.name} ({type(error).__name__}: {error})"
 
 
 def table(folder: str | Path) -> pd.DataFrame:
@@ -192,23 +216,33 @@ def package_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
 
 
-def seed_summary(runs: Iterable[Run], records: Records, split: str = "test") -> pd.DataFrame:
-    """One row a (method, fraction): macro AUROC as mean over seeds, with the interval of that mean.
+CELL = ("method", "data", "labels", "fraction")
 
-    Patients are drawn once for all seeds of a cell, so the interval speaks of the test patients; `sd_seeds` tells how
-    far the label subsets and starts differ.
+
+def seed_summary(
+    runs: Iterable[Run], records: Records, split: str = "test", cell: Sequence[str] = CELL
+) -> pd.DataFrame:
+    """One row a cell of runs that differ in the seed alone: macro AUROC as mean over seeds, and that mean's interval.
+
+    `cell` names what tells cells apart, fields or settings of the specs. Patients are drawn once for all seeds of a
+    cell, so the interval speaks of the test patients; `sd_seeds` tells how far the label subsets and starts differ.
     """
     positions = split_indices(records)[split]
     targets, patients = records.targets[positions], records.table["patient_id"].to_numpy()[positions]
-    cells: dict[tuple, list[Run]] = {}
-    for run in runs:
-        cells.setdefault((run.spec.method, run.spec.data, run.spec.labels, run.spec.fraction), []).append(run)
     rows = []
-    for cell, members in sorted(cells.items()):
-        scores = np.stack([run.predictions()[f"{split}/probabilities"] for run in members])
+    for values, scores in sorted(seed_scores(runs, split, cell).items()):
         interval = bootstrap_interval(targets, scores, patients, classes=records.classes)
         each = [macro_auroc(targets, one, records.classes) for one in scores]
-        rows.append({**dict(zip(("method", "data", "labels", "fraction"), cell, strict=True)), "split": split,
-                     "metric": "macro_auroc", **interval._asdict(), "seeds": len(members),
+        rows.append({**dict(zip(cell, values, strict=True)), "split": split, "metric": "macro_auroc",
+                     **interval._asdict(), "seeds": len(scores),
                      "sd_seeds": float(np.std(each, ddof=1)) if len(each) > 1 else np.nan})  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def seed_scores(runs: Iterable[Run], split: str = "test", cell: Sequence[str] = CELL) -> dict[tuple, np.ndarray]:
+    """Probabilities `(seeds, n, classes)` of each cell of runs, in the order of their seeds."""
+    cells: dict[tuple, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run.spec.seed):
+        cells.setdefault(tuple(run.spec.value(name) for name in cell), []).append(run)
+    return {values: np.stack([run.predictions()[f"{split}/probabilities"] for run in members])
+            for values, members in cells.items()}  # fmt: skip

@@ -44,17 +44,23 @@ class Supervised(nn.Module):
         return F.binary_cross_entropy_with_logits(logits.float(), batch.targets)
 
 
-def train_supervised(records: Records, indices: np.ndarray, seed: int, settings: Mapping, folder: Path | None = None,
-                     device: str = "cpu", **fit_options) -> tuple[Classifier, list[dict]]:  # fmt: skip
-    """A classifier trained on the records at `indices`, and its history. Settings are those of notebook 02's config."""
-    torch.manual_seed(seed)
-    encoder = make_encoder(settings["encoder"])
-    objective = Supervised(Classifier(encoder, len(records.classes), settings["dropout"]),
-                           named_transforms(settings["transforms"])).to(device)  # fmt: skip
+def train_classifier(classifier: Classifier, records: Records, indices: np.ndarray, seed: int, settings: Mapping,
+                     folder: Path | None = None, device: str = "cpu", **fit_options) -> list[dict]:  # fmt: skip
+    """Train `classifier` in place on the labelled records at `indices` and return its history.
+
+    Settings are those of notebook 02's config. Further options go to `train.fit`.
+    """
+    objective = Supervised(classifier, named_transforms(settings["transforms"])).to(device)
     batches = CropBatches(records, indices, settings["batch_size"], settings["crop_seconds"], seed, device)
     history = fit(objective, batches, settings["steps"], learning_rate=settings["learning_rate"],
                   weight_decay=settings["weight_decay"], seed=seed, folder=folder, **fit_options)  # fmt: skip
-    return objective.classifier, history.to_dict("records")
+    return history.to_dict("records")
+
+
+def new_classifier(records: Records, seed: int, settings: Mapping) -> Classifier:
+    """A classifier with random weights drawn from the seed."""
+    torch.manual_seed(seed)
+    return Classifier(make_encoder(settings["encoder"]), len(records.classes), settings["dropout"])
 
 
 def supervised_run(
@@ -64,18 +70,32 @@ def supervised_run(
 
     `fractions` are all fractions of the study, so that the subsets of one seed are nested.
     """
-    split = split_indices(records)
 
     def run(spec: RunSpec, workspace: Path) -> Result:
         labelled = label_subsets(records, fractions, spec.seed)[spec.fraction]
-        classifier, history = train_supervised(records, labelled, spec.seed, spec.settings, workspace, device)
-        started = time.perf_counter()
-        probabilities = {name: predict_windows(classifier, records, split[name], spec.settings["crop_seconds"],
-                                               device=device) for name in ("validation", "test")}  # fmt: skip
-        patients = records.table["patient_id"].iloc[labelled].nunique()
-        metrics = score_rows(records, split, probabilities, len(labelled), patients)
-        arrays = {f"{name}/probabilities": values for name, values in probabilities.items()}
-        seconds = history[-1]["seconds"] + time.perf_counter() - started
-        return Result(metrics, {**arrays, "labelled": labelled}, classifier, seconds, {"history": history})
+        classifier = new_classifier(records, spec.seed, spec.settings)
+        history = train_classifier(classifier, records, labelled, spec.seed, spec.settings, workspace, device)
+        return classifier_result(classifier, records, labelled, spec.settings, history, device)
 
     return run
+
+
+def classifier_result(classifier: Classifier, records: Records, labelled: np.ndarray, settings: Mapping,
+                      history: list[dict], device: str = "cpu") -> Result:  # fmt: skip
+    """The result of a trained classifier: its scores on folds 9 and 10, its weights, its history."""
+    split, started = split_indices(records), time.perf_counter()
+    probabilities = {name: predict_windows(classifier, records, split[name], settings["crop_seconds"],
+                                           settings["crop_seconds"] / 2, device=device)
+                     for name in ("validation", "test")}  # fmt: skip
+    result = scored_result(records, probabilities, labelled)
+    result.seconds = history[-1]["seconds"] + time.perf_counter() - started
+    result.model, result.notes = classifier, {"history": history}
+    return result
+
+
+def scored_result(records: Records, probabilities: Mapping[str, np.ndarray], labelled: np.ndarray) -> Result:
+    """Metrics and kept arrays of one model with `probabilities` for validation and test, trained on `labelled`."""
+    patients = records.table["patient_id"].iloc[labelled].nunique()
+    metrics = score_rows(records, split_indices(records), probabilities, len(labelled), patients)
+    arrays = {f"{name}/probabilities": values for name, values in probabilities.items()}
+    return Result(metrics, {**arrays, "labelled": labelled})

@@ -37,11 +37,8 @@ from ecglib.records import Records
 
 everything = Records.load(Path(results) / "records")
 records = everything.select(everything.targets.any(axis=1))
-simulated = records.about["simulated"]
-data_name = "simulated" if simulated else records.about["source"] + (" subset" if records.about.get("subset") else "")
-print(f"{data_name}: {len(records):,} of {len(everything):,} recordings carry a class of {records.about['task']!r}")
-warning = "SIMULATED records" if simulated else "a subset: not comparable with published tables"
-note = f"{data_name}, fold 10" + (f" ({warning})" if simulated or records.about.get("subset") else "")
+print(f"{records.name}: {len(records):,} of {len(everything):,} recordings carry a class of {records.about['task']!r}")
+note = f"{records.name}, fold 10{records.caveat}"
 print(f"All scores below: {note}")
 
 # %% [markdown]
@@ -140,7 +137,7 @@ settings = {
 def specification(fraction: float, seed: int) -> RunSpec:
     """What identifies one supervised run."""
     task = records.about["task"]
-    return RunSpec("supervised", data_name, records.fingerprint, task, fraction, seed, settings)
+    return RunSpec("supervised", records.name, records.fingerprint, task, fraction, seed, settings)
 
 
 device = default_device()
@@ -151,7 +148,7 @@ first = run_or_load(specification(max(fractions), 0), train_and_score, results)
 import pandas as pd
 
 history = pd.DataFrame(first.about["notes"]["history"])
-figure = plot_training(history, f"Supervised training, all labels ({data_name})")
+figure = plot_training(history, f"Supervised training, all labels ({records.name})")
 save_figure(figure, Path(results) / "figures" / "supervised_training.svg")
 figure
 
@@ -188,7 +185,7 @@ summary.style.format(precision=3).set_caption(f"Macro AUROC, mean over seeds: {n
 # %%
 macro = rows[(rows["metric"] == "macro_auroc") & (rows["split"] == "test")]
 curve = macro.drop(columns=["low", "high"]).merge(summary[["fraction", "low", "high"]], on="fraction")
-title = f"Supervised from scratch: {data_name}, fold 10 ({len(split['test'])} recordings)"
+title = f"Supervised from scratch: {records.name}, fold 10 ({len(split['test'])} recordings)"
 figure = plot_label_curve(curve, len(split["train"]), title=title)
 save_figure(figure, Path(results) / "figures" / "supervised.svg")
 figure

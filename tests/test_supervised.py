@@ -11,7 +11,7 @@ from ecglib.encoders import make_encoder
 from ecglib.evaluate import macro_auroc, predict_windows
 from ecglib.labels import split_indices
 from ecglib.sources.ptbxl import read_ptbxl
-from ecglib.supervised import Classifier, Supervised, train_supervised
+from ecglib.supervised import Classifier, Supervised, new_classifier, train_classifier
 
 PTB_XL = Path(__file__).resolve().parents[2] / "shared" / "data" / "ptb-xl-subset"
 
@@ -37,8 +37,9 @@ def test_sixty_steps_on_real_ecgs_beat_chance_by_far():
     split = split_indices(records)
     settings = {"encoder": "xresnet1d_narrow", "steps": 60, "batch_size": 32, "crop_seconds": 2.5,
                 "learning_rate": 3e-3,
-                "weight_decay": 0.01, "dropout": 0.0, "transforms": {}}  # fmt: skip
-    classifier, history = train_supervised(records, split["train"], 0, settings)
+                "weight_decay": 0.01, "dropout": 0.0, "transforms": {}, "encoder": "xresnet1d_narrow"}  # fmt: skip
+    classifier = new_classifier(records, 0, settings)
+    history = train_classifier(classifier, records, split["train"], 0, settings)
     scores = predict_windows(classifier, records, split["validation"])
     assert macro_auroc(records.targets[split["validation"]], scores, records.classes) > 0.75
     assert history[-1]["step"] == 60

@@ -5,6 +5,7 @@ which processors with bfloat16 units have fast kernels (see `ecglib.train.precis
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ class XResNet1d(nn.Module):
     def __init__(self, leads: int = 12, stem: Sequence[int] = (32, 32, 64), width: int = 64,
                  blocks: Sequence[int] = (3, 4, 6, 3), kernel: int = 5, centred: bool = False) -> None:  # fmt: skip
         super().__init__()
-        self.centred = centred
+        self.centred, self.blocks = centred, tuple(blocks)
         channels = (leads, *stem)
         layers: list[nn.Module] = []
         for position, (inputs, outputs) in enumerate(zip(channels, stem, strict=False)):
@@ -85,6 +86,11 @@ class XResNet1d(nn.Module):
             if isinstance(layer, nn.Conv2d) and layer.bias is None:
                 nn.init.kaiming_normal_(layer.weight)
         self.to(memory_format=torch.channels_last)
+
+    def layers(self) -> list[nn.Module]:
+        """Stem and stages from input to output, each to get its own learning rate in fine-tuning."""
+        ends = list(accumulate(self.blocks))
+        return [self.stem, *(self.stages[end - count : end] for end, count in zip(ends, self.blocks, strict=True))]
 
     def feature_map(self, signals: Tensor) -> Tensor:
         """Last stage before pooling, `(batch, channels, time / 32)`."""

@@ -1,0 +1,141 @@
+"""A vision transformer in one dimension: a token is a short piece of all leads together (Dosovitskiy et al. 2021).
+
+The size follows DISTL's and DINO's small transformers; a patch of 20 samples at 100 Hz keeps one QRS within two tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ecglib.errors import DataError
+
+
+class DropPath(nn.Dropout):
+    """Stochastic depth (Huang et al. 2016): drops a record's whole path with probability `p` while training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        return x * F.dropout(x.new_ones(len(x), 1, 1), self.p)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention and a 4 x wider GELU layer, each added to `(batch, tokens, width)`."""
+
+    def __init__(self, width: int, heads: int, drop_path: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.qkv, self.mix = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.drop_path = DropPath(drop_path)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each `(batch, heads, tokens, width / heads)`."""
+        return self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    @staticmethod
+    def _weights(q: Tensor, k: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(d)), `(batch, heads, tokens, tokens)`."""
+        return (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(dim=3)
+
+    def attention(self, x: Tensor) -> Tensor:
+        """How much each token (row) takes from each other, `(batch, heads, tokens, tokens)`; rows sum to 1."""
+        q, k, _ = self._split(x)
+        return self._weights(q, k)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self._split(x)
+        # On a CPU the fused kernel's backward pass in bfloat16 takes five times as long as these two products.
+        taken = F.scaled_dot_product_attention(q, k, v) if x.is_cuda else self._weights(q, k) @ v
+        x = x + self.drop_path(self.mix(taken.transpose(1, 2).flatten(2)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class ViT1d(nn.Module):
+    """Encoder `(batch, leads, time)` mV -> `(batch, feature_size)`: [CLS] of the last blocks, mean of the patch tokens.
+
+    `length` is the longest signal in samples and, like every signal's, a multiple of `patch`. Positions are learned for
+    it; a shorter crop takes those from its first sample on, so they are never stretched. `class_blocks` says of how
+    many last blocks the [CLS] token is taken. `drop_path` rises linearly over the blocks from 0 to this value;
+    `centred` takes each lead's mean over the crop away first. The default has 5.4 million parameters.
+    """
+
+    def __init__(self, leads: int = 12, patch: int = 20, width: int = 192, depth: int = 12, heads: int = 3,
+                 length: int = 1000, drop_path: float = 0.0, class_blocks: int = 1, centred: bool = False) -> None:  # fmt: skip
+        super().__init__()
+        if length % patch or width % heads or not 1 <= class_blocks <= depth:
+            raise ValueError(f"A ViT1d needs a length ({length}) that is a multiple of the patch ({patch}), a width "
+                             f"({width}) of the heads ({heads}), and 1 to {depth} class blocks, not {class_blocks}.")  # fmt: skip
+        self.leads, self.patch, self.length, self.class_blocks, self.centred = leads, patch, length, class_blocks, centred
+        self.embed = nn.Linear(leads * patch, width)
+        self.class_token = nn.Parameter(torch.zeros(width))
+        self.positions = nn.Parameter(torch.zeros(length // patch, width))
+        self.blocks = nn.ModuleList(Block(width, heads, drop_path * i / max(depth - 1, 1)) for i in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.feature_size = width * (class_blocks + 1)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        # Signals are a few tenths of a millivolt: the tokens of a beat must stand out from their positions.
+        nn.init.normal_(self.embed.weight, std=(leads * patch) ** -0.5)
+        for parameter in (self.class_token, self.positions):
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    def tokens(self, signals: Tensor, start: Tensor | None = None) -> Tensor:
+        """[CLS] and patch tokens before the first block, `(batch, 1 + time / patch, width)`.
+
+        `start` `(batch,)` is where each crop begins in its record, in samples, a multiple of `patch`; without it, at 0.
+        """
+        batch, leads, time = signals.shape
+        if leads != self.leads or time % self.patch or not self.patch <= time <= self.length:
+            raise DataError(f"This ViT1d takes {self.leads} leads and up to {self.length} samples, a multiple of its "
+                            f"patch of {self.patch}; the signals have {leads} leads and {time} samples.")  # fmt: skip
+        if self.centred:
+            signals = signals - signals.mean(dim=2, keepdim=True)
+        # A convolution whose stride is its kernel, done as the matrix product that it is.
+        patches = self.embed(signals.unflatten(2, (-1, self.patch)).transpose(1, 2).flatten(2))
+        patches = patches + self._positions(time // self.patch, start, time)
+        return torch.cat([self.class_token.expand(batch, 1, -1).to(patches.dtype), patches], dim=1)
+
+    def _positions(self, count: int, start: Tensor | None, time: int) -> Tensor:
+        """Positions of `count` patches: `(count, width)`, or `(batch, count, width)` with starts."""
+        if start is None:
+            return self.positions[:count]
+        # Looked at on the CPU only: on a GPU it would make every step wait.
+        if start.device.type == "cpu" and not torch.compiler.is_compiling():
+            if ((start % self.patch != 0) | (start < 0) | (start + time > self.length)).any():
+                raise DataError(f"Crops of {time} samples must start at a multiple of the patch ({self.patch}) and end "
+                                f"within {self.length} samples, not start at {start.tolist()}.")  # fmt: skip
+        return self.positions[(start // self.patch)[:, None] + torch.arange(count, device=start.device)]
+
+    def states(self, signals: Tensor, start: Tensor | None = None, blocks: int = 1) -> list[Tensor]:
+        """Normalised tokens after each of the last `blocks` blocks, `(batch, 1 + patches, width)` each."""
+        x, states = self.tokens(signals, start), []
+        for position, block in enumerate(self.blocks):
+            x = block(x)
+            if position >= len(self.blocks) - blocks:
+                states.append(self.norm(x))
+        return states
+
+    def class_tokens(self, signals: Tensor, start: Tensor | None = None, blocks: int = 4) -> Tensor:
+        """[CLS] of the last `blocks` blocks, first to last, `(batch, blocks x width)`: DINO's features for probing."""
+        return torch.cat([state[:, 0] for state in self.states(signals, start, blocks)], dim=1)
+
+    def attention(self, signals: Tensor, start: Tensor | None = None) -> Tensor:
+        """Attention of every block, `(blocks, batch, heads, tokens, tokens)`, [CLS] first, for maps and rollout."""
+        x, maps = self.tokens(signals, start), []
+        for block in self.blocks:
+            maps.append(block.attention(x))
+            x = block(x)
+        return torch.stack(maps)
+
+    def forward(self, signals: Tensor, start: Tensor | None = None) -> Tensor:
+        states = self.states(signals, start, self.class_blocks)
+        return torch.cat([state[:, 0] for state in states] + [states[-1][:, 1:].mean(dim=1)], dim=1)
+
+
+def vit1d_small(leads: int = 12, length: int = 1000) -> ViT1d:
+    """A laptop's transformer: patches of 0.25 s, width 96, 4 blocks, crops centred, 192 features."""
+    return ViT1d(leads, patch=25, width=96, depth=4, heads=3, length=length, centred=True)

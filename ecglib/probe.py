@@ -1,0 +1,334 @@
+"""Hundreds of L2-regularised logistic probes on cached features, fitted as one batched problem.
+
+A probe of one class on one label subset minimises the objective of scikit-learn's LogisticRegression(C=1/penalty),
+
+    sum_i log(1 + exp(-s_i (w x_i + b))) + penalty/2 |w|^2,   s_i = +1 or -1, the sum over the subset, b not penalised.
+
+The solution lies in the span of the subset's rows, so each subset is centred and turned into its principal axes, where
+the Hessian is nearly diagonal. Newton's method with conjugate gradients then moves all classes and penalties of all
+subsets of like size at once: one step of it is two matrix products. The gradient proves how far a solution is from the
+minimum, see `fit_probes`.
+"""
+
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ecglib.errors import DataError
+from ecglib.evaluate import AbsentClassWarning, absent_classes, class_auroc
+from ecglib.train import TrainingError
+
+PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
+LIKE_SIZE = 0.75  # subsets are solved together where the smaller has at least this share of the larger one's records
+NUMBERS_TOGETHER = 2**26  # and never with more numbers than this in their feature matrices, 0.5 GB
+STILL_RUNNING = 0.8  # finished problems leave the products once no more than this share is running
+NEWTON_STEPS, GRADIENT_STEPS, HALVINGS = 100, 200, 40
+
+
+class Probes(NamedTuple):
+    """weights `(subsets, penalties, classes, d)` and bias `(subsets, penalties, classes)`, float64, and the penalties."""
+
+    weights: Tensor
+    bias: Tensor
+    penalties: tuple[float, ...]
+
+
+def standardise(features: Tensor | np.ndarray, reference: Tensor | np.ndarray) -> Tensor:
+    """Features `(n, d)` as float64 z-scores: minus the mean of `reference (m, d)`, divided by its standard deviation.
+
+    The reference is the unlabelled training pool, so that every label subset sees the same features. A column that is
+    constant there is only centred. DataError where a feature is not a number.
+    """
+    features, reference = _as_features(features), _as_features(reference)
+    mean, deviation = reference.mean(dim=0), reference.std(dim=0, correction=0)
+    # What is left of a constant column after averaging is rounding, not variation.
+    constant = deviation <= torch.finfo(torch.float32).eps * mean.abs()
+    return (features - mean) / deviation.masked_fill(constant, 1.0)
+
+
+def fit_probes(features: Tensor | np.ndarray, targets: Tensor | np.ndarray, subsets: Sequence[np.ndarray],
+               penalties: Sequence[float] = PENALTIES, *, classes: Sequence[str] | None = None,
+               names: Sequence[Hashable] | None = None, tolerance: float = 1e-6) -> Probes:  # fmt: skip
+    """Probes of features `(n, d)` on 0/1 targets `(n, classes)`, one for each subset of positions, penalty and class.
+
+    Computed in float64 on the device of the features; equal subsets are solved once. Each w lies within `tolerance`
+    (Euclidean norm) of the exact one: with b at its minimum the objective is penalty-strongly convex in w, hence
+    penalty * |w - w*| <= |dL/dw| + radius * |dL/db|, radius being the largest norm of a centred row, and the iteration
+    ends on this bound. A class that all or none of a subset's records have gets w = 0 and the log odds of its rate
+    (half a record added to each side), and an `AbsentClassWarning` names it and the subset (`names`, or numbers). DataError for an empty subset, features
+    that are not numbers or unfit shapes; TrainingError where the bound is not reached.
+    """
+    features = _as_features(features)
+    labels = _as_labels(targets, len(features)).to(features.device)
+    names = list(range(len(subsets))) if names is None else list(names)
+    chosen = [_as_positions(subset, len(features), name) for name, subset in zip(names, subsets, strict=True)]
+    penalties = tuple(float(penalty) for penalty in penalties)
+    if not chosen or not penalties or not all(0 < penalty < np.inf for penalty in penalties):
+        raise DataError(f"Probes need label subsets and penalties above 0, not {len(chosen)} subsets with {penalties}.")
+    _warn_absent(labels.cpu().numpy(), chosen, names, classes)
+    solved: dict[bytes, tuple[Tensor, Tensor]] = {}
+    for group in _groups_of_like_size(chosen, features.shape[1]):
+        weights, bias = _fit_group(features, labels, group, penalties, tolerance)
+        solved |= {subset.tobytes(): pair for subset, *pair in zip(group, weights, bias, strict=True)}
+    pairs = [solved[subset.tobytes()] for subset in chosen]
+    return Probes(torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs]), penalties)
+
+
+def choose_penalty(probes: Probes, features: Tensor | np.ndarray, targets: np.ndarray,
+                   classes: Sequence[str] | None = None) -> np.ndarray:  # fmt: skip
+    """Position of each subset's penalty `(subsets,)`: that of the largest macro AUROC on validation records `(n, d)`.
+
+    One penalty a subset, not a class: with few validation records a choice for each class would follow noise. Of equal
+    ones the strongest penalty is taken. Classes absent from the validation targets `(n, classes)` are left out and named.
+    """
+    logits = _logits(probes, _as_features(features)).cpu().numpy()  # they do not saturate, as probabilities do
+    targets = _as_labels(targets, logits.shape[2]).cpu().numpy()
+    absent = absent_classes(targets, classes)
+    if len(absent) == targets.shape[1]:
+        raise DataError("No class has both positive and negative validation records; no penalty can be chosen.")
+    if absent:
+        warnings.warn(f"The penalty is chosen without {', '.join(absent)}: all or no validation record has it.",
+                      AbsentClassWarning, stacklevel=2)  # fmt: skip
+    columns = logits.transpose(2, 0, 1, 3).reshape(len(targets), -1)
+    each = class_auroc(np.tile(targets, columns.shape[1] // targets.shape[1]), columns)
+    macro = np.nanmean(each.reshape(*logits.shape[:2], -1), axis=2)
+    strongest_first = np.argsort(probes.penalties, kind="stable")[::-1]
+    return strongest_first[np.argmax(macro[:, strongest_first], axis=1)]
+
+
+def probe_scores(probes: Probes, features: Tensor | np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Probabilities `(subsets, n, classes)` of records `(n, d)` by the probes with the penalties at `chosen (subsets,)`."""
+    places = torch.arange(len(chosen)), torch.as_tensor(chosen)
+    picked = Probes(probes.weights[places][:, None], probes.bias[places][:, None], probes.penalties)
+    return torch.sigmoid(_logits(picked, _as_features(features)))[:, 0].cpu().numpy()
+
+
+def probe_subsets(features: Tensor | np.ndarray, targets: np.ndarray, subsets: Mapping[Hashable, np.ndarray],
+                  split: Mapping[str, np.ndarray], penalties: Sequence[float] = PENALTIES,
+                  classes: Sequence[str] | None = None) -> dict[Hashable, dict]:  # fmt: skip
+    """One encoder probed on every label subset: key, such as (fraction, seed), -> penalty and probabilities.
+
+    features `(n, d)` and targets `(n, classes)` are those of all records, split the positions from `split_indices`.
+    Features are standardised with the training records, the penalty is chosen on validation. Each value holds
+    "penalty", "validation/probabilities" and "test/probabilities", `(records of the split, classes)`. DataError where
+    a subset holds records outside the training ones.
+    """
+    for key, subset in subsets.items():
+        if not np.isin(np.arange(len(features))[subset], split["train"]).all():
+            raise DataError(f"Label subset {key} holds records outside the training folds; take it from label_subsets.")
+    features = standardise(features, features[split["train"]])
+    probes = fit_probes(features, targets, list(subsets.values()), penalties, classes=classes, names=list(subsets))
+    chosen = choose_penalty(probes, features[split["validation"]], targets[split["validation"]], classes)
+    scores = {name: probe_scores(probes, features[split[name]], chosen) for name in ("validation", "test")}
+    return {key: {"penalty": probes.penalties[chosen[place]],
+                  **{f"{name}/probabilities": values[place] for name, values in scores.items()}}
+            for place, key in enumerate(subsets)}  # fmt: skip
+
+
+def _logits(probes: Probes, features: Tensor) -> Tensor:
+    """Logits `(subsets, penalties, n, classes)` of features `(n, d)`."""
+    if features.shape[1] != probes.weights.shape[-1]:
+        raise DataError(
+            f"The probes were fitted on {probes.weights.shape[-1]} features and cannot score records with "
+            f"{features.shape[1]}; use the features of the same encoder."
+        )
+    return features @ probes.weights.mT.to(features.device) + probes.bias.to(features.device)[:, :, None]
+
+
+def _as_double(values: Tensor | np.ndarray) -> Tensor:
+    """Values as float64, a tensor on its device; arrays are copied, for they may be read-only."""
+    return values.detach().double() if isinstance(values, Tensor) else torch.from_numpy(np.array(values, np.float64))
+
+
+def _as_features(features: Tensor | np.ndarray) -> Tensor:
+    """Features `(n, d)` as float64 on their device, or DataError."""
+    features = _as_double(features)
+    if features.ndim != 2 or not features.numel():
+        raise DataError(f"Features {tuple(features.shape)} must be a matrix (records, features) that is not empty.")
+    wrong = torch.nonzero(~torch.isfinite(features).all(dim=1)).flatten()
+    if len(wrong):
+        raise DataError(
+            f"The features of the record at position {int(wrong[0])} are not all numbers ({len(wrong)} such records in "
+            "all); encode it again with an encoder whose training has not diverged."
+        )
+    return features
+
+
+def _as_labels(targets: Tensor | np.ndarray, records: int) -> Tensor:
+    """Targets `(records, classes)` as float64, or DataError."""
+    labels = _as_double(targets)
+    if labels.ndim != 2 or len(labels) != records or not ((labels == 0) | (labels == 1)).all():
+        raise DataError(
+            f"Targets {tuple(labels.shape)} must hold 0 or 1 for each of {records} records and each class; pass the "
+            "targets of the same records as the features."
+        )
+    return labels
+
+
+def _as_positions(subset: np.ndarray, records: int, name: Hashable) -> np.ndarray:
+    """Sorted positions of a subset given as positions or mask, or DataError."""
+    subset = np.asarray(subset)
+    try:
+        positions = np.sort(np.arange(records)[subset]) if subset.size else np.empty(0)
+    except IndexError as error:
+        raise DataError(f"Label subset {name} does not fit {records} records: {error}.") from error
+    if not len(positions):
+        raise DataError(f"Label subset {name} holds no record; use a larger fraction.")
+    return positions
+
+
+def _warn_absent(
+    labels: np.ndarray, chosen: list[np.ndarray], names: list[Hashable], classes: Sequence[str] | None
+) -> None:
+    """Name once, in one warning, the classes that lack positive or negative records, with their subsets."""
+    found: dict[str, list[str]] = {}
+    for name, subset in zip(names, chosen, strict=True):
+        for absent in absent_classes(labels[subset], classes):
+            found.setdefault(absent, []).append(str(name))
+    if found:
+        listed = "; ".join(f"{absent} in subset {', '.join(where)}" for absent, where in found.items())
+        warnings.warn(f"All or none of a label subset's records have a class, whose score is constant there: {listed}.",
+                      AbsentClassWarning, stacklevel=3)  # fmt: skip
+
+
+def _groups_of_like_size(chosen: list[np.ndarray], width: int) -> list[list[np.ndarray]]:
+    """The different subsets, in groups that waste little when they are filled up to the length of their largest."""
+    groups: list[list[np.ndarray]] = []
+    for subset in sorted({subset.tobytes(): subset for subset in chosen}.values(), key=len, reverse=True):
+        group = groups[-1] if groups else []
+        fits = group and (len(group) + 1) * len(group[0]) * width <= NUMBERS_TOGETHER
+        if fits and len(subset) >= LIKE_SIZE * len(group[0]):
+            group.append(subset)
+        else:
+            groups.append([subset])
+    return groups
+
+
+def _fit_group(features: Tensor, labels: Tensor, group: list[np.ndarray], penalties: tuple[float, ...],
+               tolerance: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Weights `(g, penalties, classes, d)` and bias `(g, penalties, classes)` of subsets of like size.
+
+    Shorter subsets are filled up with rows of zeros. The ones of the intercept are 0 there too, so that these rows have
+    no part in any product with the transposed matrix.
+    """
+    longest, device = max(map(len, group)), features.device
+    positions = torch.tensor(np.array([np.resize(subset, longest) for subset in group]), device=device)
+    counts = torch.tensor([len(subset) for subset in group], device=device)
+    present = (torch.arange(longest, device=device) < counts[:, None]).to(features.dtype)[:, :, None]
+    rows, positive = features[positions] * present, labels[positions] * present
+    mean = rows.sum(dim=1, keepdim=True) / counts[:, None, None]
+    rows = (rows - mean) * present
+    axes = _principal_axes(rows)
+    hits, counts = positive.sum(dim=1), counts[:, None]
+    absent = (hits == 0) | (hits == counts)
+    # With one half for a target the zero start is the minimum already.
+    goals = torch.where(absent[:, None], 0.5 * present, positive).mT
+    each_penalty = torch.tensor(penalties, dtype=rows.dtype, device=device).repeat_interleave(labels.shape[1])
+    rows = torch.cat([rows @ axes, present], dim=2)
+    solution = _minimise(rows, goals.repeat(1, len(penalties), 1), each_penalty, tolerance)
+    weights = solution[..., :-1] @ axes.mT
+    bias = solution[..., -1] - (weights @ mean.mT).squeeze(2)
+    weights, bias = (tensor.unflatten(1, (len(penalties), -1)) for tensor in (weights, bias))
+    constant = torch.log((hits + 0.5) / (counts - hits + 0.5))
+    return weights, torch.where(absent[:, None], constant[:, None], bias)
+
+
+def _principal_axes(rows: Tensor) -> Tensor:
+    """Orthonormal columns `(g, d, min(n, d))` that span the rows `(g, n, d)` and make them uncorrelated."""
+    span = torch.linalg.qr(rows.mT).Q if rows.shape[1] < rows.shape[2] else None
+    inside = rows if span is None else rows @ span
+    turned = torch.linalg.eigh(inside.mT @ inside).eigenvectors
+    return turned if span is None else span @ turned
+
+
+def _minimise(rows: Tensor, goals: Tensor, penalty: Tensor, tolerance: float) -> Tensor:
+    """Coefficients `(g, k, r)` of all k problems of g subsets with rows `(g, n, r)`, the last column the intercept's ones.
+
+    goals `(g, k, n)` are 0 or 1 and penalty `(k,)`. Newton's method with a halving line search; problems that have
+    reached the bound of `fit_probes` in all subsets are set aside. TrainingError where one has not in `NEWTON_STEPS`.
+    """
+    single, radius = rows.float(), rows[:, :, :-1].norm(dim=2).amax(dim=1)[:, None]
+    ridge = torch.cat([penalty[:, None].expand(-1, rows.shape[2] - 1), torch.zeros_like(penalty)[:, None]], dim=1)
+    solution = rows.new_zeros(len(rows), len(penalty), rows.shape[2])
+    running, current, logits = torch.arange(len(penalty), device=rows.device), solution.clone(), torch.zeros_like(goals)
+    first = None
+    for _ in range(NEWTON_STEPS):
+        probability = torch.sigmoid(logits)
+        gradient = (probability - goals) @ rows + ridge * current
+        bound = (gradient[..., :-1].norm(dim=2) + radius * gradient[..., -1].abs()) / ridge[:, 0]
+        solution[:, running] = current
+        first = bound if first is None else first
+        live = (bound > tolerance).any(dim=0)
+        if not live.any():
+            return solution
+        running, ridge = running[live], ridge[live]
+        current, logits, goals, probability, gradient, bound, first = (
+            tensor[:, live] for tensor in (current, logits, goals, probability, gradient, bound, first)
+        )
+        # Far from the minimum a rough direction does as well; near it, no more than the tolerance asks for.
+        accuracy = (bound / first).sqrt().clamp(1e-3, 0.1).maximum(0.3 * tolerance / bound)
+        accuracy = accuracy.masked_fill(bound <= tolerance, np.inf)
+        direction = _newton_direction(single, probability * (1 - probability), ridge, gradient, accuracy)
+        current, logits = _line_search(rows, goals, ridge, current, logits, gradient, direction)
+    raise TrainingError(
+        f"{len(running)} of {len(penalty)} probes have not converged after {NEWTON_STEPS} Newton steps (the distance to "
+        f"the minimum may be {bound.max():.1e}, {tolerance:.0e} is asked for, the weakest penalty is "
+        f"{ridge[:, 0].min():g}); use stronger penalties or a larger tolerance."
+    )
+
+
+def _newton_direction(rows: Tensor, curvature: Tensor, ridge: Tensor, gradient: Tensor, accuracy: Tensor) -> Tensor:
+    """-(rows' curvature rows + ridge)^-1 gradient, `(g, k, r)`, by conjugate gradients with the Hessian's diagonal.
+
+    curvature `(g, k, n)`, ridge `(k, r)`; accuracy `(g, k)` is relative, infinite for a problem that is to stand still.
+    In the float32 of the rows, for a direction need not be exact. Problems that are done leave the products.
+    """
+    scale = gradient.norm(dim=2, keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
+    residual, curvature, ridge = (tensor.to(rows.dtype) for tensor in (-gradient / scale, curvature, ridge))
+    running, result = torch.arange(len(ridge), device=rows.device), torch.zeros_like(residual)
+    inverse = 1 / (curvature @ rows.square() + ridge)
+    step = inverse * residual
+    energy = (residual * step).sum(dim=2, keepdim=True)
+    target = energy * accuracy[..., None].to(rows.dtype).square()
+    for _ in range(GRADIENT_STEPS):
+        live = (energy > target).any(dim=0).flatten()
+        if not live.any():
+            break
+        if live.sum() <= STILL_RUNNING * len(live):
+            running, ridge = running[live], ridge[live]
+            residual, curvature, inverse, step, energy, target = (
+                tensor[:, live] for tensor in (residual, curvature, inverse, step, energy, target)
+            )
+        product = ((step @ rows.mT) * curvature) @ rows + ridge * step
+        length = torch.where(energy > target, energy / (step * product).sum(dim=2, keepdim=True), 0)
+        result.index_add_(1, running, length * step)
+        residual = residual - length * product
+        before, energy = energy, (inverse * residual.square()).sum(dim=2, keepdim=True)
+        step = inverse * residual + energy / before.clamp_min(torch.finfo(rows.dtype).tiny) * step
+    return result.to(gradient.dtype) * scale
+
+
+def _line_search(rows: Tensor, goals: Tensor, ridge: Tensor, current: Tensor, logits: Tensor, gradient: Tensor,
+                 direction: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The coefficients `(g, k, r)` and logits `(g, k, n)` after the longest of 1, 1/2, 1/4 ... steps that descends."""
+
+    def objective(coefficients: Tensor, logits: Tensor) -> Tensor:
+        loss = (F.softplus(logits) - goals * logits).sum(dim=2, keepdim=True)
+        return loss + 0.5 * (ridge * coefficients.square()).sum(dim=2, keepdim=True)
+
+    change, slope = direction @ rows.mT, (gradient * direction).sum(dim=2, keepdim=True)
+    start = objective(current, logits)
+    length = torch.ones_like(start)
+    for _ in range(HALVINGS):
+        moved, shifted = current + length * direction, logits + length * change
+        # The last steps change the objective by less than its rounding.
+        rising = objective(moved, shifted) > start + 1e-4 * length * slope + 1e-12 * start.abs()
+        if not rising.any():
+            break
+        length = torch.where(rising, length / 2, length)
+    return moved, shifted

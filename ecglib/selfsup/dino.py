@@ -1,0 +1,134 @@
+"""DINO (Caron et al. 2021) on time crops: a student sees short and long pieces and must say what its slow copy says.
+
+The teacher is kept from collapsing by centring (no prototype may win always) and sharpening (a low temperature). Crops
+are contiguous and never stretched, and know where in the record they began.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ecglib.augment import Transform, apply
+from ecglib.batches import Batch
+from ecglib.ema import average_of, momentum_at, update_average
+from ecglib.errors import DataError
+from ecglib.selfsup.crops import random_windows, window_length
+from ecglib.selfsup.heads import Prototypes, need_two_records
+
+
+def dino_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], center: Tensor,
+              student_temperature: float = 0.1, teacher_temperature: float = 0.04) -> Tensor:  # fmt: skip
+    """Mean over (teacher view a, student view b != a) and the batch of -sum_k P_t(a)_k log P_s(b)_k, where
+
+        P_t = softmax((teacher - center) / teacher_temperature),   P_s = softmax(student / student_temperature).
+
+    `student` and `teacher` are outputs `(batch, prototypes)`, one a view, the teacher's views first among the
+    student's; `center` is `(prototypes,)`. The teacher gets no gradient.
+    """
+    told = torch.log_softmax(torch.stack(list(student)).float() / student_temperature, dim=2)
+    aims = torch.stack(list(teacher)).detach().float() - center
+    aims = torch.softmax(aims / teacher_temperature, dim=2)
+    # What view b must say is the sum of all aims but its own: one product a view, not one a pair.
+    others = aims.sum(dim=0).repeat(len(told), 1, 1)
+    others[: len(aims)] -= aims
+    return -(others * told).sum() / (len(aims) * (len(told) - 1) * told.shape[1])
+
+
+@torch.no_grad()
+def next_center(center: Tensor, teacher: Sequence[Tensor], momentum: float = 0.9) -> Tensor:
+    """momentum x center + (1 - momentum) x mean teacher output over views, batch and processes."""
+    mean = torch.stack(list(teacher)).float().mean(dim=(0, 1))
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(mean)
+        mean /= torch.distributed.get_world_size()
+    return momentum * center + (1.0 - momentum) * mean
+
+
+class DINOHead(nn.Module):
+    """Three linear layers with GELU to a bottleneck, then cosines with prototypes: `(batch, features)` -> `(batch, K)`.
+
+    The cosines are the published weight-normed last layer with its gain at 1.
+    """
+
+    def __init__(self, inputs: int, hidden: int, bottleneck: int, prototypes: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
+                                    nn.Linear(hidden, bottleneck))  # fmt: skip
+        self.prototypes = Prototypes(bottleneck, prototypes)
+
+    def forward(self, features: Tensor, trained: Tensor | None = None) -> Tensor:
+        """Outputs; the prototypes' gradient is multiplied by `trained`."""
+        return self.prototypes(self.layers(features), trained)
+
+
+class DINO(nn.Module):
+    """Student learns, teacher is its moving average; `.encoder`, to be probed afterwards, is the TEACHER's.
+
+    The encoder given becomes the student's. The teacher is a copy without dropout and stochastic depth, whose
+    parameters do not require gradients: ask for them (`requires_grad_()`) before fine-tuning. Crops are the shares
+    `global_share` and `local_share` of the signal, cut at whole patches where the encoder is a transformer.
+
+    `momentum` starts at the published 0.996 and rises to 1 along a cosine; for a few thousand steps or less take
+    `ema.momentum_for_steps(steps)`. The published 65,536 prototypes are more than the study has records. They stay as
+    they are for the share `frozen` of the run (the first of 100 epochs).
+    """
+
+    def __init__(self, encoder: nn.Module, transforms: Sequence[Transform] = (), *, prototypes: int = 4096,
+                 hidden: int = 2048, bottleneck: int = 256, local_views: int = 6, global_share: float = 0.8,
+                 local_share: float = 0.4, student_temperature: float = 0.1, teacher_temperature: float = 0.04,
+                 center_momentum: float = 0.9, momentum: float = 0.996, frozen: float = 0.01) -> None:  # fmt: skip
+        super().__init__()
+        if local_views < 0:
+            raise DataError(f"DINO cannot have {local_views} local views; use 0 or more.")
+        self.student, self.transforms = encoder, list(transforms)
+        self.student_head = DINOHead(encoder.feature_size, hidden, bottleneck, prototypes)
+        self.encoder, self.teacher_head = average_of(encoder), average_of(self.student_head)
+        for layer in self.encoder.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = 0.0
+        self.shares = (global_share,) * 2 + (local_share,) * local_views
+        self.temperatures = (student_temperature, teacher_temperature)
+        self.center_momentum, self.momentum, self.frozen = center_momentum, momentum, frozen
+        self.register_buffer("center", torch.zeros(prototypes))
+        self.register_buffer("progress", torch.tensor(0.0))
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The student's views against the teacher's two long ones; DataError for a batch of one."""
+        need_two_records(batch.signals, "DINO")
+        views = self._views(batch)
+        trained = (self.progress >= self.frozen).float()
+        with torch.no_grad():
+            teacher = self.teacher_head(self._encode(self.encoder, views[:2])).chunk(2)
+        long = self._encode(self.student, views[:2])
+        short = [self._encode(self.student, views[2:])] if len(views) > 2 else []
+        student = self.student_head(torch.cat([long, *short]), trained).chunk(len(views))
+        loss = dino_loss(student, teacher, self.center, *self.temperatures)
+        if self.training:
+            self.center.copy_(next_center(self.center, teacher, self.center_momentum))
+        return loss
+
+    def _views(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """Augmented crops and where they start, the two long ones first."""
+        multiple, views = getattr(self.encoder, "patch", 1), []
+        for share in self.shares:
+            length = window_length(batch.signals.shape[2], share, multiple)
+            window, start = random_windows(batch.signals, length, batch.generator, multiple)
+            views.append((apply(self.transforms, window, batch.generator), start))
+        return views
+
+    def _encode(self, encoder: nn.Module, views: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Features of views of one length, `(views x batch, features)`; transformers are told where crops start."""
+        signals = torch.cat([signal for signal, _ in views])
+        if not hasattr(encoder, "positions"):
+            return encoder(signals)
+        return encoder(signals, torch.cat([start for _, start in views]))
+
+    def after_step(self, progress: float) -> None:
+        """The teacher moves towards the student; the progress decides about freezing."""
+        momentum = momentum_at(progress, self.momentum)
+        update_average(self.encoder, self.student, momentum)
+        update_average(self.teacher_head, self.student_head, momentum)
+        self.progress.fill_(progress)

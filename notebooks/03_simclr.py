@@ -1,0 +1,197 @@
+# %% [markdown]
+# # 03 · SimCLR: two views of one heart
+#
+# **What you will learn.** How a network learns from ECGs without a single label: it must recognise that two distorted
+# copies come from the same crop. You write the loss in ten lines, watch the network learn, and see whether a linear
+# probe on its features beats one on a network that never learnt anything.
+#
+# **What it needs.** The records of notebook 00. Only the signals of folds 1–8 are learnt from.
+#
+# **How long.** The `laptop` profile takes about 4 minutes on two CPU cores, seconds to minutes on a GPU.
+
+# %% tags=["parameters"]
+results = "../results/laptop"  # where notebook 00 left the records, and where results go
+fractions = [0.01, 0.1, 1.0]  # shares of the training labels, for the probes at the end
+probe_seeds = 5  # label subsets of each probe
+encoder = "xresnet1d_narrow"  # or xresnet1d50, the paper's
+steps = 1200  # the same for every objective
+batch_size = 128
+crop_seconds = 2.5
+learning_rate = 0.003
+weight_decay = 0.01
+seed = 0
+transforms = {  # the same views for every objective, see notebook 01
+    "random_resized_crop": {"low": 0.8},
+    "channel_resize": {"low": 0.7, "high": 1.4},
+    "gaussian_noise": {"scale": 0.03},
+    "baseline_wander": {"largest": 0.05},
+    "time_out": {"low": 0.0, "high": 0.4},
+}
+options = {"temperature": 0.5, "hidden": 512, "outputs": 64}  # SimCLR's own settings
+
+# %%
+from pathlib import Path
+
+from ecglib.records import Records
+
+everything = Records.load(Path(results) / "records")
+records = everything.select(everything.targets.any(axis=1))
+note = f"{records.name}{records.caveat}"
+print(f"{note}: {len(records):,} recordings")
+
+# %% [markdown]
+# ## Two views
+#
+# A crop of a few seconds is distorted twice, independently: stretched in time, each lead made larger or smaller, noise
+# added, a piece blanked out. A cardiologist would give both the same diagnosis. *Which* distortions are allowed is what
+# the method knows about ECGs: whatever they change, the network learns to ignore.
+
+# %%
+import matplotlib.pyplot as plt
+
+from ecglib.augment import apply, named_transforms
+from ecglib.batches import CropBatches
+from ecglib.labels import split_indices
+
+split = split_indices(records)
+batch = CropBatches(records, split["train"], batch_size, crop_seconds, seed)(step=0)
+views = [apply(named_transforms(transforms), batch.signals, batch.generator) for _ in range(2)]
+figure, panels = plt.subplots(1, 3, figsize=(11, 2.2), sharey=True, layout="constrained")
+for axes, signals, name in zip(panels, [batch.signals, *views], ["crop", "view 1", "view 2"]):
+    axes.plot(signals[0, 1])
+    axes.set(title=f"{name}, lead II", xlabel="sample")
+panels[0].set_ylabel("mV")
+plt.close(figure)
+figure
+
+# %% [markdown]
+# ## The loss
+#
+# An encoder $f$ and a small projector $g$ turn each view into a vector; only its direction counts. With $N$ records there
+# are $2N$ views. For view $i$, its partner $j$ must be more similar than the $2N-2$ others (*NT-Xent*, the normalised
+# temperature-scaled cross-entropy):
+#
+# $$L = -\frac1{2N}\sum_i \log \frac{\exp(s_{ij}/T)}{\sum_{k\ne i}\exp(s_{ik}/T)},\qquad
+# s_{ik} = \frac{z_i\cdot z_k}{|z_i||z_k|}.$$
+
+# %%
+import torch
+
+
+def nt_xent_by_hand(z1: torch.Tensor, z2: torch.Tensor, temperature: float) -> torch.Tensor:
+    """One view after the other, as the formula says."""
+    z = torch.nn.functional.normalize(torch.cat([z1, z2]), dim=1)
+    losses = []
+    for i in range(len(z)):
+        similarity = z @ z[i] / temperature
+        others = torch.arange(len(z)) != i
+        partner = (i + len(z1)) % len(z)
+        losses.append(torch.logsumexp(similarity[others], dim=0) - similarity[partner])
+    return torch.stack(losses).mean()
+
+
+# %% [markdown]
+# The package computes the same with one matrix product. If all views were alike, the partner would be one of $2N-1$
+# equal candidates: the loss must be $\log(2N-1)$.
+
+# %%
+import math
+
+from ecglib.selfsup.simclr import SimCLR, nt_xent
+
+z1, z2 = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))
+by_hand, by_package = nt_xent_by_hand(z1, z2, 0.5), nt_xent(z1, z2, 0.5)
+assert torch.allclose(by_hand, by_package, atol=1e-5), (by_hand, by_package)
+assert math.isclose(nt_xent(torch.ones(32, 16), torch.ones(32, 16), 0.5).item(), math.log(63), rel_tol=1e-5)
+print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; all views alike: log 63 = {math.log(63):.4f}")
+
+# %% [markdown]
+# A trap from published code: instead of leaving the view itself out of the sum, the number $e$ is subtracted. A view's
+# similarity to itself is 1, so its term is $e^{1/T}$, which is $e$ only at $T = 1$.
+
+# %%
+z = torch.nn.functional.normalize(torch.cat([z1, z2]), dim=1)
+wrong = (torch.log((z @ z.T / 0.5).exp().sum(dim=1) - math.e) - (z * z.roll(32, 0)).sum(dim=1) / 0.5).mean()
+print(f"with e subtracted at T = 0.5: {wrong:.4f} instead of {by_package:.4f}")
+
+# %% [markdown]
+# ## Pretraining, watched
+#
+# No label is used. To see what happens, a few quantities are measured along the way on records set aside for looking:
+# an *online probe* (a linear classifier on the features of this moment, scored on fold 9), *alignment* (how far two
+# views of a record lie apart), *uniformity* (how evenly records spread over the sphere) and the *effective rank* (in how
+# many directions features vary). If all records moved to one point, alignment would be perfect and the rank 1: collapse.
+
+# %%
+from ecglib.runs import run_or_load
+from ecglib.selfsup.pretrain import keep_pretrained, pretrain_run, pretraining_spec, random_run
+from ecglib.train import default_device
+
+settings = {
+    "encoder": encoder, "steps": steps, "batch_size": batch_size, "crop_seconds": crop_seconds,
+    "learning_rate": learning_rate, "weight_decay": weight_decay, "transforms": transforms, "options": options,
+}  # fmt: skip
+device = default_device()
+specification = pretraining_spec("simclr", records, seed, settings)
+pretrained = run_or_load(specification, pretrain_run(records, SimCLR, device), results)
+keep_pretrained(pretrained, results)
+
+# %%
+import pandas as pd
+
+from ecglib.plots import plot_pretraining, save_figure
+
+history = pd.DataFrame(pretrained.about["notes"]["history"])
+figure = plot_pretraining(history, f"SimCLR: {note}")
+save_figure(figure, Path(results) / "figures" / "simclr_pretraining.svg")
+figure
+
+# %% [markdown]
+# The dotted lines are the values at the start, of the network as it was drawn at random.
+
+# %%
+last = history.iloc[-1]
+assert last["loss"] < history["loss"].iloc[1], "the loss did not fall"
+assert last["effective_rank"] > 2, "the features have collapsed"
+print(f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {device}; "
+      f"effective rank {last['effective_rank']:.0f} of {pretrained.predictions()['features'].shape[1]}")  # fmt: skip
+
+# %% [markdown]
+# ## Did it learn anything that labels need?
+#
+# The encoder is now frozen. Its features are computed once for each record, and a logistic regression, a *linear probe*,
+# is fitted on a share of the labels. The control is the same network before training: random filters are a surprisingly
+# strong start, and a method that does not beat them has learnt nothing of use.
+
+# %%
+from ecglib.transfer import frozen_validation
+
+random_spec = pretraining_spec("random", records, seed, {"encoder": encoder, "crop_seconds": crop_seconds})
+untrained = run_or_load(random_spec, random_run(records, device), results)
+features = {"SimCLR": pretrained.predictions()["features"], "random": untrained.predictions()["features"]}
+probed = frozen_validation(records, features, fractions, probe_seeds)
+probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"Macro AUROC, fold 9: {note}")
+
+# %% [markdown]
+# ## Exercise
+#
+# The temperature decides how much the loss cares for the hardest negatives. Compute the share of the gradient that goes
+# to the ten most similar of the negatives of one view, at $T = 0.5$ and $T = 0.05$.
+
+# %% tags=["solution"]
+similarity = (z @ z[0])[torch.arange(len(z)) % 32 != 0]
+for temperature in (0.5, 0.05):
+    weight = torch.softmax(similarity / temperature, dim=0).sort(descending=True).values
+    print(f"T = {temperature}: {weight[:10].sum():.0%} of the gradient goes to 10 of {len(weight)} negatives")
+
+# %% [markdown]
+# ## What was seen
+
+# %%
+for fraction in fractions:
+    gain = probed.loc["SimCLR", fraction] - probed.loc["random", fraction]
+    print(f"{fraction:.0%} of the labels, fold 9: {probed.loc['SimCLR', fraction]:.3f}, {gain:+.3f} over random filters")
+
+# %% [markdown]
+# Notebook 09 fits and fine-tunes this encoder for every label subset and scores it on fold 10. Written:
+# `pretrained/simclr.json`, which names the run below `runs/`, and `figures/simclr_pretraining.svg`.
