@@ -25,7 +25,7 @@ from ecglib.runs import machine
 from ecglib.selfsup.cpc import CPC, draw_negatives, info_nce
 from ecglib.train import autocast, constant_schedule, fit, precision
 
-FORMS = {"loop over positions": (4, "float32"), "one product": (4, "float32"), "one product, batch 32": (32, "float32"),
+FORMS = {"loop over positions": (4, "float32"), "one product": (4, "float32"), "one product, all": (32, "float32"),
          "as the study trains": (32, precision("cpu"))}  # fmt: skip
 
 

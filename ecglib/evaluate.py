@@ -238,12 +238,12 @@ def labels_needed(
     models = [goal, *(curve[fraction] for fraction in fractions)]
     value, drawn = _bootstrap(targets, models, groups, draws, seed, "auroc", classes)
     every = np.concatenate([value[:, None], drawn], axis=1)
-    needed = [_first_reached(fractions, column[1:], column[0]) for column in every.T]
+    needed = [first_reached(fractions, column[1:], column[0]) for column in every.T]
     low, high = np.quantile(needed[1:], [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
     return Interval(needed[0], float(low), float(high))
 
 
-def _first_reached(fractions: list[float], values: np.ndarray, goal: float) -> float:
+def first_reached(fractions: list[float], values: np.ndarray, goal: float) -> float:
     """Where the line through (log fraction, value) first reaches `goal`; infinity where it does not."""
     for place, value in enumerate(values):
         if value >= goal:

@@ -229,6 +229,65 @@ def plot_training(history: pd.DataFrame, title: str | None = None) -> Figure:
     return figure
 
 
+def plot_label_efficiency(summary: pd.DataFrame, training_records: int, title: str | None = None) -> Figure:
+    """Macro AUROC against the share of labels, frozen on the left and fine-tuned on the right, a line an arm.
+
+    summary has method, encoder, protocol, fraction, value, low, high (see `runs.seed_summary`). The controls stand in
+    both panels: trained from scratch black, random filters (frozen only) grey, another line style for each encoder.
+    """
+    _require_columns(summary, ("method", "encoder", "protocol", "fraction", "value", "low", "high"), "label summary")
+    arms = summary.groupby(["protocol", "method", "encoder"], sort=False)
+    methods = [name for name in pd.unique(summary["method"]) if name not in ("supervised", "random")]
+    colours = dict(zip(methods, sns.color_palette("colorblind", len(methods)))) | {"supervised": "black", "random": "0.6"}
+    styles = dict(zip(sorted(pd.unique(summary["encoder"])), ("-", "--", ":", "-.")))
+    figure, panels = plt.subplots(1, 2, figsize=(13, 5.2), sharey=True, layout="constrained")
+    for axes, protocol in zip(panels, ("frozen", "fine-tuned"), strict=True):
+        shown = [(key, rows.sort_values("fraction")) for key, rows in arms if key[0] in (protocol, "supervised")]
+        for place, ((_, method, encoder), rows) in enumerate(shown):
+            x = rows["fraction"] * 1.02 ** (place - (len(shown) - 1) / 2)
+            bars = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None)
+            axes.errorbar(x, rows["value"], bars, color=colours[method], linestyle=styles[encoder], marker="o",
+                          markersize=3.5, linewidth=1.4, elinewidth=0.7, capsize=1.5, label=f"{method}, {encoder}")  # fmt: skip
+        _label_axis(axes, sorted(summary["fraction"].unique()), training_records)
+        axes.set_title(f"{protocol} encoders")
+        axes.grid(axis="y", color="0.9")
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+    panels[0].set_ylabel("Macro AUROC (mean over subsets, 95 % interval)")
+    figure.suptitle(title)
+    sns.despine(figure)
+    plt.close(figure)
+    return figure
+
+
+def plot_gains(gains: pd.DataFrame, title: str | None = None) -> Figure:
+    """Gain in macro AUROC with its paired interval, a panel a fraction, a row a method; hollow where it spans zero.
+
+    gains has method, protocol, fraction, gain, low, high (see `transfer.paired_gains`).
+    """
+    _require_columns(gains, ("method", "protocol", "fraction", "gain", "low", "high"), "table of gains")
+    fractions, methods = sorted(gains["fraction"].unique()), sorted(gains["method"].unique(), reverse=True)
+    figure, panels = plt.subplots(1, len(fractions), figsize=(2 + 1.75 * len(fractions), 0.9 + 0.5 * len(methods)),
+                                  sharey=True, squeeze=False, layout="constrained")  # fmt: skip
+    colours = dict(zip(("frozen", "fine-tuned"), sns.color_palette("colorblind")))
+    for axes, fraction in zip(panels[0], fractions, strict=True):
+        axes.axvline(0, color="0.5", linewidth=1)
+        for row in gains[gains["fraction"] == fraction].itertuples():
+            height = methods.index(row.method) + (0.15 if row.protocol == "frozen" else -0.15)
+            colour, sure = colours[row.protocol], row.low > 0 or row.high < 0
+            axes.plot([row.low, row.high], [height, height], color=colour, linewidth=1.4)
+            axes.plot(row.gain, height, "o", color=colour, markerfacecolor=colour if sure else "white", markersize=5)
+        axes.set(title=f"{100 * fraction:g} % of the labels", xlabel="Gain")
+        axes.title.set_size(10)
+        axes.grid(axis="x", color="0.9")
+    panels[0, 0].set_yticks(range(len(methods)), methods)
+    handles = [plt.Line2D([], [], color=colour, marker="o", label=name) for name, colour in colours.items()]
+    figure.legend(handles=handles, frameon=False, ncols=2, loc="outside lower center")
+    figure.suptitle(title)
+    sns.despine(figure)
+    plt.close(figure)
+    return figure
+
+
 WATCHED = {"loss": "Loss", "online_probe": "Online probe\n(macro AUROC, fold 9)",
            "alignment": "Alignment\n(0: views agree)", "uniformity": "Uniformity\n(0: collapsed)",
            "effective_rank": "Effective rank\n(1: collapsed)"}  # fmt: skip

@@ -24,14 +24,14 @@ from ecglib.evaluate import AbsentClassWarning, absent_classes, class_auroc
 from ecglib.train import TrainingError
 
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
-LIKE_SIZE = 0.75  # subsets are solved together where the smaller has at least this share of the larger one's records
-NUMBERS_TOGETHER = 2**26  # and never with more numbers than this in their feature matrices, 0.5 GB
+LIKE_SIZE = 0.75  # a subset joins a group if it has at least this share of the records of the group's largest
+NUMBERS_TOGETHER = 2**26  # and if the group's feature matrices then hold no more numbers than this, 0.5 GB
 STILL_RUNNING = 0.8  # finished problems leave the products once no more than this share is running
 NEWTON_STEPS, GRADIENT_STEPS, HALVINGS = 100, 200, 40
 
 
 class Probes(NamedTuple):
-    """weights `(subsets, penalties, classes, d)` and bias `(subsets, penalties, classes)`, float64, and the penalties."""
+    """weights `(subsets, penalties, classes, d)`, bias `(subsets, penalties, classes)`, both float64, and penalties."""
 
     weights: Tensor
     bias: Tensor
@@ -58,10 +58,13 @@ def fit_probes(features: Tensor | np.ndarray, targets: Tensor | np.ndarray, subs
 
     Computed in float64 on the device of the features; equal subsets are solved once. Each w lies within `tolerance`
     (Euclidean norm) of the exact one: with b at its minimum the objective is penalty-strongly convex in w, hence
-    penalty * |w - w*| <= |dL/dw| + radius * |dL/db|, radius being the largest norm of a centred row, and the iteration
-    ends on this bound. A class that all or none of a subset's records have gets w = 0 and the log odds of its rate
-    (half a record added to each side), and an `AbsentClassWarning` names it and the subset (`names`, or numbers). DataError for an empty subset, features
-    that are not numbers or unfit shapes; TrainingError where the bound is not reached.
+    penalty * |w - w*| <= |dL/dw| + radius * |dL/db|, radius being the largest norm of a centred row. The iteration ends
+    on this bound and on a Newton step of b below `tolerance`.
+
+    A class that all or none of a subset's records have gets w = 0 and the log odds of its rate
+    (half a record added to each side); an `AbsentClassWarning` names the class and the subset (`names`, or numbers
+    from 0). DataError for an empty subset, features that are not numbers and unfit shapes; TrainingError where the
+    bound is not reached.
     """
     features = _as_features(features)
     labels = _as_labels(targets, len(features)).to(features.device)
@@ -84,7 +87,8 @@ def choose_penalty(probes: Probes, features: Tensor | np.ndarray, targets: np.nd
     """Position of each subset's penalty `(subsets,)`: that of the largest macro AUROC on validation records `(n, d)`.
 
     One penalty a subset, not a class: with few validation records a choice for each class would follow noise. Of equal
-    ones the strongest penalty is taken. Classes absent from the validation targets `(n, classes)` are left out and named.
+    ones the strongest penalty is taken. Classes absent from the targets `(n, classes)` are left out, in a warning.
+    DataError where all are absent.
     """
     logits = _logits(probes, _as_features(features)).cpu().numpy()  # they do not saturate, as probabilities do
     targets = _as_labels(targets, logits.shape[2]).cpu().numpy()
@@ -102,7 +106,7 @@ def choose_penalty(probes: Probes, features: Tensor | np.ndarray, targets: np.nd
 
 
 def probe_scores(probes: Probes, features: Tensor | np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Probabilities `(subsets, n, classes)` of records `(n, d)` by the probes with the penalties at `chosen (subsets,)`."""
+    """Probabilities `(subsets, n, classes)` of records `(n, d)`, with each subset's penalty at `chosen (subsets,)`."""
     places = torch.arange(len(chosen)), torch.as_tensor(chosen)
     picked = Probes(probes.weights[places][:, None], probes.bias[places][:, None], probes.penalties)
     return torch.sigmoid(_logits(picked, _as_features(features)))[:, 0].cpu().numpy()
@@ -226,11 +230,10 @@ def _fit_group(features: Tensor, labels: Tensor, group: list[np.ndarray], penalt
     axes = _principal_axes(rows)
     hits, counts = positive.sum(dim=1), counts[:, None]
     absent = (hits == 0) | (hits == counts)
-    # With one half for a target the zero start is the minimum already.
-    goals = torch.where(absent[:, None], 0.5 * present, positive).mT
+    signs = ((1 - 2 * positive) * present * ~absent[:, None]).mT
     each_penalty = torch.tensor(penalties, dtype=rows.dtype, device=device).repeat_interleave(labels.shape[1])
     rows = torch.cat([rows @ axes, present], dim=2)
-    solution = _minimise(rows, goals.repeat(1, len(penalties), 1), each_penalty, tolerance)
+    solution = _minimise(rows, signs.repeat(1, len(penalties), 1), each_penalty, tolerance)
     weights = solution[..., :-1] @ axes.mT
     bias = solution[..., -1] - (weights @ mean.mT).squeeze(2)
     weights, bias = (tensor.unflatten(1, (len(penalties), -1)) for tensor in (weights, bias))
@@ -246,39 +249,43 @@ def _principal_axes(rows: Tensor) -> Tensor:
     return turned if span is None else span @ turned
 
 
-def _minimise(rows: Tensor, goals: Tensor, penalty: Tensor, tolerance: float) -> Tensor:
-    """Coefficients `(g, k, r)` of all k problems of g subsets with rows `(g, n, r)`, the last column the intercept's ones.
+def _minimise(rows: Tensor, signs: Tensor, penalty: Tensor, tolerance: float) -> Tensor:
+    """Coefficients `(g, k, r)` of all k problems of g subsets with rows `(g, n, r)`, the last column the intercept.
 
-    goals `(g, k, n)` are 0 or 1 and penalty `(k,)`. Newton's method with a halving line search; problems that have
-    reached the bound of `fit_probes` in all subsets are set aside. TrainingError where one has not in `NEWTON_STEPS`.
+    signs `(g, k, n)` are -1 for a positive record, 1 for a negative one and 0 for one without a say (a problem that has
+    no other is at its minimum from the start, with 0); penalty `(k,)`. Newton's method with a halving line search;
+    problems that have reached the bound of `fit_probes` in all subsets are set aside. TrainingError where one has not
+    in `NEWTON_STEPS`.
     """
     single, radius = rows.float(), rows[:, :, :-1].norm(dim=2).amax(dim=1)[:, None]
     ridge = torch.cat([penalty[:, None].expand(-1, rows.shape[2] - 1), torch.zeros_like(penalty)[:, None]], dim=1)
     solution = rows.new_zeros(len(rows), len(penalty), rows.shape[2])
-    running, current, logits = torch.arange(len(penalty), device=rows.device), solution.clone(), torch.zeros_like(goals)
+    running, current, logits = torch.arange(len(penalty), device=rows.device), solution.clone(), torch.zeros_like(signs)
     first = None
     for _ in range(NEWTON_STEPS):
-        probability = torch.sigmoid(logits)
-        gradient = (probability - goals) @ rows + ridge * current
+        wrong = torch.sigmoid(signs * logits)  # the probability of the class that the record has not
+        gradient = (signs * wrong) @ rows + ridge * current
+        curvature = wrong * (1 - wrong)
         bound = (gradient[..., :-1].norm(dim=2) + radius * gradient[..., -1].abs()) / ridge[:, 0]
+        bound = bound.maximum(gradient[..., -1].abs() / (curvature @ rows[:, :, -1:]).squeeze(2))
         solution[:, running] = current
         first = bound if first is None else first
         live = (bound > tolerance).any(dim=0)
         if not live.any():
             return solution
         running, ridge = running[live], ridge[live]
-        current, logits, goals, probability, gradient, bound, first = (
-            tensor[:, live] for tensor in (current, logits, goals, probability, gradient, bound, first)
+        current, logits, signs, curvature, gradient, bound, first = (
+            tensor[:, live] for tensor in (current, logits, signs, curvature, gradient, bound, first)
         )
         # Far from the minimum a rough direction does as well; near it, no more than the tolerance asks for.
         accuracy = (bound / first).sqrt().clamp(1e-3, 0.1).maximum(0.3 * tolerance / bound)
         accuracy = accuracy.masked_fill(bound <= tolerance, np.inf)
-        direction = _newton_direction(single, probability * (1 - probability), ridge, gradient, accuracy)
-        current, logits = _line_search(rows, goals, ridge, current, logits, gradient, direction)
+        direction = _newton_direction(single, curvature, ridge, gradient, accuracy)
+        current, logits = _line_search(rows, signs, ridge, current, logits, gradient, direction)
     raise TrainingError(
-        f"{len(running)} of {len(penalty)} probes have not converged after {NEWTON_STEPS} Newton steps (the distance to "
-        f"the minimum may be {bound.max():.1e}, {tolerance:.0e} is asked for, the weakest penalty is "
-        f"{ridge[:, 0].min():g}); use stronger penalties or a larger tolerance."
+        f"Probes with penalties from {ridge[:, 0].min():g} have not converged in {NEWTON_STEPS} Newton steps: they may "
+        f"be {bound.max():.1e} from the minimum, {tolerance:.0e} is asked for; use stronger penalties or standardise "
+        "the features."
     )
 
 
@@ -313,12 +320,12 @@ def _newton_direction(rows: Tensor, curvature: Tensor, ridge: Tensor, gradient: 
     return result.to(gradient.dtype) * scale
 
 
-def _line_search(rows: Tensor, goals: Tensor, ridge: Tensor, current: Tensor, logits: Tensor, gradient: Tensor,
+def _line_search(rows: Tensor, signs: Tensor, ridge: Tensor, current: Tensor, logits: Tensor, gradient: Tensor,
                  direction: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The coefficients `(g, k, r)` and logits `(g, k, n)` after the longest of 1, 1/2, 1/4 ... steps that descends."""
 
     def objective(coefficients: Tensor, logits: Tensor) -> Tensor:
-        loss = (F.softplus(logits) - goals * logits).sum(dim=2, keepdim=True)
+        loss = F.softplus(signs * logits, threshold=40).sum(dim=2, keepdim=True)
         return loss + 0.5 * (ridge * coefficients.square()).sum(dim=2, keepdim=True)
 
     change, slope = direction @ rows.mT, (gradient * direction).sum(dim=2, keepdim=True)

@@ -179,16 +179,19 @@ def table(folder: str | Path) -> pd.DataFrame:
     return tidy(row for path in found for row in _rows(read_json(path)))
 
 
-def tidy(rows: Iterable[dict]) -> pd.DataFrame:
-    """Rows as the study's table, sorted by method, data, fraction, seed, split and metric."""
-    frame = pd.DataFrame(list(rows), columns=list(TABLE_COLUMNS))
-    return frame.sort_values(["method", "data", "labels", "fraction", "seed", "split", "metric"], ignore_index=True)
+def tidy(rows: Iterable[dict], extra: Sequence[str] = ()) -> pd.DataFrame:
+    """Rows as the study's table with the `extra` columns after method, sorted by what identifies a run and measure."""
+    columns = [TABLE_COLUMNS[0], *extra, *TABLE_COLUMNS[1:]]
+    frame = pd.DataFrame(list(rows), columns=columns)
+    order = ["method", *extra, "data", "labels", "fraction", "seed", "split", "metric"]
+    return frame.sort_values(order, ignore_index=True)
 
 
 def _rows(about: dict) -> list[dict]:
-    """Metrics of one `run.json` as table rows."""
+    """Metrics of one `run.json` as table rows, with its settings that are plain text, such as encoder and protocol."""
     spec = about["spec"]
-    shared = {name: spec[name] for name in ("method", "data", "labels", "fraction", "seed")}
+    shared = {name: value for name, value in spec["settings"].items() if isinstance(value, str)}
+    shared |= {name: spec[name] for name in ("method", "data", "labels", "fraction", "seed")}
     return [{**shared, **metric, "seconds": about["seconds"]} for metric in about["metrics"]]
 
 

@@ -72,7 +72,10 @@ def run_study(profile: str, data: Path | None = None, fresh: bool = False, root:
 
 
 def read_config(path: Path) -> dict:
-    """A profile's mapping: `about` (a sentence), `common` and one mapping of parameters a notebook."""
+    """A profile's mapping: `about` (a sentence), `common` and one mapping of parameters a notebook, and `with_data`.
+
+    `with_data` holds mappings of the same names, which take precedence where real ECGs are given.
+    """
     import yaml
 
     try:
@@ -93,7 +96,12 @@ def plan(root: Path, config: dict, data: Path | None, results: Path) -> list[Ste
     """The steps of a run with their parameters and keys; a key of the config that no notebook has is a DataError."""
     sources = notebook_sources(root / "notebooks")
     known = {source.stem: parameter_names(source) for source in sources}
-    check_config(config, known)
+    special = config.get("with_data", {})
+    config = {name: part for name, part in config.items() if name not in ("about", "with_data")}
+    for part in (config, special):
+        check_config(part, known)
+    if data is not None:
+        config = {name: config.get(name, {}) | special.get(name, {}) for name in config | special}
     given: dict = {} if data is None else {"data": str(data)}
     if given and not any("data" in names for names in known.values()):
         raise DataError(f"--data {data}: no notebook has a parameter `data`; leave it out.")
@@ -113,8 +121,6 @@ def check_config(config: dict, known: dict[str, tuple[str, ...]]) -> None:
     """Raise DataError for the first notebook or parameter of a config that does not exist."""
     everywhere = {name for names in known.values() for name in names}
     for notebook, parameters in config.items():
-        if notebook == "about":
-            continue
         if notebook != "common" and notebook not in known:
             raise DataError(f"The config names a notebook `{notebook}` that does not exist; correct the name.")
         names = everywhere if notebook == "common" else known[notebook]

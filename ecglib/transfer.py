@@ -11,11 +11,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ecglib.evaluate import macro_auroc
+from ecglib.errors import DataError
+from ecglib.evaluate import labels_needed, macro_auroc, paired_difference
+from ecglib.files import read_json
 from ecglib.labels import label_subsets, split_indices
 from ecglib.probe import probe_subsets
 from ecglib.records import Records
-from ecglib.runs import MODEL, Result, Run, RunSpec
+from ecglib.runs import MODEL, Result, Run, RunSpec, open_run, seed_scores
 from ecglib.supervised import Classifier, classifier_result, new_classifier, scored_result, train_classifier
 from ecglib.train import load_state, parameter_groups
 
@@ -25,12 +27,14 @@ def layerwise_groups(classifier: Classifier, weight_decay: float, factor: float)
 
     The first layers hold what every ECG needs, the last ones what the pretext wanted (Howard & Ruder 2018).
     """
-    groups = []
-    for depth, part in enumerate([classifier.head, *reversed(classifier.encoder.layers())]):
-        for group in parameter_groups(part, weight_decay):
-            if group["params"]:
-                groups.append({**group, "learning_rate_factor": factor**depth})
-    return groups
+    parts = [classifier.head, *reversed(classifier.encoder.layers())]
+    groups = [{**group, "learning_rate_factor": factor**depth}
+              for depth, part in enumerate(parts) for group in parameter_groups(part, weight_decay)]  # fmt: skip
+    # What belongs to no layer, such as a transformer's positions, stands below them all.
+    grouped = {id(parameter) for group in groups for parameter in group["params"]}
+    rest = [parameter for parameter in classifier.parameters() if id(parameter) not in grouped]
+    groups.append({"params": rest, "weight_decay": 0.0, "learning_rate_factor": factor ** (len(parts) - 1)})
+    return [group for group in groups if group["params"]]
 
 
 @torch.no_grad()
@@ -39,6 +43,14 @@ def set_head(classifier: Classifier, weights: np.ndarray, bias: np.ndarray) -> N
     layer = classifier.head[-1]
     layer.weight.copy_(torch.from_numpy(weights))
     layer.bias.copy_(torch.from_numpy(bias))
+
+
+def transfer_spec(records: Records, pretrained: Run, protocol: str, fraction: float, seed: int,
+                  settings: Mapping) -> RunSpec:  # fmt: skip
+    """What identifies the use of a pretrained encoder, by the `protocol` frozen or fine-tuned, with some labels."""
+    start = {"encoder": pretrained.spec.settings["encoder"], "pretraining": pretrained.spec.key, "protocol": protocol}
+    return RunSpec(pretrained.spec.method, records.name, records.fingerprint, records.about["task"], fraction, seed,
+                   {**settings, **start})  # fmt: skip
 
 
 def grid_subsets(records: Records, fractions: Sequence[float], seeds: Mapping[float, int]) -> dict:
@@ -83,6 +95,16 @@ def _probe(records: Records, subsets: Mapping, pretrained: Run) -> dict:
     return probe_subsets(features, records.targets, subsets, split_indices(records), classes=records.classes)
 
 
+def start_classifier(records: Records, labelled: np.ndarray, pretrained: Run, settings: Mapping,
+                     seed: int) -> tuple[Classifier, dict]:  # fmt: skip
+    """A classifier with the encoder of `pretrained` and the probe of the `labelled` records as its head; the probe."""
+    probe = _probe(records, {"own": labelled}, pretrained)["own"]
+    classifier = new_classifier(records, seed, settings)
+    load_state(classifier.encoder, pretrained.weights(), pretrained.folder / MODEL)
+    set_head(classifier, probe["weights"], probe["bias"])
+    return classifier, probe
+
+
 def finetuned_run(records: Records, fractions: Sequence[float], pretrained: Run,
                   device: str = "cpu") -> Callable[[RunSpec, Path], Result]:  # fmt: skip
     """The function for `runs.run_or_load`: train everything, from the encoder of `pretrained` and from its probe.
@@ -93,10 +115,7 @@ def finetuned_run(records: Records, fractions: Sequence[float], pretrained: Run,
 
     def run(spec: RunSpec, workspace: Path) -> Result:
         labelled = label_subsets(records, fractions, spec.seed)[spec.fraction]
-        probe = _probe(records, {"own": labelled}, pretrained)["own"]
-        classifier = new_classifier(records, spec.seed, spec.settings)
-        load_state(classifier.encoder, pretrained.weights(), pretrained.folder / MODEL)
-        set_head(classifier, probe["weights"], probe["bias"])
+        classifier, probe = start_classifier(records, labelled, pretrained, spec.settings, spec.seed)
         groups = layerwise_groups(classifier, spec.settings["weight_decay"], spec.settings["layer_factor"])
         history = train_classifier(classifier, records, labelled, spec.seed, spec.settings, workspace, device,
                                    groups=groups)  # fmt: skip
@@ -123,3 +142,60 @@ def frozen_validation(records: Records, features: Mapping[str, np.ndarray], frac
                   for key, probe in probes.items()}  # fmt: skip
         rows[name] = {fraction: np.mean([scores[fraction, seed] for seed in range(seeds)]) for fraction in fractions}
     return pd.DataFrame(rows).T
+
+
+def paired_gains(runs: Sequence[Run], records: Records, split: str = "test") -> pd.DataFrame:
+    """How much each arm gains in macro AUROC over its controls with the same encoder, labels and patients.
+
+    A row an arm, fraction and control (`over`: supervised, or random for frozen arms): gain with its paired
+    patient-bootstrap interval, both sides as means over seeds.
+    """
+    positions = split_indices(records)[split]
+    targets, patients = records.targets[positions], records.table["patient_id"].to_numpy()[positions]
+    cells, rows = seed_scores(runs, split, ("method", "encoder", "protocol", "fraction")), []
+    for (method, encoder, protocol, fraction), scores in sorted(cells.items()):
+        controls = {"supervised": ("supervised", encoder, "supervised", fraction)}
+        if protocol == "frozen":
+            controls["random"] = ("random", encoder, "frozen", fraction)
+        for over, control in controls.items():
+            if control in cells and method != over:
+                gain = paired_difference(targets, scores, cells[control], patients, classes=records.classes)
+                rows.append({"method": method, "encoder": encoder, "protocol": protocol, "fraction": fraction,
+                             "over": over, "gain": gain.value, "low": gain.low, "high": gain.high})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def transfer_runs(results: str | Path, records: Records) -> list[Run]:
+    """The runs behind `label_efficiency.csv`: those of notebook 09 that `results/transfer.json` lists.
+
+    DataError where the list or a run is missing, or was made on other records.
+    """
+    path = Path(results) / "transfer.json"
+    if not path.exists():
+        raise DataError(f"{path}: is missing; run notebook 09_probe_and_fine_tune first.")
+    runs = [open_run(Path(results) / "runs" / name) for name in read_json(path)["runs"]]
+    if any(run.spec.data_key != records.fingerprint for run in runs):
+        raise DataError(f"{path}: lists runs on other records; run notebook 09_probe_and_fine_tune again.")
+    return runs
+
+
+def labels_needed_table(runs: Sequence[Run], records: Records, draws: int = 1000) -> pd.DataFrame:
+    """Share of the labels with which each arm reaches the same encoder trained from scratch with all labels.
+
+    A row an arm: goal (macro AUROC to be reached), needed with its interval `low` to `high`, see `labels_needed`, and
+    `records` that this share means.
+    """
+    split = split_indices(records)
+    targets, patients = records.targets[split["test"]], records.table["patient_id"].to_numpy()[split["test"]]
+    arms: dict[tuple, dict[float, np.ndarray]] = {}
+    for (*arm, fraction), scores in seed_scores(runs, "test", ("method", "encoder", "protocol", "fraction")).items():
+        arms.setdefault(tuple(arm), {})[fraction] = scores
+    rows = []
+    for (method, encoder, protocol), curve in sorted(arms.items()):
+        supervised = arms["supervised", encoder, "supervised"]
+        goal = supervised[max(supervised)]
+        needed = labels_needed(targets, curve, goal, patients, draws, classes=records.classes)
+        level = np.mean([macro_auroc(targets, one, records.classes) for one in goal])
+        rows.append({"method": method, "encoder": encoder, "protocol": protocol, "goal": level, "needed": needed.value,
+                     "low": needed.low, "high": needed.high, "records": needed.value * len(split["train"])})  # fmt: skip
+    return pd.DataFrame(rows).sort_values(["needed", "method"], ignore_index=True)

@@ -20,6 +20,11 @@ from ecglib.train import CHECKPOINT, fit, load_tensors
 TRANSFORMS = (time_out, gaussian_noise)
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
 class TinyEncoder(nn.Sequential):
     """`(batch, 12, time)` -> 16 features, with the batch norm and the dropout that a resume must get right."""
 
@@ -97,14 +102,24 @@ def test_loss_agrees_with_lightly():
     torch.testing.assert_close(byol_loss(p, z), 2 + 2 * lightly.NegativeCosineSimilarity()(p, z))
 
 
+class Louder:
+    """A transform that multiplies by 1, 2, 3, ... at each call, so that every view is another."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, signals: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        self.calls += 1
+        return signals * self.calls
+
+
 def test_the_objective_is_the_sum_over_both_directions():
-    torch.manual_seed(0)
-    objective, batch = BYOL(TinyEncoder()).eval(), tiny_batch()  # without transforms both views are the crop
+    objective, batch = BYOL(TinyEncoder(), [Louder()]).eval(), tiny_batch()
     nn.init.normal_(objective.target_projector[3].bias)  # else target and online are alike
-    loss = objective.loss(batch).item()
-    p = objective.predictor(objective.projector(objective.encoder(batch.signals)))
-    z = objective.target_projector(objective.target_encoder(batch.signals))
-    assert loss == pytest.approx(2 * slow_byol(p.detach().numpy(), z.detach().numpy()), rel=1e-5)
+    views = [batch.signals, 2 * batch.signals]
+    p = [objective.predictor(objective.projector(objective.encoder(view))).detach().numpy() for view in views]
+    z = [objective.target_projector(objective.target_encoder(view)).numpy() for view in views]
+    assert objective.loss(batch).item() == pytest.approx(slow_byol(p[0], z[1]) + slow_byol(p[1], z[0]), rel=1e-5)
 
 
 def test_gradients_reach_the_online_network_alone():
@@ -175,7 +190,6 @@ def test_heads_have_the_published_sizes():
 
 
 def test_training_lowers_the_loss_without_collapse():
-    torch.manual_seed(0)
     objective, records = BYOL(TinyEncoder(), TRANSFORMS, momentum=momentum_for_steps(60)), tiny_records()
     batches = CropBatches(records, np.arange(40), 16, 1.0, 0)
     history = fit(objective, batches, 60, learning_rate=0.01, dtype="float32")

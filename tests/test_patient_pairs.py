@@ -430,3 +430,5 @@ def test_the_table_of_the_probes():
     assert table["share_of_gain"].isna().all(), "a network that learned nothing has no gain to share"
     again = shortcut_probes(records, np.arange(40), np.arange(40, 60), steps=3, crop_seconds=1.5, batch_size=16)
     pd.testing.assert_frame_equal(table, again)
+    with pytest.raises(DataError, match="1 to 33 samples"):
+        shortcut_probes(records, np.arange(40), np.arange(40, 60), steps=3, crop_seconds=1.5, reach=40)

@@ -65,6 +65,10 @@ class CPCEncoder(nn.Module):
         self.latents = Latents(leads, width, layers, samples, standardised, centred)
         self.lstm = nn.LSTM(width, hidden, lstm_layers, batch_first=True)
 
+    def layers(self) -> list[nn.Module]:
+        """Fully connected layers and LSTM, from input to output, each to get its own learning rate in fine-tuning."""
+        return [self.latents, self.lstm]
+
     def context(self, latents: Tensor) -> Tensor:
         """What the LSTM knows at each time step, from the latents up to it: `(batch, time, hidden)`."""
         return self.lstm(latents)[0]

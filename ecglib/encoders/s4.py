@@ -105,6 +105,10 @@ class S4Encoder(nn.Module):
         self.latents = Latents(leads, width, latent_layers, samples, standardised, centred)
         self.blocks = nn.Sequential(*(Block(width, state, dropout, causal) for _ in range(layers)), nn.LayerNorm(width))
 
+    def layers(self) -> list[nn.Module]:
+        """Fully connected layers and blocks, from input to output, each to get its own learning rate in fine-tuning."""
+        return [self.latents, *self.blocks]
+
     def context(self, latents: Tensor) -> Tensor:
         """Output of the blocks, `(batch, time, width)`; if causal, what each time knows from the latents so far."""
         return self.blocks(latents)
@@ -117,5 +121,5 @@ class S4Encoder(nn.Module):
 def s4_small(leads: int = 12) -> S4Encoder:
     """A laptop's encoder of the same form: width 64, two blocks of 8 states, a latent for every two samples."""
     return S4Encoder(
-        leads, width=64, layers=2, dropout=0.1, latent_layers=2, samples=2, standardised=False, centred=True
+        leads, width=64, layers=2, dropout=0.0, latent_layers=2, samples=2, standardised=False, centred=True
     )

@@ -62,12 +62,16 @@ class ViT1d(nn.Module):
     """
 
     def __init__(self, leads: int = 12, patch: int = 20, width: int = 192, depth: int = 12, heads: int = 3,
-                 length: int = 1000, drop_path: float = 0.0, class_blocks: int = 1, centred: bool = False) -> None:  # fmt: skip
+                 length: int = 1000, drop_path: float = 0.0, class_blocks: int = 1,
+                 centred: bool = False) -> None:  # fmt: skip
         super().__init__()
         if length % patch or width % heads or not 1 <= class_blocks <= depth:
-            raise ValueError(f"A ViT1d needs a length ({length}) that is a multiple of the patch ({patch}), a width "
-                             f"({width}) of the heads ({heads}), and 1 to {depth} class blocks, not {class_blocks}.")  # fmt: skip
-        self.leads, self.patch, self.length, self.class_blocks, self.centred = leads, patch, length, class_blocks, centred
+            raise ValueError(
+                f"A ViT1d needs a length ({length}) that is a multiple of the patch ({patch}), a width ({width}) of "
+                f"the heads ({heads}), and 1 to {depth} class blocks, not {class_blocks}."
+            )
+        self.leads, self.patch, self.length = leads, patch, length
+        self.class_blocks, self.centred = class_blocks, centred
         self.embed = nn.Linear(leads * patch, width)
         self.class_token = nn.Parameter(torch.zeros(width))
         self.positions = nn.Parameter(torch.zeros(length // patch, width))
@@ -82,6 +86,13 @@ class ViT1d(nn.Module):
         nn.init.normal_(self.embed.weight, std=(leads * patch) ** -0.5)
         for parameter in (self.class_token, self.positions):
             nn.init.trunc_normal_(parameter, std=0.02)
+
+    def layers(self) -> list[nn.Module]:
+        """Patch layer, blocks and last norm, from input to output, each to get its own learning rate in fine-tuning.
+
+        The [CLS] token and the positions belong to none of them.
+        """
+        return [self.embed, *self.blocks, self.norm]
 
     def tokens(self, signals: Tensor, start: Tensor | None = None) -> Tensor:
         """[CLS] and patch tokens before the first block, `(batch, 1 + time / patch, width)`.

@@ -36,11 +36,12 @@ def info_nce(context: Tensor, latents: Tensor, steps: int, negatives: int, gener
     if time < steps + 2:
         raise DataError(f"A crop of {time} latents is too short to predict {steps} ahead; "
                         f"take at least {steps + 2} latents, or fewer steps.")  # fmt: skip
+    chosen = draw_negatives(batch, time, steps, negatives, generator)
     # All scores of a record in one product, (batch, time - steps, time): gathering latents instead of scores would
     # need (batch, positions, candidates, width), 8 GB in the published setting.
     scores = context[:, : time - steps] @ latents.transpose(1, 2)
     positive = scores.diagonal(steps, dim1=1, dim2=2).float()
-    others = scores.gather(2, draw_negatives(batch, time, steps, negatives, generator)).float()
+    others = scores.gather(2, chosen).float()
     losses = torch.cat([positive[..., None], others], dim=2).logsumexp(dim=2) - positive
     return losses.mean(dim=0).sum() if reduction == "sum" else losses.mean()
 

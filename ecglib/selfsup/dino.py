@@ -50,13 +50,16 @@ def next_center(center: Tensor, teacher: Sequence[Tensor], momentum: float = 0.9
 class DINOHead(nn.Module):
     """Three linear layers with GELU to a bottleneck, then cosines with prototypes: `(batch, features)` -> `(batch, K)`.
 
-    The cosines are the published weight-normed last layer with its gain at 1.
+    The cosines are the published weight-normed last layer with its gain at 1. With `norm` a batch norm stands before
+    each GELU.
     """
 
-    def __init__(self, inputs: int, hidden: int, bottleneck: int, prototypes: int) -> None:
+    def __init__(self, inputs: int, hidden: int, bottleneck: int, prototypes: int, norm: bool = False) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
-                                    nn.Linear(hidden, bottleneck))  # fmt: skip
+        layers: list[nn.Module] = []
+        for size in (inputs, hidden):
+            layers += [nn.Linear(size, hidden), *([nn.BatchNorm1d(hidden)] if norm else []), nn.GELU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
         self.prototypes = Prototypes(bottleneck, prototypes)
 
     def forward(self, features: Tensor, trained: Tensor | None = None) -> Tensor:
@@ -71,20 +74,25 @@ class DINO(nn.Module):
     parameters do not require gradients: ask for them (`requires_grad_()`) before fine-tuning. Crops are the shares
     `global_share` and `local_share` of the signal, cut at whole patches where the encoder is a transformer.
 
-    `momentum` starts at the published 0.996 and rises to 1 along a cosine; for a few thousand steps or less take
-    `ema.momentum_for_steps(steps)`. The published 65,536 prototypes are more than the study has records. They stay as
-    they are for the share `frozen` of the run (the first of 100 epochs).
+    `momentum` starts at the published 0.996 and rises to 1 along a cosine; for short runs take
+    `ema.momentum_for_steps(steps, turnover)`: 2 suits a student that has learnt already, one that starts from nothing
+    needs 10 or more, while the teacher must stay slower than the centre (1 - momentum well below 1 -
+    `center_momentum`), which otherwise lags behind it and stops balancing. The published 65,536 prototypes are more
+    than the study has records; they stay as they are for the share `frozen` of the run (the first of 100 epochs).
+    `norm` puts batch norm into the head: the outputs then differ between records from the first step on, and a short
+    run is not spent on leaving the even answer log(prototypes).
     """
 
     def __init__(self, encoder: nn.Module, transforms: Sequence[Transform] = (), *, prototypes: int = 4096,
-                 hidden: int = 2048, bottleneck: int = 256, local_views: int = 6, global_share: float = 0.8,
-                 local_share: float = 0.4, student_temperature: float = 0.1, teacher_temperature: float = 0.04,
-                 center_momentum: float = 0.9, momentum: float = 0.996, frozen: float = 0.01) -> None:  # fmt: skip
+                 hidden: int = 2048, bottleneck: int = 256, norm: bool = False, local_views: int = 6,
+                 global_share: float = 0.8, local_share: float = 0.4, student_temperature: float = 0.1,
+                 teacher_temperature: float = 0.04, center_momentum: float = 0.9, momentum: float = 0.996,
+                 frozen: float = 0.01) -> None:  # fmt: skip
         super().__init__()
         if local_views < 0:
             raise DataError(f"DINO cannot have {local_views} local views; use 0 or more.")
         self.student, self.transforms = encoder, list(transforms)
-        self.student_head = DINOHead(encoder.feature_size, hidden, bottleneck, prototypes)
+        self.student_head = DINOHead(encoder.feature_size, hidden, bottleneck, prototypes, norm)
         self.encoder, self.teacher_head = average_of(encoder), average_of(self.student_head)
         for layer in self.encoder.modules():
             if isinstance(layer, nn.Dropout):

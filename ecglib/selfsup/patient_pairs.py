@@ -237,6 +237,8 @@ def shortcut_probes(records: Records, train: np.ndarray, held_out: np.ndarray, s
     """
     size = segment_sizes(round(crop_seconds * records.sampling_rate), segments).segment
     reach = round(size * REACH / DESIGN_SEGMENT) if reach is None else reach
+    if not 1 <= reach <= size:
+        raise DataError(f"A probe of the joins can reach 1 to {size} samples into a segment of {size}, not {reach}.")
     looks = {"whole view": None, "joins": partial(joins_only, segments=segments, reach=reach),
              "drift": partial(drift_only, sampling_rate=records.sampling_rate)}  # fmt: skip
     seen = CropBatches(records, train, batch_size, crop_seconds, seed, device)

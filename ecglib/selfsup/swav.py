@@ -67,7 +67,8 @@ class SwAV(nn.Module):
     def __init__(self, encoder: nn.Module, transforms: Sequence[Transform] = (), *, prototypes: int = 3000,
                  hidden: int = 2048, outputs: int = 128, temperature: float = 0.1, epsilon: float = 0.05,
                  iterations: int = 3, batch_size: int = 4096, queue: int = 8, queue_from: float = 0.15,
-                 frozen: float = 0.01, views: int = 6, local_views: int = 0, local_share: float = 0.5) -> None:  # fmt: skip
+                 frozen: float = 0.01, views: int = 6, local_views: int = 0,
+                 local_share: float = 0.5) -> None:  # fmt: skip
         super().__init__()
         if views - local_views < CODE_VIEWS:
             raise DataError(f"SwAV needs two full-length views, not {views - local_views}; use fewer local views.")

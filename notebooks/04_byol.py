@@ -1,0 +1,245 @@
+# %% [markdown]
+# # 04 · BYOL: one view predicts the other
+#
+# **What you will learn.** How a network learns from ECGs without a single label and without telling hearts apart: from
+# one view it predicts what a slow copy of itself makes of the other. You write the loss in a few lines, see how slow
+# the copy must be, watch the network learn, and make it collapse on purpose.
+#
+# **What it needs.** The records of notebook 00. Only the signals of folds 1–8 are learnt from.
+#
+# **How long.** The `laptop` profile takes about 6 minutes on two CPU cores, seconds to minutes on a GPU.
+
+# %% tags=["parameters"]
+results = "../results/laptop"  # where notebook 00 left the records, and where results go
+fractions = [0.01, 0.1, 1.0]  # shares of the training labels, for the probes at the end
+probe_seeds = 5  # label subsets of each probe
+encoder = "xresnet1d_narrow"  # or xresnet1d50, the paper's
+steps = 1200  # the same for every objective
+batch_size = 128
+crop_seconds = 2.5
+learning_rate = 0.003
+weight_decay = 0.01
+seed = 0
+transforms = {  # the same views for every objective, see notebook 01
+    "random_resized_crop": {"low": 0.8},
+    "channel_resize": {"low": 0.7, "high": 1.4},
+    "gaussian_noise": {"scale": 0.03},
+    "baseline_wander": {"largest": 0.05},
+    "time_out": {"low": 0.0, "high": 0.4},
+}
+options = {"hidden": 512, "outputs": 64}  # BYOL's own settings
+turnover = 10.0  # how often the target is renewed during the run; gives its momentum
+
+# %%
+from pathlib import Path
+
+from ecglib.records import Records
+
+everything = Records.load(Path(results) / "records")
+records = everything.select(everything.targets.any(axis=1))
+note = f"{records.name}{records.caveat}"
+print(f"{note}: {len(records):,} recordings")
+
+# %% [markdown]
+# ## Two networks
+#
+# The *online* network learns: encoder, projector, and a small *predictor* on top. The *target* is a copy of encoder and
+# projector that gets no gradient. After each step its weights $\xi$ move a little towards the online weights $\theta$,
+#
+# $$\xi \leftarrow m\,\xi + (1-m)\,\theta,$$
+#
+# so they are an average over many past steps (*EMA*, exponential moving average). Views are made as in notebook 03. The
+# online network predicts from view 1 what the target makes of view 2, and the reverse; no other record is involved.
+
+# %%
+import numpy as np
+import torch
+
+from ecglib.augment import apply, named_transforms
+from ecglib.batches import Batch, CropBatches
+from ecglib.encoders import make_encoder
+from ecglib.labels import split_indices
+from ecglib.selfsup.byol import BYOL, byol_loss
+
+split = split_indices(records)
+batch = CropBatches(records, split["train"], batch_size, crop_seconds, seed)(step=0)
+torch.manual_seed(seed)
+model = BYOL(make_encoder(encoder), named_transforms(transforms), **options)
+model.loss(batch).backward()
+reached = {name for name, part in model.named_children() if any(w.grad is not None for w in part.parameters())}
+assert reached == {"encoder", "projector", "predictor"}, reached
+print(f"the gradient reaches {', '.join(sorted(reached))} and not the target")
+
+# %% [markdown]
+# ## The loss
+#
+# Only the directions of a prediction $p$ and a projection $z$ count. The loss is the squared distance of the two unit
+# vectors, averaged over the $N$ records, and added up for the two directions:
+#
+# $$L = \frac1N\sum_i \left|\frac{p_i}{|p_i|} - \frac{z_i}{|z_i|}\right|^2 = 2 - \frac2N\sum_i \cos(p_i, z_i).$$
+#
+# It is 0 for equal directions, 2 for a right angle and 4 for opposite directions.
+
+
+# %%
+def byol_by_hand(p: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """The squared distance of unit vectors, one record after the other; the target is taken as it is."""
+    losses = [(one / one.norm() - aim / aim.norm()).square().sum() for one, aim in zip(p, z.detach())]
+    return torch.stack(losses).mean()
+
+
+p, z = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))
+by_hand, by_package = byol_by_hand(p, z), byol_loss(p, z)
+assert torch.allclose(by_hand, by_package, atol=1e-5), (by_hand, by_package)
+corners = torch.eye(8)
+known = [byol_loss(3 * corners, aim).item() for aim in (corners, corners.roll(1, dims=0), -corners)]
+assert np.allclose(known, [0, 2, 4], atol=1e-6), known
+print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; same, right angle, opposite: {known}")
+
+# %% [markdown]
+# ## How slow should the copy be?
+#
+# The momentum starts at $m$ and rises to 1 along a cosine. The published 0.996 belongs to some 23,000 steps. In few
+# steps such a target hardly leaves its start, and the network learns to predict random numbers. What counts is the
+# *turnover*, the sum of $1-m$ over the run: about $e^{-\text{turnover}}$ of the start is left at the end.
+
+# %%
+import matplotlib.pyplot as plt
+
+from ecglib.ema import average_of, momentum_at, momentum_for_steps, update_average
+
+momentum, progress = momentum_for_steps(steps, turnover), np.arange(1, steps + 1) / steps
+figure, axes = plt.subplots(figsize=(5, 2.6), layout="constrained")
+for start, name in {0.996: "published", momentum: "sized by the steps"}.items():
+    rising = np.array([momentum_at(share, start) for share in progress])
+    left = np.cumprod(rising)
+    axes.plot(steps * progress, left, label=f"{start:.4g}, {name}")
+    assert np.isclose((1 - rising).sum(), (1 - start) * (steps - 1) / 2), "this sum has a closed form"
+    print(f"m = {start:.4g}, {name}: turnover {(1 - rising).sum():.2f}, {left[-1]:.2%} of the start is left")
+axes.set(xlabel="step", ylabel="share of the start\nin the target", ylim=(0, 1.02))
+axes.legend(frameon=False)
+plt.close(figure)
+figure
+
+# %% [markdown]
+# A trap from published code: only parameters with `weight` in their name are averaged, so the target's biases, those of
+# batch norm included, stay at their start. Here the online network lies 1 away in every parameter and stands still,
+# while the target follows for 100 steps.
+
+# %%
+from copy import deepcopy
+
+online, ours, published = deepcopy(model.encoder), average_of(model.encoder), average_of(model.encoder)
+torch._foreach_add_([parameter.data for parameter in online.parameters()], 1.0)
+for _ in range(100):
+    update_average(ours, online, 0.95)
+    for (name, kept), value in zip(published.named_parameters(), online.parameters()):
+        kept.lerp_(value.detach(), 0.05 if "weight" in name else 0.0)
+for rule, target in {"every parameter": ours, "published rule": published}.items():
+    change = {name: value - model.encoder.get_parameter(name) for name, value in target.named_parameters()}
+    gone = torch.cat([way for name, way in change.items() if name.endswith("bias")]).mean().item()
+    assert np.isclose(gone, 1 - 0.95**100 if target is ours else 0.0, atol=1e-4), gone
+    print(f"{rule}: the biases have gone {gone:.1%} of their way")
+
+# %% [markdown]
+# ## Pretraining, watched
+#
+# No label is used. The quantities measured along the way are those of notebook 03. Look at the *effective rank*: if all
+# records moved to one point, the loss would be perfect and the rank 1. No negatives push them apart.
+
+# %%
+from ecglib.runs import run_or_load
+from ecglib.selfsup.pretrain import keep_pretrained, pretrain_run, pretraining_spec, random_run
+from ecglib.train import default_device
+
+settings = {
+    "encoder": encoder, "steps": steps, "batch_size": batch_size, "crop_seconds": crop_seconds,
+    "learning_rate": learning_rate, "weight_decay": weight_decay, "transforms": transforms,
+    "options": {"momentum": momentum, **options},
+}  # fmt: skip
+device = default_device()
+specification = pretraining_spec("byol", records, seed, settings)
+pretrained = run_or_load(specification, pretrain_run(records, BYOL, device), results)
+keep_pretrained(pretrained, results)
+
+# %%
+import pandas as pd
+
+from ecglib.plots import plot_pretraining, save_figure
+
+history = pd.DataFrame(pretrained.about["notes"]["history"])
+figure = plot_pretraining(history, f"BYOL: {note}")
+save_figure(figure, Path(results) / "figures" / "byol_pretraining.svg")
+figure
+
+# %% [markdown]
+# The dotted lines are the values at the start, of the network as it was drawn at random.
+
+# %%
+last = history.iloc[-1]
+assert last["loss"] < history["loss"].iloc[1], "the loss did not fall"
+assert last["effective_rank"] > 2, "the features have collapsed"
+print(f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {device}; "
+      f"effective rank {last['effective_rank']:.0f} of {pretrained.predictions()['features'].shape[1]}")  # fmt: skip
+
+# %% [markdown]
+# ## Why does it not collapse?
+#
+# One vector for all records would have loss 0. But the gradient does not lead there: it moves the online side only,
+# towards a target that still tells records apart and does not come to meet it. Chen and He (2021) found that the copy
+# need not even be slow, but that neither the stopped gradient nor the predictor can go. The exercise removes both.
+#
+# ## Did it learn anything that labels need?
+#
+# The encoder is now frozen. Its features are computed once for each record, and a logistic regression, a *linear
+# probe*, is fitted on a share of the labels. The control is the same network before training: random filters are a
+# surprisingly strong start, and a method that does not beat them has learnt nothing of use.
+
+# %%
+from ecglib.transfer import frozen_validation
+
+random_spec = pretraining_spec("random", records, seed, {"encoder": encoder, "crop_seconds": crop_seconds})
+untrained = run_or_load(random_spec, random_run(records, device), results)
+features = {"BYOL": pretrained.predictions()["features"], "random": untrained.predictions()["features"]}
+probed = frozen_validation(records, features, fractions, probe_seeds)
+probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"Macro AUROC, fold 9: {note}")
+
+# %% [markdown]
+# ## Exercise
+#
+# Make it collapse. Write a BYOL without a predictor in which the gradient reaches both views, train it for 40 steps and
+# compare it with the real one: the loss, and the mean cosine between projections of *different* records.
+
+# %% tags=["solution"]
+from ecglib.train import fit
+
+
+class Meeting(BYOL):
+    """Both views go through the online network, nothing is predicted, and the gradient reaches both."""
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        views = torch.cat([apply(self.transforms, batch.signals, batch.generator) for _ in range(2)])
+        z1, z2 = self.projector(self.encoder(views)).chunk(2)
+        return 4.0 - 4.0 * torch.nn.functional.cosine_similarity(z1, z2).mean()
+
+
+batches = CropBatches(records, split["train"], 32, crop_seconds, seed, device)
+for objective in (BYOL, Meeting):
+    torch.manual_seed(seed)
+    tried = objective(make_encoder(encoder), named_transforms(transforms), **options).to(device)
+    loss = fit(tried, batches, 40, learning_rate=learning_rate, log_every=5)["loss"].iloc[-1]
+    z = torch.nn.functional.normalize(tried.projector(tried.encoder(batches(40).signals)), dim=1)
+    others = (z @ z.T)[~torch.eye(32, dtype=torch.bool)].mean()
+    print(f"{objective.__name__}: loss {loss:.4f}, mean cosine of different records {others:.3f}")
+
+# %% [markdown]
+# ## What was seen
+
+# %%
+for fraction in fractions:
+    gain = probed.loc["BYOL", fraction] - probed.loc["random", fraction]
+    print(f"{fraction:.0%} of the labels, fold 9: {probed.loc['BYOL', fraction]:.3f}, {gain:+.3f} over random filters")
+
+# %% [markdown]
+# Notebook 09 fits and fine-tunes this encoder for every label subset and scores it on fold 10. Written:
+# `pretrained/byol.json`, which names the run below `runs/`, and `figures/byol_pretraining.svg`.

@@ -1,0 +1,270 @@
+# %% [markdown]
+# # 09 · Frozen or fine-tuned: what each encoder is worth
+#
+# **What you will learn.** Two ways to use a pretrained encoder when labels are few. *Frozen*: compute its features once
+# and fit a linear probe on them. *Fine-tuned*: train everything, gently. Both are scored for every method and every
+# share of the labels, beside two controls with the same encoder: trained from scratch, and never trained at all.
+#
+# **What it needs.** The encoders of notebooks 03–08.
+#
+# **How long.** The `laptop` profile takes about 20 minutes on two CPU cores, nearly all of it for fine-tuning; probing
+# takes seconds. Finished runs are kept and opened again.
+
+# %% tags=["parameters"]
+results = "../results/laptop"  # where the earlier notebooks left records and encoders
+fractions = [0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0]  # shares of the training labels
+seeds_few = 5  # label subsets at 10 % and below, where luck matters
+seeds_many = 2  # above
+steps_few = 200  # training steps at 10 % of the labels and below, the same for every arm
+steps_many = 700  # above
+batch_size = 64
+crop_seconds = 2.5
+weight_decay = 0.01
+dropout = 0.0
+transforms = {  # the augmentation of notebook 02, for every arm
+    "random_resized_crop": {"low": 0.8},
+    "channel_resize": {"low": 0.7, "high": 1.4},
+    "gaussian_noise": {"scale": 0.03},
+    "baseline_wander": {"largest": 0.05},
+    "time_out": {"low": 0.0, "high": 0.4},
+}
+learning_rates = {  # from scratch and fine-tuned, for each encoder; chosen on folds 8 and 9
+    "xresnet1d_narrow": [0.01, 0.003],
+    "cpc_lstm_small": [0.003, 0.001],
+    "vit1d_small": [0.001, 0.0005],
+}
+layer_factor = 0.5  # each layer learns half as fast as the one above it, when fine-tuned
+workers = 2  # trainings side by side, one thread each; 1 on a GPU
+
+# %%
+from pathlib import Path
+
+from ecglib.labels import split_indices
+from ecglib.records import Records
+from ecglib.selfsup.pretrain import pretrained_runs
+
+everything = Records.load(Path(results) / "records")
+records = everything.select(everything.targets.any(axis=1))
+split = split_indices(records)
+pretrained = pretrained_runs(results, records)
+note = f"{records.name}, fold 10{records.caveat}"
+print(f"All scores below: {note}\nPretrained: {', '.join(pretrained)}")
+
+# %% [markdown]
+# ## A linear probe
+#
+# With frozen features $x$, each class $c$ has its own logistic regression with weights $w_c$ and an L2 penalty
+# $\lambda$ that keeps them small when labels are few:
+#
+# $$\min_{w_c, b_c}\; \sum_n \log\bigl(1 + e^{-s_{nc}(w_c\cdot x_n + b_c)}\bigr) + \tfrac{\lambda}{2}|w_c|^2,
+# \qquad s_{nc} = \pm 1.$$
+#
+# A study has many of them: methods × fractions × subsets × classes × penalties. `ecglib.probe` fits all of an encoder's
+# probes together. It must find what scikit-learn finds one by one:
+
+# %%
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+
+from ecglib.labels import label_subsets
+from ecglib.probe import fit_probes, standardise
+
+method = next(iter(pretrained))
+raw = pretrained[method].predictions()["features"]
+features = standardise(raw, raw[split["train"]])
+subset = label_subsets(records, fractions, seed=0)[max(fraction for fraction in fractions if fraction <= 0.1)]
+ours = fit_probes(features, records.targets, [subset], [10.0])
+common = int(records.targets[subset].sum(axis=0).argmax())
+theirs = LogisticRegression(C=1 / 10.0, tol=1e-8, max_iter=5000)
+theirs.fit(features[subset].numpy(), records.targets[subset, common])
+difference = np.abs(ours.weights[0, 0, common].numpy() - theirs.coef_[0]).max()
+assert difference < 1e-4, difference
+print(f"class {records.classes[common]}, {len(subset)} records: largest difference of a weight {difference:.1e}")
+
+# %% [markdown]
+# The penalty is chosen on fold 9, for each label subset.
+
+# %%
+from ecglib.runs import run_grid, run_or_load
+from ecglib.selfsup.pretrain import pretraining_spec, random_run
+from ecglib.transfer import finetuned_run, frozen_run, transfer_spec
+from ecglib.train import default_device
+
+device = default_device()
+seeds = {fraction: seeds_few if fraction <= 0.1 else seeds_many for fraction in fractions}
+encoders = sorted({run.spec.settings["encoder"] for run in pretrained.values()})
+starts = dict(pretrained)
+for run in pretrained.values():
+    kept = {name: run.spec.settings[name] for name in ("encoder", "crop_seconds")}
+    control = pretraining_spec("random", records, run.spec.seed, kept)
+    starts[f"random {kept['encoder']}"] = run_or_load(control, random_run(records, device), results)
+
+# %%
+import time
+
+frozen, started = [], time.perf_counter()
+for start in starts.values():
+    specs = [transfer_spec(records, start, "frozen", fraction, seed, {"fractions": fractions})
+             for fraction in fractions for seed in range(seeds[fraction])]  # fmt: skip
+    frozen += run_grid(specs, frozen_run(records, fractions, seeds, start), results, progress_bar=False)
+print(f"{len(frozen)} probes' scores with intervals in {time.perf_counter() - started:.0f} s")
+
+# %%
+from ecglib.runs import seed_summary
+
+CELL = ("method", "encoder", "protocol", "data", "labels", "fraction")
+frozen_summary = seed_summary(frozen, records, cell=CELL)
+shown = frozen_summary.pivot_table(index=["encoder", "method"], columns="fraction", values="value")
+shown.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"Frozen, macro AUROC: {note}")
+
+# %% [markdown]
+# ## Fine-tuning
+#
+# Training everything from a pretrained start can only help if it does not destroy what the start knows. Two guards: the
+# head starts as the probe of the same labels, so that the first gradients are sensible, and the learning rate halves
+# from layer to layer towards the input. Here is what one step changes, for each layer of one encoder:
+
+# %%
+import pandas as pd
+
+from ecglib.supervised import new_classifier
+from ecglib.transfer import layerwise_groups
+
+name = pretrained[method].spec.settings["encoder"]
+network = new_classifier(records, 0, {"encoder": name, "dropout": dropout})
+groups = pd.DataFrame(
+    {"learning_rate_factor": group["learning_rate_factor"], "parameters": sum(p.numel() for p in group["params"])}
+    for group in layerwise_groups(network, weight_decay, layer_factor)
+)
+assert groups["parameters"].sum() == sum(p.numel() for p in network.parameters()), "a layer would never be trained"
+groups.groupby("learning_rate_factor", sort=False)["parameters"].sum()
+
+# %% [markdown]
+# Check: before its first step, the fine-tuned network must answer exactly as the probe does. Both are linear in the
+# features, and the probe's features are the mean over windows, so the mean logit over windows is the probe's logit.
+
+# %%
+from ecglib.evaluate import encode_windows
+from ecglib.transfer import start_classifier
+
+classifier, probe = start_classifier(records, subset, pretrained[method], {"encoder": name, "dropout": dropout}, 0)
+window = pretrained[method].spec.settings["crop_seconds"]
+logits = encode_windows(classifier, records, split["validation"][:32], window, window / 2)
+by_probe = raw[split["validation"][:32]] @ probe["weights"].T + probe["bias"]
+assert np.allclose(logits, by_probe, atol=1e-2), np.abs(logits - by_probe).max()
+print(f"largest difference of a logit: {np.abs(logits - by_probe).max():.1e}")
+
+# %% [markdown]
+# ## The grid
+#
+# Every arm has the same augmentation, batches and number of steps for the same labels; the control trains the same
+# network from random weights. A pretraining is one more use of the *unlabelled* signals, not of more labels.
+
+# %%
+shared = {"batch_size": batch_size, "crop_seconds": crop_seconds, "weight_decay": weight_decay, "dropout": dropout,
+          "transforms": transforms, "fractions": fractions}  # fmt: skip
+
+
+def training(fraction: float, encoder: str, fine_tuned: bool) -> dict:
+    """Settings of one training."""
+    rate = learning_rates[encoder][int(fine_tuned)]
+    steps = steps_few if fraction <= 0.1 else steps_many
+    return {**shared, "encoder": encoder, "steps": steps, "learning_rate": rate}
+
+
+# %%
+from ecglib.runs import RunSpec
+from ecglib.supervised import supervised_run
+
+grid = [(fraction, seed) for fraction in fractions for seed in range(seeds[fraction])]
+task, trained = records.about["task"], []
+specs = [RunSpec("supervised", records.name, records.fingerprint, task, fraction, seed,
+                 {**training(fraction, encoder, False), "protocol": "supervised"})
+         for encoder in encoders for fraction, seed in grid]  # fmt: skip
+trained += run_grid(specs, supervised_run(records, fractions, device), results, workers=workers)
+for start in pretrained.values():
+    specs = [transfer_spec(records, start, "fine-tuned", fraction, seed, {
+        **training(fraction, start.spec.settings["encoder"], True), "layer_factor": layer_factor,
+    }) for fraction, seed in grid]  # fmt: skip
+    trained += run_grid(specs, finetuned_run(records, fractions, start, device), results, workers=workers)
+
+# %% [markdown]
+# ## The table
+#
+# `label_efficiency.csv` has one row a run and measure, with the columns of `supervised.csv` and two more: `encoder`, and
+# `protocol` (frozen, fine-tuned, or supervised from scratch).
+
+# %%
+from ecglib.files import atomic_file, write_json
+from ecglib.runs import tidy
+
+runs = frozen + trained
+write_json(Path(results) / "transfer.json", {"runs": [run.folder.name for run in runs]})  # for notebook 14
+rows = tidy((row for run in runs for row in run.rows()), extra=("encoder", "protocol"))
+summary = seed_summary(runs, records, cell=CELL)
+for filename, frame in {"label_efficiency": rows, "label_efficiency_summary": summary}.items():
+    with atomic_file(Path(results) / "tables" / f"{filename}.csv") as path:
+        frame.to_csv(path, index=False)
+arms = summary.assign(score=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in summary.itertuples()])
+arms = arms.pivot(index=["protocol", "encoder", "method"], columns="fraction", values="score")
+arms.rename(columns="{:.0%}".format).style.set_caption(f"Macro AUROC, mean over seeds: {note}")
+
+# %% [markdown]
+# ## Gains, paired
+#
+# Intervals that overlap do not show that two arms are alike: both were measured on the same patients. So the *difference*
+# is drawn, patient sample by patient sample. Each arm is compared with training the same encoder from scratch, and each
+# frozen arm also with the same encoder never trained.
+
+# %%
+from ecglib.transfer import paired_gains
+
+gains = paired_gains(runs, records)
+with atomic_file(Path(results) / "tables" / "label_efficiency_gains.csv") as path:
+    gains.to_csv(path, index=False)
+few = gains[gains["fraction"].isin([min(fractions), 0.1, max(fractions)])]
+few.style.format(precision=3).hide(axis="index").set_caption(f"Gain in macro AUROC, paired: {note}")
+
+# %%
+over_random = gains[gains["over"] == "random"]
+lacking = over_random[over_random["gain"] <= 0]
+for row in lacking.itertuples():
+    print(f"NOT better than random filters: {row.method}, frozen, {row.fraction:.0%} of the labels ({row.gain:+.3f})")
+print(f"{len(over_random) - len(lacking)} of {len(over_random)} frozen arms beat the same encoder never trained")
+
+# %% [markdown]
+# ## Did anything collapse?
+
+# %%
+collapse = pd.DataFrame([
+    {"method": name, "encoder": run.spec.settings["encoder"], "features": run.predictions()["features"].shape[1],
+     "effective_rank": run.about["notes"]["effective_rank"]} for name, run in pretrained.items()
+])  # fmt: skip
+assert (collapse["effective_rank"] > 2).all(), "the features of an encoder vary in hardly more than one direction"
+collapse.style.format(precision=1).hide(axis="index")
+
+# %% [markdown]
+# ## Exercise
+#
+# Which class gains most from pretraining at the smallest fraction? Compare the best frozen arm with the supervised one.
+
+# %% tags=["solution"]
+smallest = rows[(rows["fraction"] == min(fractions)) & (rows["split"] == "test")]
+each = smallest[smallest["metric"].str.startswith("auroc:")]
+means = each.groupby(["protocol", "method", "metric"])["value"].mean().unstack()
+best = means.loc["frozen"].mean(axis=1).idxmax()
+(means.loc["frozen"].loc[best] - means.loc["supervised"].loc["supervised"]).sort_values().round(3)
+
+# %% [markdown]
+# ## What was seen
+
+# %%
+for fraction in (min(fractions), max(fractions)):
+    cell = summary[summary["fraction"] == fraction].sort_values("value")
+    top, control = cell.iloc[-1], cell[cell["protocol"] == "supervised"].iloc[-1]
+    print(f"{fraction:.0%} of the labels: best is {top['method']}, {top['protocol']}, {top['value']:.3f} "
+          f"[{top['low']:.3f}, {top['high']:.3f}]; best from scratch {control['value']:.3f}")  # fmt: skip
+
+# %% [markdown]
+# Notebook 14 draws these tables as curves and asks how many labels each method needs. Written:
+# `tables/label_efficiency.csv`, `tables/label_efficiency_summary.csv`, `tables/label_efficiency_gains.csv`.

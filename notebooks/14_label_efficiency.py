@@ -1,0 +1,137 @@
+# %% [markdown]
+# # 14 · How many labels are enough?
+#
+# **What you will learn.** How to read a label-efficiency curve, and how to answer the question of this study with an
+# interval: with how many labels does a pretrained network reach what supervised training reaches with all of them?
+#
+# **What it needs.** The tables and runs of notebook 09.
+#
+# **How long.** About a minute. Nothing is trained.
+
+# %% tags=["parameters"]
+results = "../results/laptop"  # where notebook 09 left its tables and runs
+draws = 1000  # patient samples behind each interval
+
+# %%
+from pathlib import Path
+
+import pandas as pd
+
+from ecglib.labels import split_indices
+from ecglib.records import Records
+
+everything = Records.load(Path(results) / "records")
+records = everything.select(everything.targets.any(axis=1))
+split = split_indices(records)
+note = f"{records.name}, fold 10{records.caveat}"
+summary = pd.read_csv(Path(results) / "tables" / "label_efficiency_summary.csv")
+fractions = sorted(summary["fraction"].unique())
+print(f"{note}: {len(summary)} arms and fractions, {summary['seeds'].min()} to {summary['seeds'].max()} subsets each")
+
+# %% [markdown]
+# ## The curves
+#
+# Left: encoders as they are, with a linear probe. Right: the same encoders, everything trained. The black line is the
+# control, the same network trained from scratch with the same augmentation and number of steps; the grey one was never
+# trained at all. The horizontal axis is logarithmic: each step to the right costs a cardiologist many hours.
+
+# %%
+from ecglib.plots import plot_label_efficiency, save_figure
+
+figure = plot_label_efficiency(summary, len(split["train"]), f"Label efficiency: {note}")
+save_figure(figure, Path(results) / "figures" / "label_efficiency.svg")
+figure
+
+# %% [markdown]
+# ## "x % of the labels suffice"
+#
+# Take the level that supervised training reaches with *all* labels, and ask where each curve first crosses it. Between
+# two fractions the curve is taken as straight over the logarithm of the fraction. The test patients are a sample, so the
+# question is asked again on a thousand samples of them: the interval holds the middle 95 % of the answers.
+#
+# On a toy curve that rises from 0.70 at 1 % to 0.90 at 100 %, a level of 0.80 lies halfway in the logarithm: at 10 %.
+
+# %%
+from ecglib.evaluate import first_reached
+
+assert abs(first_reached([0.01, 1.0], [0.70, 0.90], 0.80) - 0.1) < 1e-9
+assert first_reached([0.01, 1.0], [0.70, 0.90], 0.95) == float("inf"), "a level never reached takes infinitely many"
+first_reached([0.01, 1.0], [0.70, 0.90], 0.80)
+
+# %%
+from ecglib.files import atomic_file
+from ecglib.transfer import labels_needed_table, transfer_runs
+
+runs = transfer_runs(results, records)
+needed = labels_needed_table(runs, records, draws)
+with atomic_file(Path(results) / "tables" / "labels_needed.csv") as path:
+    needed.to_csv(path, index=False)
+needed.style.format(precision=3).hide(axis="index").set_caption(f"Share of the labels needed: {note}")
+
+# %% [markdown]
+# `inf` means that the level is not reached with all labels, in the measured data (`needed`) or in more than 2.5 % of the
+# patient samples (`high`). The level is that of the same encoder trained from scratch with all labels.
+
+# %%
+
+
+def in_words(row) -> str:
+    """The answer as a sentence."""
+    arm = f"{row.method} ({row.encoder}, {row.protocol})"
+    if row.needed == float("inf"):
+        return f"{arm} does not reach the supervised level of {row.goal:.3f}."
+    high = "not reached" if row.high == float("inf") else f"{row.high:.0%}"
+    return f"{arm}: {row.needed:.0%} of the labels suffice for {row.goal:.3f} (interval {row.low:.0%} to {high})."
+
+
+print("\n".join(in_words(row) for row in needed.itertuples()))
+
+# %% [markdown]
+# ## The gain over training from scratch
+#
+# The same labels, the same patients, the same encoder: what is left is the start. A bar that crosses zero is no finding.
+
+# %%
+from ecglib.plots import plot_gains
+
+gains = pd.read_csv(Path(results) / "tables" / "label_efficiency_gains.csv")
+figure = plot_gains(gains[gains["over"] == "supervised"], f"Gain over supervised training from scratch: {note}")
+save_figure(figure, Path(results) / "figures" / "label_efficiency_gains.svg")
+figure
+
+# %% [markdown]
+# ## Check: nested subsets
+#
+# A curve is only fair if a larger label set contains each smaller one, and no test patient is among them.
+
+# %%
+kept = {run.spec.fraction: set(run.predictions()["labelled"].tolist()) for run in runs
+        if run.spec.seed == 0 and run.spec.value("protocol") == "supervised"}  # fmt: skip
+patients = records.table["patient_id"]
+tested = set(patients.iloc[split["test"]])
+for smaller, larger in zip(fractions, fractions[1:]):
+    assert kept[smaller] <= kept[larger], (smaller, larger)
+assert not tested & set(patients.iloc[sorted(kept[fractions[-1]])])
+print(" ⊂ ".join(f"{len(kept[fraction])} records" for fraction in fractions))
+
+# %% [markdown]
+# ## Exercise
+#
+# A colleague can pay for 5 % of the labels. What does the choice of method and protocol cost or gain in macro AUROC?
+
+# %% tags=["solution"]
+affordable = max(fraction for fraction in fractions if fraction <= 0.05 or fraction == fractions[0])
+choice = summary[summary["fraction"] == affordable].sort_values("value", ascending=False)
+choice[["method", "encoder", "protocol", "value", "low", "high"]].head(8).round(3)
+
+# %% [markdown]
+# ## What was seen
+
+# %%
+for fraction in fractions:
+    cell = summary[summary["fraction"] == fraction].sort_values("value")
+    top, control = cell.iloc[-1], cell[cell["protocol"] == "supervised"].iloc[-1]
+    print(f"{fraction:4.0%}: {top['method']}, {top['protocol']} {top['value']:.3f}; from scratch {control['value']:.3f}")
+
+# %% [markdown]
+# Written: `tables/labels_needed.csv`, `figures/label_efficiency.svg`, `figures/label_efficiency_gains.svg`.
