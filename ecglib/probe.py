@@ -44,16 +44,29 @@ def standardise(features: Tensor | np.ndarray, reference: Tensor | np.ndarray) -
     The reference is the unlabelled training pool, so that every label subset sees the same features. A column that is
     constant there is only centred. DataError where a feature is not a number.
     """
-    features, reference = _as_features(features), _as_features(reference)
+    mean, deviation = _scale(_as_features(reference))
+    return (_as_features(features) - mean) / deviation
+
+
+def _scale(reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation `(d,)` of the columns, 1 in place of the deviation of a constant one."""
     mean, deviation = reference.mean(dim=0), reference.std(dim=0, correction=0)
     # What is left of a constant column after averaging is rounding, not variation.
     constant = deviation <= torch.finfo(torch.float32).eps * mean.abs()
-    return (features - mean) / deviation.masked_fill(constant, 1.0)
+    return mean, deviation.masked_fill(constant, 1.0)
+
+
+def unit_length(features: Tensor) -> Tensor:
+    """Each record's features `(n, d)` scaled to length sqrt(d): its direction counts, as in contrastive losses.
+
+    Otherwise a few loud or unusual records outweigh the others where labels are few.
+    """
+    return F.normalize(features, dim=1) * features.shape[1] ** 0.5
 
 
 def fit_probes(features: Tensor | np.ndarray, targets: Tensor | np.ndarray, subsets: Sequence[np.ndarray],
                penalties: Sequence[float] = PENALTIES, *, classes: Sequence[str] | None = None,
-               names: Sequence[Hashable] | None = None, tolerance: float = 1e-6) -> Probes:  # fmt: skip
+               names: Sequence[Hashable] | None = None, tolerance: float = 1e-5) -> Probes:  # fmt: skip
     """Probes of features `(n, d)` on 0/1 targets `(n, classes)`, one for each subset of positions, penalty and class.
 
     Computed in float64 on the device of the features; equal subsets are solved once. Each w lies within `tolerance`
@@ -118,20 +131,37 @@ def probe_subsets(features: Tensor | np.ndarray, targets: np.ndarray, subsets: M
     """One encoder probed on every label subset: key, such as (fraction, seed), -> penalty and probabilities.
 
     features `(n, d)` and targets `(n, classes)` are those of all records, split the positions from `split_indices`.
-    Features are standardised with the training records, the penalty is chosen on validation. Each value holds
-    "penalty", "validation/probabilities" and "test/probabilities", `(records of the split, classes)`. DataError where
-    a subset holds records outside the training ones.
+    Features are standardised with the training records and brought to unit length, the penalty is chosen on validation.
+    Each value holds "penalty", "validation/probabilities" and "test/probabilities", `(records of the split, classes)`.
+    DataError where a subset holds records outside the training ones.
     """
     for key, subset in subsets.items():
         if not np.isin(np.arange(len(features))[subset], split["train"]).all():
             raise DataError(f"Label subset {key} holds records outside the training folds; take it from label_subsets.")
-    features = standardise(features, features[split["train"]])
+    features = unit_length(standardise(features, features[split["train"]]))
     probes = fit_probes(features, targets, list(subsets.values()), penalties, classes=classes, names=list(subsets))
     chosen = choose_penalty(probes, features[split["validation"]], targets[split["validation"]], classes)
     scores = {name: probe_scores(probes, features[split[name]], chosen) for name in ("validation", "test")}
     return {key: {"penalty": probes.penalties[chosen[place]],
                   **{f"{name}/probabilities": values[place] for name, values in scores.items()}}
             for place, key in enumerate(subsets)}  # fmt: skip
+
+
+def probe_layer(features: np.ndarray, targets: np.ndarray, subset: np.ndarray, split: Mapping[str, np.ndarray],
+                penalties: Sequence[float] = PENALTIES,
+                classes: Sequence[str] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A probe as a linear layer on features as they are: weights `(classes, d)` and bias `(classes,)`.
+
+    As in `probe_subsets`, for one subset, but without unit length, which no linear layer can do.
+    """
+    raw = _as_features(features)
+    reference = raw[split["train"]]
+    prepared = standardise(raw, reference)
+    probes = fit_probes(prepared, targets, [subset], penalties, classes=classes)
+    chosen = choose_penalty(probes, prepared[split["validation"]], targets[split["validation"]], classes)[0]
+    mean, deviation = _scale(reference)
+    weights = probes.weights[0, chosen] / deviation
+    return weights, probes.bias[0, chosen] - weights @ mean
 
 
 def _logits(probes: Probes, features: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ecglib.errors import DataError
 from ecglib.evaluate import labels_needed, macro_auroc, paired_difference
 from ecglib.files import read_json
 from ecglib.labels import label_subsets, split_indices
-from ecglib.probe import probe_subsets
+from ecglib.probe import probe_layer, probe_subsets
 from ecglib.records import Records
 from ecglib.runs import MODEL, Result, Run, RunSpec, open_run, seed_scores
 from ecglib.supervised import Classifier, classifier_result, new_classifier, scored_result, train_classifier
@@ -35,14 +35,6 @@ def layerwise_groups(classifier: Classifier, weight_decay: float, factor: float)
     rest = [parameter for parameter in classifier.parameters() if id(parameter) not in grouped]
     groups.append({"params": rest, "weight_decay": 0.0, "learning_rate_factor": factor ** (len(parts) - 1)})
     return [group for group in groups if group["params"]]
-
-
-@torch.no_grad()
-def set_head(classifier: Classifier, weights: np.ndarray, bias: np.ndarray) -> None:
-    """Start the head as a probe with weights `(classes, features)` and bias `(classes,)`."""
-    layer = classifier.head[-1]
-    layer.weight.copy_(torch.from_numpy(weights))
-    layer.bias.copy_(torch.from_numpy(bias))
 
 
 def transfer_spec(records: Records, pretrained: Run, protocol: str, fraction: float, seed: int,
@@ -84,30 +76,32 @@ def _all_probes(records: Records, fractions: Sequence[float], seeds: Mapping[flo
     """(fraction, seed) -> labelled positions, probe, and its share of the seconds."""
     subsets = grid_subsets(records, fractions, seeds)
     started = time.perf_counter()
-    probes = _probe(records, subsets, pretrained)
+    features = pretrained.predictions()["features"]
+    probes = probe_subsets(features, records.targets, subsets, split_indices(records), classes=records.classes)
     seconds = (time.perf_counter() - started) / len(subsets)
     return {key: (labelled, probes[key], seconds) for key, labelled in subsets.items()}
 
 
-def _probe(records: Records, subsets: Mapping, pretrained: Run) -> dict:
-    """Probes of the features of `pretrained` on label subsets, see `probe_subsets`."""
-    features = pretrained.predictions()["features"]
-    return probe_subsets(features, records.targets, subsets, split_indices(records), classes=records.classes)
-
-
 def start_classifier(records: Records, labelled: np.ndarray, pretrained: Run, settings: Mapping,
-                     seed: int) -> tuple[Classifier, dict]:  # fmt: skip
-    """A classifier with the encoder of `pretrained` and the probe of the `labelled` records as its head; the probe."""
-    probe = _probe(records, {"own": labelled}, pretrained)["own"]
+                     seed: int) -> Classifier:  # fmt: skip
+    """A classifier with the encoder of `pretrained` and a probe of the `labelled` records as its head.
+
+    DataError where the weights of `pretrained` are those of another encoder.
+    """
     classifier = new_classifier(records, seed, settings)
     load_state(classifier.encoder, pretrained.weights(), pretrained.folder / MODEL)
-    set_head(classifier, probe["weights"], probe["bias"])
-    return classifier, probe
+    features = pretrained.predictions()["features"]
+    split, layer = split_indices(records), classifier.head[-1]
+    weights, bias = probe_layer(features, records.targets, labelled, split, classes=records.classes)
+    with torch.no_grad():
+        layer.weight.copy_(weights)
+        layer.bias.copy_(bias)
+    return classifier
 
 
 def finetuned_run(records: Records, fractions: Sequence[float], pretrained: Run,
                   device: str = "cpu") -> Callable[[RunSpec, Path], Result]:  # fmt: skip
-    """The function for `runs.run_or_load`: train everything, from the encoder of `pretrained` and from its probe.
+    """The function for `runs.run_or_load`: train everything, from the encoder of `pretrained` and from a probe.
 
     A head that starts at random would tear the features apart before it has learnt to read them, so it starts as the
     probe of the same label subset (Kumar et al. 2022). Everything else is as in `supervised_run`.
@@ -115,13 +109,11 @@ def finetuned_run(records: Records, fractions: Sequence[float], pretrained: Run,
 
     def run(spec: RunSpec, workspace: Path) -> Result:
         labelled = label_subsets(records, fractions, spec.seed)[spec.fraction]
-        classifier, probe = start_classifier(records, labelled, pretrained, spec.settings, spec.seed)
+        classifier = start_classifier(records, labelled, pretrained, spec.settings, spec.seed)
         groups = layerwise_groups(classifier, spec.settings["weight_decay"], spec.settings["layer_factor"])
         history = train_classifier(classifier, records, labelled, spec.seed, spec.settings, workspace, device,
                                    groups=groups)  # fmt: skip
-        result = classifier_result(classifier, records, labelled, spec.settings, history, device)
-        result.notes["penalty"] = probe["penalty"]
-        return result
+        return classifier_result(classifier, records, labelled, spec.settings, history, device)
 
     return run
 

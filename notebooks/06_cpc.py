@@ -161,9 +161,9 @@ print(f"the paper's: {sizes[0]:,} parameters; {encoder}: {sizes[1]:,}")
 
 # %% [markdown]
 # An LSTM must take one time after the other. A *state-space* layer, which later work puts in its place, keeps for each
-# channel a few numbers $x$ that decay and oscillate, each at its own rate $\lambda$: $x_t = e^{\lambda\Delta}x_{t-1} +
-# u_t$. All of it is linear, so the output is also a convolution of the input with one fixed response, and an FFT
-# computes that for all times at once. Check: both ways give the same.
+# channel a few numbers $x$ that decay and oscillate, each at its own rate $\lambda$:
+# $x_t = e^{\lambda\Delta}x_{t-1} + u_t$. All of it is linear, so the output is also a convolution of the input with
+# one fixed response, and an FFT computes that for all times at once. Check: both ways give the same.
 
 # %%
 from ecglib.encoders.s4 import StateSpace

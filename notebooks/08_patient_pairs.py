@@ -45,9 +45,9 @@ print(f"{note}: {len(records):,} recordings")
 # ## Two recordings of one patient
 #
 # A patient's second ECG is a better second view than any distortion that we could think of: other electrodes, another
-# day, the same heart. But it takes patients who came twice. In PTB-XL these are few, and in the small subset of it that
-# this study is tried on about 2 in 100. For all others the pair is two pieces of one recording that do not overlap:
-# honest pairs too, but of one day. So what this notebook measures is mostly *that*.
+# day, the same heart. But it takes patients who came twice, and these are few: in the subset of PTB-XL on which this
+# study is tried, 2 in 100. For all others the pair is two pieces of one recording that do not overlap: honest pairs
+# too, but of one day. What this notebook measures is mostly *that*.
 
 # %%
 from ecglib.labels import split_indices
@@ -58,8 +58,7 @@ print(f"{(sizes > 1).sum():,} of {len(sizes):,} training patients have several r
 sizes.value_counts().sort_index().rename_axis("recordings").rename("patients").to_frame().T
 
 # %% [markdown]
-# Each patient comes once a pass. Two pairs of the first batch: two recordings, if one of its patients has them, and two
-# pieces of one.
+# Every patient comes once a pass. From the first batch, a pair from two recordings, if it has one, and a pair from one:
 
 # %%
 import matplotlib.pyplot as plt
@@ -67,12 +66,12 @@ import matplotlib.pyplot as plt
 from ecglib.batches import PatientBatches
 
 batch = PatientBatches(records, split["train"], batch_size, crop_seconds, seed)(step=0)
-different = (batch.indices[:batch_size] != batch.indices[batch_size:]).int()
+several = (batch.indices[:batch_size] != batch.indices[batch_size:]).int()
 figure, panels = plt.subplots(2, 2, figsize=(11, 3.6), sharex=True, sharey="row", layout="constrained")
-for row, pair in zip(panels, [different.argmax(), different.argmin()], strict=True):
-    for axes, signals, name in zip(row, batch.signals.chunk(2), ["one", "the other"], strict=True):
+for row, pair in zip(panels, [several.argmax(), several.argmin()], strict=True):
+    for axes, signals, name in zip(row, batch.signals.chunk(2), ["first crop", "second crop"], strict=True):
         axes.plot(signals[pair, 1])
-        axes.set_title(f"{'two recordings' if different[pair] else 'one recording'}: {name}, lead II")
+        axes.set_title(f"{'two recordings' if several[pair] else 'one recording'}, {name}, lead II")
     row[0].set_ylabel("mV")
 plt.close(figure)
 figure
@@ -80,9 +79,9 @@ figure
 # %% [markdown]
 # ## The loss
 #
-# As in notebook 03, each of the $2N$ crops must find its partner. But a patient may stand in a batch twice, at the turn
-# from one pass to the next for example. His or her other crops are no strangers, and are left out of the sum: with $p_i$
-# the patient of crop $i$ and $j$ its partner,
+# As in notebook 03, each of the $2N$ crops must find its partner. But a patient can stand in a batch twice, for example
+# at the turn from one pass to the next. The other crops of the same patient are no strangers: they are left out of the
+# sum. With $p_i$ the patient of crop $i$, and $j$ its partner,
 #
 # $$L = -\frac1{2N}\sum_i \log \frac{\exp(s_{ij}/T)}{\exp(s_{ij}/T) + \sum_{k:\,p_k\ne p_i}\exp(s_{ik}/T)}.$$
 
@@ -90,7 +89,7 @@ figure
 import torch
 
 
-def patient_nt_xent_by_hand(z1: torch.Tensor, z2: torch.Tensor, patients: torch.Tensor, temperature: float) -> torch.Tensor:
+def by_formula(z1: torch.Tensor, z2: torch.Tensor, patients: torch.Tensor, temperature: float) -> torch.Tensor:
     """One crop after the other, as the formula says."""
     z, owner = torch.nn.functional.normalize(torch.cat([z1, z2]), dim=1), patients.repeat(2)
     losses = []
@@ -104,9 +103,9 @@ def patient_nt_xent_by_hand(z1: torch.Tensor, z2: torch.Tensor, patients: torch.
 
 
 # %% [markdown]
-# The package computes the same with one matrix product. Take 16 patients with two pairs each. If all crops were alike, the
-# partner would be one of $1 + 64 - 4$ equal candidates: the loss must be $\log 61$. With no patient twice, the loss is
-# that of notebook 03.
+# The package computes the same with one matrix product. Take 16 patients with two pairs each. If all crops were alike,
+# the partner would be one of $1 + 64 - 4$ equal candidates: the loss must be $\log 61$. With no patient twice, it is
+# the loss of notebook 03.
 
 # %%
 import math
@@ -116,7 +115,7 @@ from ecglib.selfsup.simclr import nt_xent
 
 z1, z2 = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))
 patients = torch.arange(16).repeat(2)
-by_hand, by_package = patient_nt_xent_by_hand(z1, z2, patients, 0.1), patient_nt_xent(z1, z2, patients, 0.1)
+by_hand, by_package = by_formula(z1, z2, patients, 0.1), patient_nt_xent(z1, z2, patients, 0.1)
 assert torch.allclose(by_hand, by_package, atol=1e-5), (by_hand, by_package)
 alike = patient_nt_xent(torch.ones(32, 16), torch.ones(32, 16), patients, 0.1)
 assert math.isclose(alike.item(), math.log(61), rel_tol=1e-5)
@@ -124,65 +123,54 @@ assert torch.allclose(patient_nt_xent(z1, z2, torch.arange(32), 0.1), nt_xent(z1
 print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; all crops alike: log 61 = {math.log(61):.4f}")
 
 # %% [markdown]
-# A trap from published code: in the method's origin, EchoCLR (heart ultrasound; its pairs are two videos of one
-# examination), these other crops stay in the sum. Suppose that the network knows its patients fairly well already:
+# A trap from published code: in EchoCLR, where the method comes from (its pairs are two ultrasound videos of one
+# examination), the other crops of a patient stay in the sum. With a network that knows its patients fairly well:
 
 # %%
 who = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))[patients]
 z = torch.nn.functional.normalize(torch.cat([who + 0.5 * z1, who + 0.5 * z2]), dim=1)
-owner, crop = patients.repeat(2), torch.arange(64)
-partner = crop[:, None] == (crop + 32) % 64
-push = (z @ z.T / 0.1).masked_fill(partner | torch.eye(64, dtype=torch.bool), -torch.inf).softmax(dim=1)
-wrong = push[owner[:, None] == owner].sum() / 64
-print(f"unmasked, {wrong:.0%} of what pushes crops apart would push a patient away from him- or herself")
+owner = patients.repeat(2)
+no_rival = torch.eye(64, dtype=torch.bool) | torch.eye(64, dtype=torch.bool).roll(32, 0)  # the crop, and its partner
+push = (z @ z.T / 0.1).masked_fill(no_rival, -torch.inf).softmax(dim=1)
+print(f"{push[owner[:, None] == owner].sum() / 64:.0%} of what pushes a crop away comes from the same patient")
 
 # %% [markdown]
-# ## A second task: which order?
+# ## A second task: in which order?
 #
-# A view is cut into segments, these are shuffled, and a linear layer on the features tells which of the $4! = 24$ orders
-# it sees. To know, a network must understand how a beat goes on, or it must find a shortcut: segments that touch fit
-# together at their ends, and a slow drift of the baseline runs on from one to the next. Therefore random gaps lie
-# between the segments, each loses its mean, and a taper brings its ends to zero. Written out for one lead:
+# A view is cut into segments, these are shuffled, and a linear layer on the features tells which of the $4! = 24$
+# orders it sees. To know, a network must understand how a beat goes on, or it must find a shortcut: segments that touch
+# fit together at their ends, and a slow drift of the baseline runs on from one to the next. Therefore random gaps lie
+# between the segments, each loses its mean, and a taper brings its ends to zero.
+#
+# Where did the package cut? It tells through a thirteenth "lead": on a parabola, the slope is the place. Check: between
+# their tapers, the segments are the signal of that place, minus the mean.
 
 # %%
-from ecglib.selfsup.patient_pairs import SegmentSizes, all_orders, cut_segments, describe_segments, join_segments
-from ecglib.selfsup.patient_pairs import segment_sizes
+from ecglib.selfsup.patient_pairs import all_orders, cut_segments, describe_segments, join_segments, segment_sizes
 
-
-def cut_by_hand(trace: torch.Tensor, starts: torch.Tensor, sizes: SegmentSizes) -> torch.Tensor:
-    """Segments `(segments, samples)` of one lead: the mean taken off, both ends brought to zero along half a cosine."""
-    clock = torch.arange(sizes.segment)
-    to_end = torch.minimum(clock, sizes.segment - 1 - clock)
-    taper = 0.5 - 0.5 * torch.cos(torch.pi * (to_end / sizes.taper).clamp(max=1))
-    pieces = [trace[start : start + sizes.segment] for start in starts]
-    return torch.stack([(piece - piece.mean()) * taper for piece in pieces])
-
-
-# %% [markdown]
-# The package cuts where its random numbers say. A thirteenth "lead" tells us where: on a parabola, the slope is the place.
-
-# %%
 window, segments = batch.signals.shape[2], options["segments"]
-sizes = segment_sizes(window, segments)
+sizes, middle = segment_sizes(window, segments), segment_sizes(window, segments).segment // 2
 parabola = torch.arange(window, dtype=torch.float64) ** 2
-thirteen = torch.cat([batch.signals[:1], parabola[None, None]], dim=1)
-pieces = cut_segments(thirteen, torch.Generator().manual_seed(seed), segments)  # (1, segments, 13, samples)
-middle = sizes.segment // 2
-starts = ((pieces[0, :, 12].diff()[:, middle] - 1) / 2).round().long() - middle
-assert torch.allclose(cut_by_hand(thirteen[0, 1], starts, sizes), pieces[0, :, 1])
+leads = torch.cat([batch.signals[0], parabola[None]])
+pieces = cut_segments(leads[None], torch.Generator().manual_seed(seed), segments)[0]  # (segments, 13, samples)
+starts = [round(slope.item() - 1) // 2 - middle for slope in pieces[:, 12].diff()[:, middle]]
+for start, piece in zip(starts, pieces, strict=True):
+    cut = leads[:, start : start + sizes.segment]
+    untouched = slice(sizes.taper, sizes.segment - sizes.taper)
+    assert torch.allclose((cut - cut.mean(dim=1, keepdim=True))[:12, untouched], piece[:12, untouched])
+assert pieces[..., [0, -1]].abs().max() == 0, "the ends are not at zero"
 print(describe_segments(window, records.sampling_rate, segments))
 
 # %%
-orders = all_orders(segments)
-order = orders[len(orders) * 2 // 3]
-shuffled = join_segments(pieces, order[None])[0, 1]
+order = all_orders(segments)[len(all_orders(segments)) * 2 // 3]
+joined = join_segments(pieces[None], order[None])[0, 1].unflatten(0, (segments, -1))
 figure, panels = plt.subplots(1, 3, figsize=(11, 2.6), sharex=True, sharey=True, layout="constrained")
-panels[0].plot(thirteen[0, 1], color="black", linewidth=1)
-for number, start in enumerate(starts.tolist()):
-    place = order.tolist().index(number) * sizes.segment
+panels[0].plot(leads[1], color="black", linewidth=1)
+for number, start in enumerate(starts):
+    place = order.tolist().index(number)
     panels[0].axvspan(start, start + sizes.segment, color=f"C{number}", alpha=0.3)
-    panels[1].plot(range(start, start + sizes.segment), pieces[0, number, 1], color=f"C{number}")
-    panels[2].plot(range(place, place + sizes.segment), shuffled[place : place + sizes.segment], color=f"C{number}")
+    panels[1].plot(start + torch.arange(sizes.segment), pieces[number, 1], color=f"C{number}")
+    panels[2].plot(place * sizes.segment + torch.arange(sizes.segment), joined[place], color=f"C{number}")
 for axes, name in zip(panels, ["cut, with gaps", "mean off, ends tapered", "joined in another order"], strict=True):
     axes.set(title=f"{name}, lead II", xlabel="sample")
 panels[0].set_ylabel("mV")
@@ -190,8 +178,8 @@ plt.close(figure)
 figure
 
 # %% [markdown]
-# Does a shortcut remain? Three networks learn the task: one sees the whole view, one only what lies around the joins, one
-# only what is slower than 0.5 Hz. If the joins or the drift alone gave more than half of what the whole view gains above
+# Does a shortcut remain? Three networks learn the task: one sees the whole view, one only what lies around the joins,
+# one only what is slower than 0.5 Hz. If joins or drift alone gave more than half of what the whole view gains above
 # chance, the task would hardly be about the heart. No share is given where the whole view itself gains nothing sure.
 
 # %%
@@ -209,7 +197,8 @@ from ecglib.train import default_device
 def look_for_shortcuts(spec: RunSpec, workspace: Path) -> Result:
     """The probes as a run, so that they are fitted once."""
     begun = time.perf_counter()
-    table = shortcut_probes(records, split["train"], split["validation"], seed=seed, device=device, **spec.settings)
+    known, asked = split["train"], split["validation"]
+    table = shortcut_probes(records, known, asked, seed=spec.seed, device=device, **spec.settings)
     return Result([], notes={"probes": table.to_dict("records")}, seconds=time.perf_counter() - begun)
 
 
@@ -219,14 +208,14 @@ probing = run_or_load(pretraining_spec("order_shortcuts", records, seed, probe_s
 shortcuts = pd.DataFrame(probing.about["notes"]["probes"]).set_index("input")
 with atomic_file(Path(results) / "tables" / "segment_order_shortcuts.csv") as path:
     shortcuts.assign(data=records.name, steps=probe_steps).to_csv(path)
-shares = dict.fromkeys(["accuracy", "standard_error", "chance", "share_of_gain"], "{:.1%}")
-shortcuts.style.format(shares, na_rep="none").set_caption(f"Orders told rightly after {probe_steps} steps, fold 9: {note}")
+caption = f"Orders told rightly, fold 9, after {probe_steps} steps: {note}"
+shortcuts.style.format("{:.1%}", na_rep="none").set_caption(caption)
 
 # %% [markdown]
-# What this says is bounded by the few steps. Where the whole view is told best and joins and drift stay at chance, the
-# order is read from the waves: a segment shorter than a beat shows which part of the beat it holds. Segments longer than
-# a beat look alike, and there is less to learn. So the task is a side task here, with the weight `order_weight`; EchoCLR
-# gives it the weight 1, and also shows the pairs only shuffled, which hides the rhythm. Here the pairs stay in order.
+# If only the whole view tells the order, it is read from the waves: a segment shorter than a beat shows which part of
+# the beat it holds. If nothing tells it, there were too few steps, or there is nothing to learn: segments longer than a
+# beat look alike. So the order is a side task here, with the small weight `order_weight`. EchoCLR gives it the weight 1
+# and shows the shuffled views to the pairs too, which breaks the rhythm; here the pairs see their crops in order.
 
 # %% [markdown]
 # ## Pretraining, watched
@@ -234,7 +223,7 @@ shortcuts.style.format(shares, na_rep="none").set_caption(f"Orders told rightly 
 # No label is used. To see what happens, a few quantities are measured along the way on records set aside for looking:
 # an *online probe* (a linear classifier on the features of this moment, scored on fold 9), *alignment* (how far two
 # views of a record lie apart), *uniformity* (how evenly records spread over the sphere) and the *effective rank* (in how
-# many directions features vary). Alignment is that of two views of one crop, as for the other methods, not of the pairs.
+# many directions features vary). Alignment is that of two views of one crop, as for all methods, not that of the pairs.
 # If all records moved to one point, alignment would be perfect and the rank 1: collapse.
 
 # %%
@@ -288,16 +277,14 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"M
 # ## Exercise
 #
 # Why the gaps and the taper? Cut the crops into segments that touch and leave their ends as they are. For each segment,
-# guess as its successor the one that begins closest to where it ends. How often is that right, when a third is chance?
+# guess as its successor the one that begins closest to where it ends. How often is that right?
 
 # %% tags=["solution"]
-length = window // segments
-touching = batch.signals[..., : segments * length].unflatten(2, (segments, length)).transpose(1, 2)
+touching = batch.signals[..., : window // segments * segments].unflatten(2, (segments, -1)).transpose(1, 2)
 jumps = (touching[:, None, ..., 0] - touching[:, :, None, ..., -1]).abs().mean(dim=3)  # (crop, end of, beginning of)
 guess = jumps.masked_fill(torch.eye(segments, dtype=torch.bool), torch.inf).argmin(dim=2)[:, :-1]
 found = (guess == torch.arange(1, segments)).float().mean()
-ends = cut_segments(batch.signals, batch.generator, segments)[..., [0, -1]].abs().max()
-print(f"touching segments: {found:.0%} of the successors found; with gaps and taper all ends are at {ends:.3f} mV")
+print(f"{found:.0%} of the successors found by the smallest jump; chance is {1 / (segments - 1):.0%}")
 
 # %% [markdown]
 # ## What was seen

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from ecglib import probe
 from ecglib.errors import DataError
 from ecglib.evaluate import AbsentClassWarning, macro_auroc
-from ecglib.probe import Probes, choose_penalty, fit_probes, probe_scores, probe_subsets, standardise
+from ecglib.probe import Probes, choose_penalty, fit_probes, probe_layer, probe_scores, probe_subsets, standardise
 from ecglib.train import TrainingError
 
 
@@ -43,7 +43,7 @@ def test_probes_equal_scikit_learn(records, width):
         for p, penalty in enumerate(penalties):
             for c in range(3):
                 weights, bias = scikit_learn(features[subset], targets[subset, c], penalty)
-                np.testing.assert_allclose(fitted.weights[s, p, c].numpy(), weights, atol=5e-6)
+                np.testing.assert_allclose(fitted.weights[s, p, c].numpy(), weights, atol=2e-5)
                 assert float(fitted.bias[s, p, c]) == pytest.approx(bias, abs=1e-4)
 
 
@@ -90,7 +90,7 @@ def test_grouping_orders_and_equal_subsets_do_not_change_the_probes(monkeypatch)
     assert torch.equal(together.weights, again.weights) and torch.equal(together.bias, again.bias)
     for place, subset in enumerate(subsets):
         alone = fit_probes(features, targets, [subset[::-1]], [100, 1])
-        torch.testing.assert_close(alone.weights[0].flip(0), together.weights[place], atol=2e-6, rtol=0)
+        torch.testing.assert_close(alone.weights[0].flip(0), together.weights[place], atol=2e-5, rtol=0)
 
 
 def test_memory_bounds_the_groups(monkeypatch):
@@ -120,7 +120,7 @@ def test_absent_classes_get_a_constant_score_and_one_warning():
     assert fitted.bias[1, :, 2].tolist() == pytest.approx([np.log(20.5 / 0.5)] * 2)
     assert fitted.weights.isfinite().all() and fitted.bias.isfinite().all()
     weights, _ = scikit_learn(features[:20], targets[:20, 0], 10)  # the neighbours in the batch are not disturbed
-    np.testing.assert_allclose(fitted.weights[1, 1, 0].numpy(), weights, atol=5e-6)
+    np.testing.assert_allclose(fitted.weights[1, 1, 0].numpy(), weights, atol=2e-5)
 
 
 def test_one_record_is_enough_for_constant_scores():
@@ -181,6 +181,7 @@ def test_probe_subsets_agrees_with_a_loop_of_scikit_learn():
     found = probe_subsets(features, targets, subsets, split, penalties)
     assert list(found) == list(subsets)
     scaled = (features - features[:400].mean(axis=0)) / features[:400].std(axis=0)
+    scaled *= 30**0.5 / np.linalg.norm(scaled, axis=1, keepdims=True)
     for key, subset in subsets.items():
         scores = []
         for penalty in penalties:
@@ -191,6 +192,18 @@ def test_probe_subsets_agrees_with_a_loop_of_scikit_learn():
         for name in ("validation", "test"):
             expected = 1 / (1 + np.exp(-scores[best][split[name]]))
             np.testing.assert_allclose(found[key][f"{name}/probabilities"], expected, atol=1e-5)
+
+
+def test_a_probe_layer_reads_features_as_they_are():
+    features, targets = make_case(600, 30, seed=6)
+    features = 5 + 3 * features
+    split = {"train": np.arange(400), "validation": np.arange(400, 500), "test": np.arange(500, 600)}
+    weights, bias = probe_layer(features, targets, np.arange(80), split, (10.0,))
+    scaled = (features - features[:400].mean(axis=0)) / features[:400].std(axis=0)
+    for c in range(targets.shape[1]):
+        by_hand, constant = scikit_learn(scaled[:80], targets[:80, c], 10.0)
+        ours = features @ weights[c].numpy() + bias[c].item()
+        np.testing.assert_allclose(ours, scaled @ by_hand + constant, atol=1e-4)
 
 
 def test_labels_outside_the_training_folds_are_refused():
@@ -260,7 +273,7 @@ def test_a_gpu_finds_the_same_probes():
     here = fit_probes(features, targets, subsets)
     there = fit_probes(torch.from_numpy(features).cuda(), targets, subsets)
     assert there.weights.is_cuda
-    torch.testing.assert_close(there.weights.cpu(), here.weights, atol=2e-6, rtol=0)
+    torch.testing.assert_close(there.weights.cpu(), here.weights, atol=2e-5, rtol=0)
     chosen = choose_penalty(there, torch.from_numpy(features).cuda(), targets)
     np.testing.assert_allclose(probe_scores(there, torch.from_numpy(features).cuda(), chosen),
                                probe_scores(here, features, chosen), atol=1e-5)  # fmt: skip

@@ -74,13 +74,12 @@ class DINO(nn.Module):
     parameters do not require gradients: ask for them (`requires_grad_()`) before fine-tuning. Crops are the shares
     `global_share` and `local_share` of the signal, cut at whole patches where the encoder is a transformer.
 
-    `momentum` starts at the published 0.996 and rises to 1 along a cosine; for short runs take
-    `ema.momentum_for_steps(steps, turnover)`: 2 suits a student that has learnt already, one that starts from nothing
-    needs 10 or more, while the teacher must stay slower than the centre (1 - momentum well below 1 -
+    `momentum` starts at the published 0.996 and rises to 1 along a cosine; for other lengths take
+    `ema.momentum_for_steps(steps)`. The teacher must stay slower than the centre (1 - momentum well below 1 -
     `center_momentum`), which otherwise lags behind it and stops balancing. The published 65,536 prototypes are more
     than the study has records; they stay as they are for the share `frozen` of the run (the first of 100 epochs).
-    `norm` puts batch norm into the head: the outputs then differ between records from the first step on, and a short
-    run is not spent on leaving the even answer log(prototypes).
+    `norm` puts batch norm into the head: outputs then differ between records from the first step on, and the loss
+    leaves log(prototypes) at once. A lower loss is not a better encoder: compare probes.
     """
 
     def __init__(self, encoder: nn.Module, transforms: Sequence[Transform] = (), *, prototypes: int = 4096,

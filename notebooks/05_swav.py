@@ -1,0 +1,238 @@
+# %% [markdown]
+# # 05 · SwAV: the same place among prototypes
+#
+# **What you will learn.** How a network learns from ECGs without a single label by sorting them into groups that nobody
+# named: from one view it must say to which groups the other belongs. You write the balancing that keeps the groups
+# equally full, and the loss; you watch the network learn, and see what a linear probe makes of it.
+#
+# **What it needs.** The records of notebook 00. Only the signals of folds 1–8 are learnt from.
+#
+# **How long.** The `laptop` profile takes about 5 minutes on two CPU cores, seconds to minutes on a GPU.
+
+# %% tags=["parameters"]
+results = "../results/laptop"  # where notebook 00 left the records, and where results go
+fractions = [0.01, 0.1, 1.0]  # shares of the training labels, for the probes at the end
+probe_seeds = 5  # label subsets of each probe
+encoder = "xresnet1d_narrow"  # or xresnet1d50, the paper's
+steps = 1200  # the same for every objective
+batch_size = 128
+crop_seconds = 2.5
+learning_rate = 0.003
+weight_decay = 0.01
+seed = 0
+transforms = {  # the same views for every objective, see notebook 01
+    "random_resized_crop": {"low": 0.8},
+    "channel_resize": {"low": 0.7, "high": 1.4},
+    "gaussian_noise": {"scale": 0.03},
+    "baseline_wander": {"largest": 0.05},
+    "time_out": {"low": 0.0, "high": 0.4},
+}
+options = {"prototypes": 100, "hidden": 512, "outputs": 64, "queue": 4, "views": 2}  # SwAV's own settings
+
+# %%
+from pathlib import Path
+
+from ecglib.records import Records
+
+everything = Records.load(Path(results) / "records")
+records = everything.select(everything.targets.any(axis=1))
+note = f"{records.name}{records.caveat}"
+print(f"{note}: {len(records):,} recordings")
+
+# %% [markdown]
+# ## Prototypes
+#
+# The projector turns each view into a direction $z$, as in notebook 03. Now there are $K$ more directions to be learnt,
+# the *prototypes* $c_k$. A view's scores are its cosines with them, $s_k = z \cdot c_k$: its place among the
+# prototypes. Records are compared with these and not with each other, so no pair has to be called different.
+
+# %%
+import torch
+
+from ecglib.batches import CropBatches
+from ecglib.encoders import make_encoder
+from ecglib.labels import split_indices
+from ecglib.selfsup.swav import SwAV, sinkhorn, swav_loss
+
+split = split_indices(records)
+batch = CropBatches(records, split["train"], batch_size, crop_seconds, seed)(step=0)
+torch.manual_seed(seed)
+model = SwAV(make_encoder(encoder), batch_size=batch_size, **options)
+with torch.no_grad():
+    embeddings = model.projector(model.encoder(batch.signals))
+    scores = model.prototypes(embeddings)
+print(f"{scores.shape[0]} records, {scores.shape[1]} prototypes; cosines from {scores.min():.2f} to {scores.max():.2f}")
+
+# %% [markdown]
+# ## Balanced codes
+#
+# The *code* $q$ of a view says which share of it belongs to which prototype. With $q = \mathrm{softmax}(s/\epsilon)$
+# all records could belong to one prototype, which is easy to predict: collapse. So each prototype must get an equal
+# share of the $N$ records. Of all such tables $Q$ ($N$ rows that sum to 1, $K$ columns that sum to $N/K$), the one that
+# fits the scores best, while it stays as even as $\epsilon$ asks, has the form
+#
+# $$Q = \mathrm{diag}(u)\, e^{S/\epsilon}\, \mathrm{diag}(v),$$
+#
+# and Sinkhorn and Knopp found $u$ and $v$ by scaling columns and rows in turn. Three rounds are enough here.
+
+# %%
+import matplotlib.pyplot as plt
+
+
+def sinkhorn_by_hand(scores: torch.Tensor, epsilon: float, iterations: int) -> torch.Tensor:
+    """Columns to N / K, then rows to 1, again and again."""
+    codes = (scores / epsilon).exp()
+    for _ in range(iterations):
+        codes = codes / codes.sum(dim=0, keepdim=True) * len(codes) / codes.shape[1]
+        codes = codes / codes.sum(dim=1, keepdim=True)
+    return codes
+
+
+codes = sinkhorn(scores, epsilon=0.05, iterations=3)
+assert torch.allclose(sinkhorn_by_hand(scores, 0.05, 3), codes, atol=1e-5)
+assert torch.allclose(codes.sum(dim=1), torch.ones(len(codes)), atol=1e-5), "each record is given away once"
+assert torch.allclose(sinkhorn(torch.zeros(6, 4)), torch.tensor(0.25)), "equal scores: everything to everyone"
+
+# %%
+figure, panels = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True, layout="constrained")
+for axes, shares, name in zip(panels, [torch.softmax(scores / 0.05, dim=1), codes], ["softmax", "balanced"]):
+    usage = shares.sum(dim=0).sort(descending=True).values
+    axes.bar(range(len(usage)), usage, width=1)
+    axes.axhline(len(scores) / len(usage), color="0.3", linestyle=":")
+    axes.set(title=f"{name}, before any training", xlabel="prototype, fullest first")
+    print(f"{name}: the fullest prototype holds {usage[0]:.2f} of {len(scores)} records, the emptiest {usage[-1]:.2f}")
+panels[0].set_ylabel("records in it")
+plt.close(figure)
+figure
+
+# %% [markdown]
+# The dotted line is the equal share. Before training, the directions of all records have much in common, and the softmax
+# fills those prototypes that happen to lie there. Balanced codes go by what sets a record apart from the others.
+#
+# ## The loss
+#
+# Each view $w$ must predict the code of another view $v$ of the same crop. Codes get no gradient:
+#
+# $$L = -\frac1{N}\sum_i \sum_k q^v_{ik} \log p^w_{ik}, \qquad p^w = \mathrm{softmax}(s^w/T),$$
+#
+# averaged over the pairs $v \ne w$, where $v$ is one of the first two views. A view that has no opinion pays $\log K$.
+
+# %%
+def swav_by_hand(scores: torch.Tensor, codes: torch.Tensor, temperature: float) -> torch.Tensor:
+    """One pair of views after the other, as the formula says."""
+    losses = []
+    for v, code in enumerate(codes):
+        for w, score in enumerate(scores):
+            if w != v:
+                losses.append(-(code * torch.log_softmax(score / temperature, dim=1)).sum(dim=1).mean())
+    return torch.stack(losses).mean()
+
+
+views = torch.stack([scores, scores.flip(0), scores.roll(1, dims=0)])
+both = torch.stack([sinkhorn(view) for view in views[:2]])
+by_hand, by_package = swav_by_hand(views, both, 0.1), swav_loss(views, both, 0.1)
+assert torch.allclose(by_hand, by_package, atol=1e-4), (by_hand, by_package)
+no_opinion = swav_loss(torch.zeros_like(views), both)
+assert torch.isclose(no_opinion, torch.tensor(float(scores.shape[1])).log(), atol=1e-4), no_opinion
+print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; without an opinion {no_opinion:.4f}")
+
+# %% [markdown]
+# ## Published size, laptop size
+#
+# The paper's runs balance 3,000 prototypes over batches of 4,096 records. A code can give no prototype more than its
+# equal share $N/K$: in a small batch, 3,000 prototypes would blur every code. Hence few prototypes here, and a *queue*
+# of the last batches, which joins the balancing after the first 15 % of the steps.
+#
+# A trap in names: SwAV is known for *multi-crop*, many short views beside two long ones. The published ECG code makes
+# seven full-length views and drops one; a step costs six passes through the encoder. Here there are two views, as many
+# as the other objectives have. No checkpoint of the published run was released, so there is nothing to compare with.
+
+# %%
+for prototypes in (options["prototypes"], 3000):
+    directions = torch.randn(prototypes, embeddings.shape[1], generator=torch.Generator().manual_seed(0))
+    unit = torch.nn.functional.normalize(embeddings, dim=1)
+    full = sinkhorn(unit @ torch.nn.functional.normalize(directions, dim=1).T, iterations=100)
+    assert full.max() <= len(full) / prototypes + 1e-3, full.max()
+    print(f"{prototypes} prototypes, {len(full)} records: the largest share in a code is {full.max():.3f}")
+
+# %% [markdown]
+# ## Pretraining, watched
+#
+# No label is used. The quantities measured along the way are those of notebook 03. If all records moved to one point,
+# the loss would stay at $\log K$: balanced codes that differ cannot be told from equal views. Collapse does not pay.
+
+# %%
+from ecglib.runs import run_or_load
+from ecglib.selfsup.pretrain import keep_pretrained, pretrain_run, pretraining_spec, random_run
+from ecglib.train import default_device
+
+settings = {
+    "encoder": encoder, "steps": steps, "batch_size": batch_size, "crop_seconds": crop_seconds,
+    "learning_rate": learning_rate, "weight_decay": weight_decay, "transforms": transforms,
+    "options": {"batch_size": batch_size, **options},  # the queue must know the size of a batch
+}  # fmt: skip
+device = default_device()
+specification = pretraining_spec("swav", records, seed, settings)
+pretrained = run_or_load(specification, pretrain_run(records, SwAV, device), results)
+keep_pretrained(pretrained, results)
+
+# %%
+import pandas as pd
+
+from ecglib.plots import plot_pretraining, save_figure
+
+history = pd.DataFrame(pretrained.about["notes"]["history"])
+figure = plot_pretraining(history, f"SwAV: {note}")
+save_figure(figure, Path(results) / "figures" / "swav_pretraining.svg")
+figure
+
+# %% [markdown]
+# The dotted lines are the values at the start, of the network as it was drawn at random.
+
+# %%
+last = history.iloc[-1]
+assert last["loss"] < history["loss"].iloc[1], "the loss did not fall"
+assert last["effective_rank"] > 2, "the features have collapsed"
+print(f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {device}; "
+      f"effective rank {last['effective_rank']:.0f} of {pretrained.predictions()['features'].shape[1]}")  # fmt: skip
+
+# %% [markdown]
+# ## Did it learn anything that labels need?
+#
+# The encoder is now frozen. Its features are computed once for each record, and a logistic regression, a *linear
+# probe*, is fitted on a share of the labels. The control is the same network before training: random filters are a
+# surprisingly strong start, and a method that does not beat them has learnt nothing of use.
+
+# %%
+from ecglib.transfer import frozen_validation
+
+random_spec = pretraining_spec("random", records, seed, {"encoder": encoder, "crop_seconds": crop_seconds})
+untrained = run_or_load(random_spec, random_run(records, device), results)
+features = {"SwAV": pretrained.predictions()["features"], "random": untrained.predictions()["features"]}
+probed = frozen_validation(records, features, fractions, probe_seeds)
+probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"Macro AUROC, fold 9: {note}")
+
+# %% [markdown]
+# ## Exercise
+#
+# The $\epsilon$ decides how sharp codes are. For 0.5, 0.05 and 0.01, compute over how many prototypes a code spreads
+# (the exponential of its entropy), and how full the fullest prototype is after three rounds, in equal shares.
+
+# %% tags=["solution"]
+for epsilon in (0.5, 0.05, 0.01):
+    tried = sinkhorn(scores, epsilon, iterations=3)
+    spread = torch.special.entr(tried).sum(dim=1).exp().mean()
+    fullest = tried.sum(dim=0).max() * scores.shape[1] / len(scores)
+    print(f"epsilon = {epsilon}: a code spreads over {spread:.1f} prototypes; the fullest holds {fullest:.2f} shares")
+
+# %% [markdown]
+# ## What was seen
+
+# %%
+for fraction in fractions:
+    gain = probed.loc["SwAV", fraction] - probed.loc["random", fraction]
+    print(f"{fraction:.0%} of the labels, fold 9: {probed.loc['SwAV', fraction]:.3f}, {gain:+.3f} over random filters")
+
+# %% [markdown]
+# Notebook 09 fits and fine-tunes this encoder for every label subset and scores it on fold 10. Written:
+# `pretrained/swav.json`, which names the run below `runs/`, and `figures/swav_pretraining.svg`.

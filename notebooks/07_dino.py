@@ -1,0 +1,232 @@
+# %% [markdown]
+# # 07 · DINO: a student, a teacher, and pieces of a record
+#
+# **What you will learn.** How a transformer learns from ECGs without a single label: from a short piece of a record the
+# student must say what its teacher, a slow copy of itself, says of a long piece. You write the loss in a few lines, see
+# the two ways in which it could collapse and what prevents each, and watch the network learn.
+#
+# **What it needs.** The records of notebook 00. Only the signals of folds 1–8 are learnt from.
+#
+# **How long.** The `laptop` profile takes about 8 minutes on two CPU cores, seconds to minutes on a GPU.
+
+# %% tags=["parameters"]
+results = "../results/laptop"  # where notebook 00 left the records, and where results go
+fractions = [0.01, 0.1, 1.0]  # shares of the training labels, for the probes at the end
+probe_seeds = 5  # label subsets of each probe
+encoder = "vit1d_small"  # a transformer; any other encoder works as well
+steps = 1200  # the same for every objective
+batch_size = 64  # half of the others': a record is four times as long as a crop
+crop_seconds = 10.0  # whole records, out of which long and short pieces are cut
+learning_rate = 0.001  # transformers need smaller steps than convolutions
+weight_decay = 0.04
+seed = 0
+transforms = {  # as for every objective, but without `random_resized_crop`, which stretches time
+    "channel_resize": {"low": 0.7, "high": 1.4},
+    "gaussian_noise": {"scale": 0.03},
+    "baseline_wander": {"largest": 0.05},
+    "time_out": {"low": 0.0, "high": 0.4},
+}
+options = {"prototypes": 1024, "hidden": 512, "norm": True, "local_views": 4}  # DINO's own settings
+turnover = 10.0  # how often the teacher is renewed during the run; gives its momentum
+
+# %%
+from pathlib import Path
+
+from ecglib.records import Records
+
+everything = Records.load(Path(results) / "records")
+records = everything.select(everything.targets.any(axis=1))
+note = f"{records.name}{records.caveat}"
+print(f"{note}: {len(records):,} recordings")
+
+# %% [markdown]
+# ## Pieces of a record
+#
+# The teacher sees two long pieces of a record, the student these and several short ones. Pieces are only cut, never
+# stretched: rate and intervals stay true. The transformer takes a quarter of a second of all leads as one *token* and is
+# told where in the record each token stands, so a piece is cut between tokens and keeps its place.
+
+# %%
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from ecglib.batches import CropBatches
+from ecglib.encoders import make_encoder
+from ecglib.labels import split_indices
+from ecglib.selfsup.crops import random_windows, window_length
+from ecglib.selfsup.dino import DINO, dino_loss, next_center
+
+split = split_indices(records)
+batch = CropBatches(records, split["train"], 32, crop_seconds, seed)(step=0)
+torch.manual_seed(seed)
+model = DINO(make_encoder(encoder), **options)
+token = getattr(model.encoder, "patch", 1)
+figure, axes = plt.subplots(figsize=(9, 3.4), layout="constrained")
+for row, share in enumerate([1.0, *model.shares]):
+    length = window_length(batch.signals.shape[2], share, token)
+    piece, start = random_windows(batch.signals[:1], length, batch.generator, token)
+    seconds = (start.item() + np.arange(length)) / records.sampling_rate
+    axes.plot(seconds, piece[0, 1] - 2 * row, linewidth=0.8, color=f"C{(row > 0) + (row > 2)}")
+names = ["record", "long", "long"] + ["short"] * (len(model.shares) - 2)
+axes.set(xlabel="second", yticks=[-2 * row for row in range(len(names))], yticklabels=names, title="lead II")
+plt.close(figure)
+figure
+
+# %% [markdown]
+# ## The loss
+#
+# Behind the encoder a head gives each piece its cosines with $K$ prototypes, as in notebook 05. Made sharp by a
+# temperature they are an answer $P$; the teacher's are first *centred*, by the running mean $c$ of its outputs $g$:
+#
+# $$P_s(b) = \mathrm{softmax}\frac{h(b)}{0.1},\qquad P_t(a) = \mathrm{softmax}\frac{g(a) - c}{0.04},\qquad
+# L = -\sum_k P_t(a)_k \log P_s(b)_k,$$
+#
+# averaged over records and over all pairs of a long piece $a$ for the teacher and another piece $b$ for the student.
+
+# %%
+def dino_by_hand(student: list, teacher: list, center: torch.Tensor) -> torch.Tensor:
+    """One pair of pieces after the other, as the formula says."""
+    losses = []
+    for a, aim in enumerate(teacher):
+        for b, told in enumerate(student):
+            if a != b:
+                answer = torch.softmax((aim - center) / 0.04, dim=1)
+                losses.append(-(answer * torch.log_softmax(told / 0.1, dim=1)).sum(dim=1).mean())
+    return torch.stack(losses).mean()
+
+
+student = list(torch.rand(6, 8, 16, generator=torch.Generator().manual_seed(0)))
+teacher, center = [told.flip(0) for told in student[:2]], student[5].mean(dim=0)
+by_hand, by_package = dino_by_hand(student, teacher, center), dino_loss(student, teacher, center)
+assert torch.allclose(by_hand, by_package, atol=1e-5), (by_hand, by_package)
+no_opinion = dino_loss([torch.zeros(8, 16)] * 6, teacher, center).item()
+assert np.isclose(no_opinion, np.log(16)), no_opinion
+print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; a student without an opinion: log 16 = {no_opinion:.4f}")
+
+# %% [markdown]
+# A trap from published code: the network is kept from the moment when this loss was lowest. But if student and teacher
+# give one and the same sure answer for every record, the loss is 0 and nothing is known.
+
+# %%
+same_for_all = 10 * torch.eye(16)[torch.zeros(8, dtype=torch.long)]
+print(f"one sure answer for all: {dino_loss([same_for_all] * 6, [same_for_all] * 2, torch.zeros(16)):.6f}")
+
+# %% [markdown]
+# ## Centring and sharpening
+#
+# There are two ways to collapse: one prototype wins for all records, or every answer is even. Centring takes away what
+# all answers have in common and prevents the first, but pushes towards the second; the teacher's low temperature
+# prevents the second, but pushes towards the first. Together they hold the balance.
+
+# %%
+import pandas as pd
+
+with torch.no_grad():
+    outputs = model.teacher_head(model.encoder(batch.signals))
+rows = []
+for centre in (torch.zeros(outputs.shape[1]), next_center(torch.zeros(outputs.shape[1]), [outputs], momentum=0.0)):
+    for temperature in (0.04, 1.0):
+        answers = torch.softmax((outputs - centre) / temperature, dim=1)
+        spread = torch.special.entr(answers).sum(dim=1).exp().mean().item()
+        most = answers.argmax(dim=1).bincount().max().item() / len(answers)
+        rows.append({"centred": bool(centre.any()), "temperature": temperature, "spread": spread, "same": most})
+pd.DataFrame(rows).style.format(precision=2).hide(axis="index")
+
+# %% [markdown]
+# `spread` is over how many prototypes an answer spreads; `same` is the share of records that have the commonest winner.
+#
+# ## How slow should the teacher be?
+#
+# The teacher's weights are a moving average of the student's, as in notebook 04, and they are what is kept. A published
+# momentum belongs to the published number of steps: DINO used 0.996 and DISTL, for chest X-rays, 0.9995, with small
+# batches over many steps. In few steps, such a teacher is frozen near its random start.
+
+# %%
+from ecglib.ema import momentum_at, momentum_for_steps
+
+momentum = momentum_for_steps(steps, turnover)
+for start in (0.9995, 0.996, momentum):
+    rising = np.array([momentum_at(step / steps, start) for step in range(1, steps + 1)])
+    assert np.isclose((1 - rising).sum(), (1 - start) * (steps - 1) / 2), "this sum has a closed form"
+    print(f"momentum {start:.4g}: the teacher goes {1 - rising.prod():.1%} of the way to a student that stands still")
+
+# %% [markdown]
+# ## Pretraining, watched
+#
+# No label is used. The quantities measured along the way are those of notebook 03, here of the teacher. The loss says
+# little: what it asks for changes with the teacher. Look at alignment and effective rank instead.
+
+# %%
+from ecglib.runs import run_or_load
+from ecglib.selfsup.pretrain import keep_pretrained, pretrain_run, pretraining_spec, random_run
+from ecglib.train import default_device
+
+settings = {
+    "encoder": encoder, "steps": steps, "batch_size": batch_size, "crop_seconds": crop_seconds,
+    "learning_rate": learning_rate, "weight_decay": weight_decay, "transforms": transforms,
+    "options": {"momentum": momentum, **options},
+}  # fmt: skip
+device = default_device()
+specification = pretraining_spec("dino", records, seed, settings)
+pretrained = run_or_load(specification, pretrain_run(records, DINO, device), results)
+keep_pretrained(pretrained, results)
+
+# %%
+from ecglib.plots import plot_pretraining, save_figure
+
+history = pd.DataFrame(pretrained.about["notes"]["history"])
+figure = plot_pretraining(history, f"DINO: {note}")
+save_figure(figure, Path(results) / "figures" / "dino_pretraining.svg")
+figure
+
+# %% [markdown]
+# The dotted lines are the values at the start, of the network as it was drawn at random.
+
+# %%
+last = history.iloc[-1]
+assert last["alignment"] < history["alignment"].iloc[0], "views of one record have not come closer"
+assert last["effective_rank"] > 2, "the features have collapsed"
+print(f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {device}; "
+      f"effective rank {last['effective_rank']:.0f} of {pretrained.predictions()['features'].shape[1]}")  # fmt: skip
+
+# %% [markdown]
+# ## Did it learn anything that labels need?
+#
+# The encoder is now frozen. Its features are computed once for each record, and a logistic regression, a *linear
+# probe*, is fitted on a share of the labels. The control is the same network before training: random filters are a
+# surprisingly strong start, and a method that does not beat them has learnt nothing of use.
+
+# %%
+from ecglib.transfer import frozen_validation
+
+random_spec = pretraining_spec("random", records, seed, {"encoder": encoder, "crop_seconds": crop_seconds})
+untrained = run_or_load(random_spec, random_run(records, device), results)
+features = {"DINO": pretrained.predictions()["features"], "random": untrained.predictions()["features"]}
+probed = frozen_validation(records, features, fractions, probe_seeds)
+probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"Macro AUROC, fold 9: {note}")
+
+# %% [markdown]
+# ## Exercise
+#
+# Short pieces are what makes DINO cheap. Attention compares each token with each other one: for the pieces of one
+# record, compute how many seconds of signal the student and the teacher read, how many comparisons they make, and what
+# these would be if all of the student's pieces were long.
+
+# %% tags=["solution"]
+lengths = {"as here": [round(share * 40) for share in model.shares], "all long": [32] * len(model.shares)}
+for name, tokens in lengths.items():
+    read = [count + 1 for count in tokens + tokens[:2]]
+    print(name, sum(read), sum(count**2 for count in read))
+
+# %% [markdown]
+# ## What was seen
+
+# %%
+for fraction in fractions:
+    gain = probed.loc["DINO", fraction] - probed.loc["random", fraction]
+    print(f"{fraction:.0%} of the labels, fold 9: {probed.loc['DINO', fraction]:.3f}, {gain:+.3f} over random filters")
+
+# %% [markdown]
+# Notebook 09 fits and fine-tunes this encoder for every label subset and scores it on fold 10. Written:
+# `pretrained/dino.json`, which names the run below `runs/`, and `figures/dino_pretraining.svg`.
