@@ -61,7 +61,9 @@ def measure(name: str, options: argparse.Namespace, compiled: bool) -> None:
     print(f"{name:13s} {encoder:12s} batch {options.batch} {precision(options.device)}{' compiled' if compiled else ''}: "
           f"median {options.batch / statistics.median(each):8.0f} records/s, best {options.batch / min(each):8.0f}")  # fmt: skip
     if options.device == "cuda":
-        print(f"{'':13s} peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, utilisation {torch.cuda.utilization()} %")
+        print(
+            f"{'':13s} peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, utilisation {torch.cuda.utilization()} %"
+        )
         torch.cuda.reset_peak_memory_stats()
     if views and objective is not PatientPairs:
         share_of_augmentation(batches, views, options, statistics.median(each))

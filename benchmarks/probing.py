@@ -6,13 +6,15 @@ Encoders: a frozen random xresnet1d_narrow on the simulated cohort, for two seed
 random projection and blurred with noise, so that the spectra run from steep to flat. scikit-learn fits its default
 solver (lbfgs), and its newton-cholesky besides, on a random share drawn within each fraction and penalty, between our
 encoders in the same run, so that a busy machine slows all alike; the seconds of each stratum are scaled up. Its
-tolerance, 2e-8 x penalty, is about the loosest with which lbfgs stays within 1e-4 of the minimum.
+tolerance, 2e-8 x penalty, is about the loosest with which it agrees to 1e-4. lbfgs cannot do better than 2e-4 at the
+weakest penalty with any tolerance, as its second rule (a change of the objective below 64 roundings) ends it earlier;
+there newton-cholesky tells who is right.
 
 Floor for one encoder (d = 256, the 31 different subsets hold 11,300 rows): the rows are 23 MB in float64 and stay in
 the cache. Gram matrices and their eigenvectors cost 2 n d^2 + 9 d^3, 3 to 4 GFLOP in all; about 12 gradients and
-line searches of 25 problems, 8 n d k each, 7 GFLOP in float64; the conjugate gradients, 4 n d k for each of some 350
-steps with the number k of running problems falling from 25 to a few, about 35 GFLOP in float32. At 30 and 80 GFLOP/s of
-one core that is 0.8 s, most of it the weakest penalty's.
+line searches of 25 problems, 8 n d k each, 5 GFLOP in float64; the conjugate gradients, 4 n d k for each of some 400
+steps with the number k of running problems falling from 25 to a few, 22 to 32 GFLOP in float32. At 30 and 70 GFLOP/s of
+one core that is 0.7 s, most of it the weakest penalty's.
 """
 
 import argparse

@@ -238,7 +238,10 @@ def plot_label_efficiency(summary: pd.DataFrame, training_records: int, title: s
     _require_columns(summary, ("method", "encoder", "protocol", "fraction", "value", "low", "high"), "label summary")
     arms = summary.groupby(["protocol", "method", "encoder"], sort=False)
     methods = [name for name in pd.unique(summary["method"]) if name not in ("supervised", "random")]
-    colours = dict(zip(methods, sns.color_palette("colorblind", len(methods)))) | {"supervised": "black", "random": "0.6"}
+    colours = dict(zip(methods, sns.color_palette("colorblind", len(methods)))) | {
+        "supervised": "black",
+        "random": "0.6",
+    }
     styles = dict(zip(sorted(pd.unique(summary["encoder"])), ("-", "--", ":", "-.")))
     figure, panels = plt.subplots(1, 2, figsize=(13, 5.2), sharey=True, layout="constrained")
     for axes, protocol in zip(panels, ("frozen", "fine-tuned"), strict=True):

@@ -24,9 +24,10 @@ from ecglib.evaluate import AbsentClassWarning, absent_classes, class_auroc
 from ecglib.train import TrainingError
 
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
-LIKE_SIZE = 0.75  # a subset joins a group if it has at least this share of the records of the group's largest
-NUMBERS_TOGETHER = 2**26  # and if the group's feature matrices then hold no more numbers than this, 0.5 GB
-STILL_RUNNING = 0.8  # finished problems leave the products once no more than this share is running
+LIKE_SIZE = 0.75  # A subset joins a group if it has at least this share of the records of the group's largest,
+# and if the group's feature matrices then hold no more numbers than this: a processor's cache, a GPU's share of memory.
+NUMBERS_TOGETHER = {"cpu": 2**18, "cuda": 2**27}
+STILL_RUNNING = 0.9  # finished problems leave the products once no more than this share is running
 NEWTON_STEPS, GRADIENT_STEPS, HALVINGS = 100, 200, 40
 
 
@@ -74,10 +75,9 @@ def fit_probes(features: Tensor | np.ndarray, targets: Tensor | np.ndarray, subs
     penalty * |w - w*| <= |dL/dw| + radius * |dL/db|, radius being the largest norm of a centred row. The iteration ends
     on this bound and on a Newton step of b below `tolerance`.
 
-    A class that all or none of a subset's records have gets w = 0 and the log odds of its rate
-    (half a record added to each side); an `AbsentClassWarning` names the class and the subset (`names`, or numbers
-    from 0). DataError for an empty subset, features that are not numbers and unfit shapes; TrainingError where the
-    bound is not reached.
+    A class that all or none of a subset's records have gets w = 0 and the log odds of its rate (half a record added to
+    each side); an `AbsentClassWarning` names the class and the subset (by `names`, or numbers from 0). DataError for an
+    empty subset, features that are not numbers and unfit shapes; TrainingError where the bound is not reached.
     """
     features = _as_features(features)
     labels = _as_labels(targets, len(features)).to(features.device)
@@ -88,7 +88,7 @@ def fit_probes(features: Tensor | np.ndarray, targets: Tensor | np.ndarray, subs
         raise DataError(f"Probes need label subsets and penalties above 0, not {len(chosen)} subsets with {penalties}.")
     _warn_absent(labels.cpu().numpy(), chosen, names, classes)
     solved: dict[bytes, tuple[Tensor, Tensor]] = {}
-    for group in _groups_of_like_size(chosen, features.shape[1]):
+    for group in _groups_of_like_size(chosen, NUMBERS_TOGETHER[features.device.type] // features.shape[1]):
         weights, bias = _fit_group(features, labels, group, penalties, tolerance)
         solved |= {subset.tobytes(): pair for subset, *pair in zip(group, weights, bias, strict=True)}
     pairs = [solved[subset.tobytes()] for subset in chosen]
@@ -230,13 +230,12 @@ def _warn_absent(
                       AbsentClassWarning, stacklevel=3)  # fmt: skip
 
 
-def _groups_of_like_size(chosen: list[np.ndarray], width: int) -> list[list[np.ndarray]]:
-    """The different subsets, in groups that waste little when they are filled up to the length of their largest."""
+def _groups_of_like_size(chosen: list[np.ndarray], most: int) -> list[list[np.ndarray]]:
+    """The different subsets, in groups that waste little when filled up to their longest, of `most` records or one."""
     groups: list[list[np.ndarray]] = []
     for subset in sorted({subset.tobytes(): subset for subset in chosen}.values(), key=len, reverse=True):
         group = groups[-1] if groups else []
-        fits = group and (len(group) + 1) * len(group[0]) * width <= NUMBERS_TOGETHER
-        if fits and len(subset) >= LIKE_SIZE * len(group[0]):
+        if group and (len(group) + 1) * len(group[0]) <= most and len(subset) >= LIKE_SIZE * len(group[0]):
             group.append(subset)
         else:
             groups.append([subset])
@@ -328,25 +327,28 @@ def _newton_direction(rows: Tensor, curvature: Tensor, ridge: Tensor, gradient: 
     scale = gradient.norm(dim=2, keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
     residual, curvature, ridge = (tensor.to(rows.dtype) for tensor in (-gradient / scale, curvature, ridge))
     running, result = torch.arange(len(ridge), device=rows.device), torch.zeros_like(residual)
-    inverse = 1 / (curvature @ rows.square() + ridge)
+    inverse, columns = 1 / (curvature @ rows.square() + ridge), rows.mT
     step = inverse * residual
-    energy = (residual * step).sum(dim=2, keepdim=True)
+    energy = torch.linalg.vecdot(residual, step)[..., None]
     target = energy * accuracy[..., None].to(rows.dtype).square()
     for _ in range(GRADIENT_STEPS):
-        live = (energy > target).any(dim=0).flatten()
-        if not live.any():
+        wanted = energy > target
+        live = wanted.any(dim=0).flatten()
+        remaining = int(live.sum())
+        if not remaining:
             break
-        if live.sum() <= STILL_RUNNING * len(live):
+        if remaining <= STILL_RUNNING * len(live):
             running, ridge = running[live], ridge[live]
-            residual, curvature, inverse, step, energy, target = (
-                tensor[:, live] for tensor in (residual, curvature, inverse, step, energy, target)
+            residual, curvature, inverse, step, energy, target, wanted = (
+                tensor[:, live] for tensor in (residual, curvature, inverse, step, energy, target, wanted)
             )
-        product = ((step @ rows.mT) * curvature) @ rows + ridge * step
-        length = torch.where(energy > target, energy / (step * product).sum(dim=2, keepdim=True), 0)
+        product = ((step @ columns).mul_(curvature) @ rows).addcmul_(ridge, step)
+        length = torch.where(wanted, energy / torch.linalg.vecdot(step, product)[..., None], 0)
         result.index_add_(1, running, length * step)
-        residual = residual - length * product
-        before, energy = energy, (inverse * residual.square()).sum(dim=2, keepdim=True)
-        step = inverse * residual + energy / before.clamp_min(torch.finfo(rows.dtype).tiny) * step
+        residual.addcmul_(length, product, value=-1)
+        downhill = inverse * residual
+        before, energy = energy, torch.linalg.vecdot(residual, downhill)[..., None]
+        step = torch.addcmul(downhill, energy / before.clamp_min_(torch.finfo(rows.dtype).tiny), step)
     return result.to(gradient.dtype) * scale
 
 

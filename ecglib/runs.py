@@ -58,7 +58,9 @@ class RunSpec:
     def name(self) -> str:
         """Folder name: readable first, then the key."""
         method = "-".join(filter(None, [self.method, self.settings.get("protocol")]))
-        return f"{method}-{self.labels}-{self.fraction:g}-seed{self.seed}-{self.key}".replace(" ", "_").replace("/", "_")
+        return f"{method}-{self.labels}-{self.fraction:g}-seed{self.seed}-{self.key}".replace(" ", "_").replace(
+            "/", "_"
+        )
 
     def value(self, name: str) -> object:
         """A field or a setting of the spec by its name, None where it has neither."""

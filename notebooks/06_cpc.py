@@ -2,8 +2,8 @@
 # # 06 · CPC: what will this heart do next?
 #
 # **What you will learn.** How a network learns from ECGs without a single label, by predicting: from what came so far
-# it must pick the piece that follows a quarter of a second later out of other pieces of the same record. You write the
-# loss in ten lines, see why its published form fills a computer's memory, watch the network learn, and see whether a
+# it must pick the piece that follows a moment later out of other pieces of the same record. You write the loss in ten
+# lines, see why its published form fills a computer's memory, watch the network learn, and see whether a
 # linear probe on its features beats one on a network that never learnt anything.
 #
 # **What it needs.** The records of notebook 00. Only the signals of folds 1–8 are learnt from.
@@ -15,7 +15,7 @@ results = "../results/laptop"  # where notebook 00 left the records, and where r
 fractions = [0.01, 0.1, 1.0]  # shares of the training labels, for the probes at the end
 probe_seeds = 5  # label subsets of each probe
 encoder = "cpc_lstm_small"  # or s4_small, or cpc_lstm, the paper's
-steps = 1200  # the same for every objective
+steps = 600  # the same for every objective
 batch_size = 128
 crop_seconds = 2.5
 learning_rate = 0.003
@@ -104,8 +104,8 @@ assert difference[now + 1 :].min() > 1e-4, "the context sees nothing"
 #
 # $$L_t = -\log\frac{\exp(W c_t\cdot z_{t+k})}{\exp(W c_t\cdot z_{t+k}) + \sum_{n=1}^{N}\exp(W c_t\cdot z_{j_n})}.$$
 #
-# The paper takes the mean over records and the *sum* over times. Here it is the mean over both, so that the learning
-# rate does not depend on the length of a crop.
+# The paper takes the mean over records and the *sum* over times. The mean over both keeps the learning rate from
+# depending on the length of a crop.
 
 # %%
 def info_nce_by_hand(predictions: torch.Tensor, latents: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -141,10 +141,11 @@ print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; all latents alik
 
 # %%
 gigabytes = 4e-9  # of a float32
-for name, (crops, time, width) in {"here": latents.shape, "the paper's": (32, 1000, 512)}.items():
-    copies = crops * (time - ahead) * (1 + negatives) * width * gigabytes
-    scores = crops * (time - ahead) * (time + 1 + negatives) * gigabytes
-    print(f"batch of {crops} x {time} latents, {name}: {copies:.2f} GB of candidates, or {scores:.3f} GB of scores")
+sizes = {"here": (*latents.shape, ahead, negatives), "in the paper": (32, 1000, 512, 12, 128)}
+for name, (crops, time, width, k, n) in sizes.items():
+    copies = crops * (time - k) * (1 + n) * width * gigabytes
+    scores = crops * (time - k) * (time + 1 + n) * gigabytes
+    print(f"{name}, {crops} crops of {time} latents: {copies:.2f} GB of candidates, or {scores:.3f} GB of scores")
 
 # %% [markdown]
 # ## The encoder
@@ -155,9 +156,9 @@ for name, (crops, time, width) in {"here": latents.shape, "the paper's": (32, 10
 # %%
 from ecglib.encoders.cpc_lstm import CPCEncoder
 
-sizes = [sum(p.numel() for p in model.parameters()) for model in (CPC(CPCEncoder()), network)]
-assert sizes[0] == 5_261_312
-print(f"the paper's: {sizes[0]:,} parameters; {encoder}: {sizes[1]:,}")
+published, own = (sum(p.numel() for p in model.parameters()) for model in (CPC(CPCEncoder()), network))
+assert published == 5_261_312
+print(f"the paper's: {published:,} parameters; {encoder}: {own:,}")
 
 # %% [markdown]
 # An LSTM must take one time after the other. A *state-space* layer, which later work puts in its place, keeps for each
@@ -179,9 +180,9 @@ print(f"largest difference {(at_once - one_by_one).abs().max():.0e} of values up
 #
 # No label is used. To see what happens, a few quantities are measured along the way on records set aside for looking:
 # an *online probe* (a linear classifier on the features of this moment, scored on fold 9), *alignment* (how far two
-# views of a record lie apart), *uniformity* (how evenly records spread over the sphere) and the *effective rank* (in how
-# many directions features vary). Without transforms both views are the same, so alignment is 0 here and says nothing.
-# If all records moved to one point, the rank would be 1: collapse.
+# views of a record lie apart), *uniformity* (how evenly records spread over the sphere) and the *effective rank* (in
+# how many directions features vary). If all records moved to one point, alignment would be perfect and the rank 1:
+# collapse. The views are notebook 03's, which CPC never saw, so nothing but its own task brings them together.
 
 # %%
 from ecglib.runs import run_or_load
@@ -220,9 +221,9 @@ print(f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['secon
 # %% [markdown]
 # ## Did it learn anything that labels need?
 #
-# The encoder is now frozen. Its features are computed once for each record, and a logistic regression, a *linear probe*,
-# is fitted on a share of the labels. The control is the same network before training: random filters are a surprisingly
-# strong start, and a method that does not beat them has learnt nothing of use.
+# The encoder is now frozen. Its features are computed once for each record, and a logistic regression, a *linear
+# probe*, is fitted on a share of the labels. The control is the same network before training: random filters are a
+# surprisingly strong start, and a method that does not beat them has learnt nothing of use.
 
 # %%
 from ecglib.transfer import frozen_validation
@@ -235,10 +236,10 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"M
 
 # %% [markdown]
 # A trap from published tables: there, CPC differs from SimCLR and BYOL also by six times as many parameters, crops four
-# times as long, and signals divided by each lead's deviation, so nobody can tell which of these won. Here crops, steps
-# and records are the same; encoder and transforms are not. In notebook 09 each method therefore stands beside the same
-# encoder trained from scratch. To see what the encoder does, set `encoder` to `s4_small` and run again: nothing else
-# changes.
+# times as long, and signals divided by each lead's deviation, so nobody can tell which of these won. In the `laptop`
+# profile crops, steps and records are the same for both; encoder and transforms are not. In notebook 09 each method
+# therefore stands beside the same encoder trained from scratch. To see what the encoder does, set `encoder` to
+# `s4_small` and run again: nothing else changes.
 
 # %% [markdown]
 # ## Exercise
@@ -250,7 +251,8 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"M
 # %% tags=["solution"]
 samples = batch.signals.shape[2] // latents.shape[1]
 pieces = batch.signals.unfold(2, samples, samples).transpose(1, 2).flatten(2)  # (batch, time, leads x samples)
-likeness = torch.cosine_similarity(pieces[:, :, None], pieces[:, None], dim=3)
+pieces = torch.nn.functional.normalize(pieces, dim=2)
+likeness = pieces @ pieces.transpose(1, 2)
 for distance in (1, 2, 4, 8, 16, 32):
     right = likeness.diagonal(distance, dim1=1, dim2=2)[..., None]
     wins = (right > likeness[:, :-distance]).float().mean()

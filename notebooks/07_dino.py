@@ -14,14 +14,14 @@ results = "../results/laptop"  # where notebook 00 left the records, and where r
 fractions = [0.01, 0.1, 1.0]  # shares of the training labels, for the probes at the end
 probe_seeds = 5  # label subsets of each probe
 encoder = "vit1d_small"  # a transformer; any other encoder works as well
-steps = 1200  # the same for every objective
+steps = 600  # the same for every objective
 batch_size = 64  # half of the others': a record is four times as long as a crop
 crop_seconds = 10.0  # whole records, out of which long and short pieces are cut
 learning_rate = 0.001  # transformers need smaller steps than convolutions
 weight_decay = 0.04
 seed = 0
-transforms = {  # as for every objective, but without `random_resized_crop`, which stretches time
-    "channel_resize": {"low": 0.7, "high": 1.4},
+transforms = {  # the same views for every objective, see notebook 01
+    "channel_resize": {"low": 0.5, "high": 2.0},
     "gaussian_noise": {"scale": 0.03},
     "baseline_wander": {"largest": 0.05},
     "time_out": {"low": 0.0, "high": 0.4},
@@ -43,8 +43,8 @@ print(f"{note}: {len(records):,} recordings")
 # ## Pieces of a record
 #
 # The teacher sees two long pieces of a record, the student these and several short ones. Pieces are only cut, never
-# stretched: rate and intervals stay true. The transformer takes a quarter of a second of all leads as one *token* and is
-# told where in the record each token stands, so a piece is cut between tokens and keeps its place.
+# stretched: rate and intervals stay true. The transformer takes a short stretch of all leads as one *token* and is told
+# where in the record each token stands, so a piece is cut between tokens and keeps its place.
 
 # %%
 import matplotlib.pyplot as plt
@@ -60,7 +60,7 @@ from ecglib.selfsup.dino import DINO, dino_loss, next_center
 split = split_indices(records)
 batch = CropBatches(records, split["train"], 32, crop_seconds, seed)(step=0)
 torch.manual_seed(seed)
-model = DINO(make_encoder(encoder), **options)
+model = DINO(make_encoder(encoder), **{**options, "norm": False})  # the plain head of the paper
 token = getattr(model.encoder, "patch", 1)
 figure, axes = plt.subplots(figsize=(9, 3.4), layout="constrained")
 for row, share in enumerate([1.0, *model.shares]):
@@ -87,13 +87,10 @@ figure
 # %%
 def dino_by_hand(student: list, teacher: list, center: torch.Tensor) -> torch.Tensor:
     """One pair of pieces after the other, as the formula says."""
-    losses = []
-    for a, aim in enumerate(teacher):
-        for b, told in enumerate(student):
-            if a != b:
-                answer = torch.softmax((aim - center) / 0.04, dim=1)
-                losses.append(-(answer * torch.log_softmax(told / 0.1, dim=1)).sum(dim=1).mean())
-    return torch.stack(losses).mean()
+    aims = [torch.softmax((output - center) / 0.04, dim=1) for output in teacher]
+    told = [torch.log_softmax(output / 0.1, dim=1) for output in student]
+    pairs = [(aim, told[b]) for a, aim in enumerate(aims) for b in range(len(told)) if a != b]
+    return torch.stack([-(aim * answer).sum(dim=1).mean() for aim, answer in pairs]).mean()
 
 
 student = list(torch.rand(6, 8, 16, generator=torch.Generator().manual_seed(0)))
@@ -102,7 +99,7 @@ by_hand, by_package = dino_by_hand(student, teacher, center), dino_loss(student,
 assert torch.allclose(by_hand, by_package, atol=1e-5), (by_hand, by_package)
 no_opinion = dino_loss([torch.zeros(8, 16)] * 6, teacher, center).item()
 assert np.isclose(no_opinion, np.log(16)), no_opinion
-print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; a student without an opinion: log 16 = {no_opinion:.4f}")
+print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; without an opinion log 16 = {no_opinion:.4f}")
 
 # %% [markdown]
 # A trap from published code: the network is kept from the moment when this loss was lowest. But if student and teacher
@@ -120,27 +117,25 @@ print(f"one sure answer for all: {dino_loss([same_for_all] * 6, [same_for_all] *
 # prevents the second, but pushes towards the first. Together they hold the balance.
 
 # %%
-import pandas as pd
-
 with torch.no_grad():
     outputs = model.teacher_head(model.encoder(batch.signals))
-rows = []
-for centre in (torch.zeros(outputs.shape[1]), next_center(torch.zeros(outputs.shape[1]), [outputs], momentum=0.0)):
-    for temperature in (0.04, 1.0):
-        answers = torch.softmax((outputs - centre) / temperature, dim=1)
-        spread = torch.special.entr(answers).sum(dim=1).exp().mean().item()
-        most = answers.argmax(dim=1).bincount().max().item() / len(answers)
-        rows.append({"centred": bool(centre.any()), "temperature": temperature, "spread": spread, "same": most})
-pd.DataFrame(rows).style.format(precision=2).hide(axis="index")
+common = next_center(torch.zeros(outputs.shape[1]), [outputs], momentum=0.0)
+for name, answers in {
+    "neither": torch.softmax(outputs, dim=1), "centred": torch.softmax(outputs - common, dim=1),
+    "sharpened": torch.softmax(outputs / 0.04, dim=1), "both": torch.softmax((outputs - common) / 0.04, dim=1),
+}.items():  # fmt: skip
+    spread, winners = torch.special.entr(answers).sum(dim=1).exp().mean(), answers.argmax(dim=1).bincount()
+    print(f"{name}: an answer spreads over {spread:.0f} prototypes; one wins for {winners.max() / len(answers):.0%}")
 
 # %% [markdown]
-# `spread` is over how many prototypes an answer spreads; `same` is the share of records that have the commonest winner.
+# This is the network as drawn at random: whatever record it is shown, it says nearly the same. In a short run it would
+# stay long with that, so here batch norm stands in the student's and the teacher's head (`norm`).
 #
 # ## How slow should the teacher be?
 #
-# The teacher's weights are a moving average of the student's, as in notebook 04, and they are what is kept. A published
-# momentum belongs to the published number of steps: DINO used 0.996 and DISTL, for chest X-rays, 0.9995, with small
-# batches over many steps. In few steps, such a teacher is frozen near its random start.
+# The teacher's weights are a moving average of the student's, as in notebook 04, and the teacher is what is kept. A
+# published momentum belongs to the published number of steps. DINO used 0.996; DISTL, for chest X-rays, 0.9995 over
+# 6,750 steps of 8 images. In fewer steps such a teacher stays frozen near its random start.
 
 # %%
 from ecglib.ema import momentum_at, momentum_for_steps
@@ -173,6 +168,8 @@ pretrained = run_or_load(specification, pretrain_run(records, DINO, device), res
 keep_pretrained(pretrained, results)
 
 # %%
+import pandas as pd
+
 from ecglib.plots import plot_pretraining, save_figure
 
 history = pd.DataFrame(pretrained.about["notes"]["history"])
@@ -209,15 +206,15 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"M
 # %% [markdown]
 # ## Exercise
 #
-# Short pieces are what makes DINO cheap. Attention compares each token with each other one: for the pieces of one
-# record, compute how many seconds of signal the student and the teacher read, how many comparisons they make, and what
-# these would be if all of the student's pieces were long.
+# Short pieces make DINO cheap. A piece has one token more than it is cut into, `[CLS]`, and attention compares each
+# token with each. Compute how many tokens student and teacher read of one record and how many comparisons a block
+# makes; then the same for a student whose pieces are all long.
 
 # %% tags=["solution"]
-lengths = {"as here": [round(share * 40) for share in model.shares], "all long": [32] * len(model.shares)}
-for name, tokens in lengths.items():
-    read = [count + 1 for count in tokens + tokens[:2]]
-    print(name, sum(read), sum(count**2 for count in read))
+whole = batch.signals.shape[2] // token
+for name, shares in {"long and short": model.shares, "all long": model.shares[:1] * len(model.shares)}.items():
+    counts = [1 + round(share * whole) for share in (*shares, *shares[:2])]  # the last two are the teacher's
+    print(f"{name}: {sum(counts)} tokens, {sum(count**2 for count in counts):,} comparisons")
 
 # %% [markdown]
 # ## What was seen

@@ -46,8 +46,8 @@ figure
 # ## "x % of the labels suffice"
 #
 # Take the level that supervised training reaches with *all* labels, and ask where each curve first crosses it. Between
-# two fractions the curve is taken as straight over the logarithm of the fraction. The test patients are a sample, so the
-# question is asked again on a thousand samples of them: the interval holds the middle 95 % of the answers.
+# two fractions the curve is taken as straight over the logarithm of the fraction. The test patients are a sample, so
+# the question is asked again on a thousand samples of them: the interval holds the middle 95 % of the answers.
 #
 # On a toy curve that rises from 0.70 at 1 % to 0.90 at 100 %, a level of 0.80 lies halfway in the logarithm: at 10 %.
 
@@ -69,8 +69,8 @@ with atomic_file(Path(results) / "tables" / "labels_needed.csv") as path:
 needed.style.format(precision=3).hide(axis="index").set_caption(f"Share of the labels needed: {note}")
 
 # %% [markdown]
-# `inf` means that the level is not reached with all labels, in the measured data (`needed`) or in more than 2.5 % of the
-# patient samples (`high`). The level is that of the same encoder trained from scratch with all labels.
+# `inf` means that the level is not reached with all labels, in the measured data (`needed`) or in more than 2.5 % of
+# the patient samples (`high`). The level is that of the same encoder trained from scratch with all labels.
 
 # %%
 
@@ -89,7 +89,8 @@ print("\n".join(in_words(row) for row in needed.itertuples()))
 # %% [markdown]
 # ## The gain over training from scratch
 #
-# The same labels, the same patients, the same encoder: what is left is the start. A bar that crosses zero is no finding.
+# The same labels, the same patients, the same encoder: what is left is the start. A bar that crosses zero is no
+# finding.
 
 # %%
 from ecglib.plots import plot_gains

@@ -93,10 +93,10 @@ def test_grouping_orders_and_equal_subsets_do_not_change_the_probes(monkeypatch)
         torch.testing.assert_close(alone.weights[0].flip(0), together.weights[place], atol=2e-5, rtol=0)
 
 
-def test_memory_bounds_the_groups(monkeypatch):
-    monkeypatch.setattr(probe, "NUMBERS_TOGETHER", 2 * 50 * 24)
-    groups = probe._groups_of_like_size([np.arange(start, start + 50) for start in range(5)], 24)
-    assert [len(group) for group in groups] == [2, 2, 1]
+def test_memory_bounds_the_groups():
+    subsets = [np.arange(start, start + 50) for start in range(5)]
+    assert [len(group) for group in probe._groups_of_like_size(subsets, 100)] == [2, 2, 1]
+    assert [len(group) for group in probe._groups_of_like_size(subsets, 10)] == [1] * 5
 
 
 def test_a_mask_is_a_subset_and_tensors_are_taken():

@@ -119,6 +119,18 @@ def test_keys_follow_everything_that_a_notebook_depends_on(root: Path, tmp_path:
     assert with_data != keys() and keys(data) != with_data
 
 
+def test_real_ecgs_may_have_sizes_of_their_own(root: Path, tmp_path: Path) -> None:
+    configure(root, CONFIG + "with_data:\n  common: {number: 7}\n  01_second: {bad: true}\n")
+    config, results = study.read_config(root / "configs" / "smoke.yaml"), root / "results" / "smoke"
+    (tmp_path / "ecgs").mkdir()
+    plain = [step.parameters for step in study.plan(root, config, None, results)]
+    real = [step.parameters for step in study.plan(root, config, tmp_path / "ecgs", results)]
+    assert [plain[0]["number"], plain[1]["bad"]] == [2, False] and [real[0]["number"], real[1]["bad"]] == [7, True]
+    configure(root, CONFIG + "with_data:\n  01_second: {misspelt: true}\n")
+    with pytest.raises(DataError, match="sets `misspelt`"):
+        study.plan(root, study.read_config(root / "configs" / "smoke.yaml"), None, results)
+
+
 def test_a_failing_cell_stops_the_run_and_the_next_run_goes_on(root: Path, capfd: pytest.CaptureFixture) -> None:
     configure(root, CONFIG.replace("false", "true"))
     with pytest.raises(NotebookFailure) as failure:

@@ -173,7 +173,9 @@ def test_the_table_of_labels_needed_has_its_control(runs, records):
     control = table[table["method"] == "supervised"].iloc[0]
     test = split_indices(records)["test"]
     scratch = next(run for run in runs if run.spec.method == "supervised" and run.spec.fraction == 1.0)
-    assert control["goal"] == pytest.approx(macro_auroc(records.targets[test], scratch.predictions()["test/probabilities"]))
+    assert control["goal"] == pytest.approx(
+        macro_auroc(records.targets[test], scratch.predictions()["test/probabilities"])
+    )
     assert control["needed"] <= 1.0, "with all labels the control reaches itself"
     assert len(table) == 4
 

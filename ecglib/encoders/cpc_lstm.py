@@ -19,7 +19,8 @@ class Latents(nn.Module):
     Each layer is linear (no bias), batch norm, ReLU. A latent stands for `samples` successive samples, none of them
     shared with its neighbours, so that overlap does not help to predict the next one; samples that fill no latent are
     cut off. `standardised` divides each lead by its deviation over PTB-XL, `centred` subtracts each lead's mean over
-    the crop. Raises ValueError where leads other than the 12 are to be standardised.
+    the crop, which is the one number a lead that a latent then knows of later samples. Raises ValueError where leads
+    other than the 12 are to be standardised.
     """
 
     def __init__(self, leads: int, width: int, layers: int, samples: int = 1, standardised: bool = True,

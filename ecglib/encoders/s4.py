@@ -90,7 +90,7 @@ class Block(nn.Module):
 class S4Encoder(nn.Module):
     """The LSTM of `CPCEncoder` replaced by state-space blocks: `(batch, leads, time)` mV -> `(batch, feature_size)`.
 
-    Sizes are those of Mehari & Strodthoff 2023 (width 512, 8 states, 4 blocks, dropout 0.2). A causal encoder is what
+    Width 512, 8 states, 4 blocks and dropout 0.2 are usual for state-space models of ECGs. A causal encoder is what
     CPC trains; its features are [mean, maximum, last] over time. With `causal=False` every time step sees the whole
     crop, and features are [mean, maximum], because the last step is then no summary. `latent_layers`, `samples`,
     `standardised` and `centred` are those of `cpc_lstm.Latents`.

@@ -24,6 +24,9 @@ from ecglib.train import autocast, fit, precision
 
 WATCHED = 300  # labelled training records, and at most as many validation records, that the online probe sees
 LOOKS = 20  # rows of the history
+# Alignment is measured between these views whatever a method trains on, so that methods can be compared.
+VIEWS = {"channel_resize": {"low": 0.5, "high": 2.0}, "gaussian_noise": {"scale": 0.03},
+         "baseline_wander": {"largest": 0.05}, "time_out": {"low": 0.0, "high": 0.4}}  # fmt: skip
 
 
 def alignment(first: Tensor, second: Tensor) -> float:
@@ -32,13 +35,13 @@ def alignment(first: Tensor, second: Tensor) -> float:
 
 
 def uniformity(features: Tensor, sharpness: float = 2.0) -> float:
-    """log mean exp(-t |x - y|^2) over pairs of `(n, d)` on the unit sphere; 0 is collapse, lower is more even (eq. 3)."""
+    """log mean exp(-t |x - y|^2) over pairs of `(n, d)` on the unit sphere; 0: collapse, lower: more even (eq. 3)."""
     squared = torch.pdist(F.normalize(features, dim=1)).square()
     return float(torch.logsumexp(-sharpness * squared, dim=0) - math.log(len(squared)))
 
 
 def effective_rank(features: Tensor) -> float:
-    """exp of the entropy of the singular values of the centred `(n, d)` features (Roy & Vetterli 2007): 1 is collapse."""
+    """exp(entropy of the singular values of the centred `(n, d)` features) (Roy & Vetterli 2007): 1 is collapse."""
     values = torch.linalg.svdvals((features - features.mean(dim=0)).double())
     share = values / values.sum().clamp_min(1e-30)
     return float(torch.special.entr(share).sum().exp())
@@ -51,9 +54,8 @@ class Watch:
     views of a crop and uniformity, both of features centred over the records; effective_rank of the features.
     """
 
-    def __init__(self, encoder: nn.Module, records: Records, transforms: dict, crop_seconds: float,
-                 device: torch.device | str) -> None:  # fmt: skip
-        self.encoder, self.transforms = encoder, named_transforms(transforms)
+    def __init__(self, encoder: nn.Module, records: Records, crop_seconds: float, device: torch.device | str) -> None:
+        self.encoder, self.transforms = encoder, named_transforms(VIEWS)
         split, generator = split_indices(records), np.random.default_rng(0)
         labelled = {name: split[name][records.targets[split[name]].any(axis=1)] for name in ("train", "validation")}
         chosen = [generator.permutation(indices)[:WATCHED] for indices in labelled.values()]
@@ -105,7 +107,7 @@ def pretrain_run(records: Records, objective: Callable[..., nn.Module], device: 
         encoder = make_encoder(settings["encoder"])
         model = objective(encoder, named_transforms(settings["transforms"]), **settings["options"]).to(device)
         source = batches(records, split["train"], settings["batch_size"], settings["crop_seconds"], spec.seed, device)
-        watch = Watch(model.encoder, records, settings["transforms"], settings["crop_seconds"], device)
+        watch = Watch(model.encoder, records, settings["crop_seconds"], device)
         before = {"step": 0, "loss": math.nan, "learning_rate": 0.0, "seconds": 0.0, **watch(0)}
         history = fit(model, source, settings["steps"], learning_rate=settings["learning_rate"],
                       weight_decay=settings["weight_decay"], seed=spec.seed, folder=workspace,

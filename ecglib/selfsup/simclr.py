@@ -1,4 +1,4 @@
-"""SimCLR (Chen et al. 2020), as in Mehari & Strodthoff 2022: two views of one crop agree, all other crops are pushed away.
+"""SimCLR (Chen et al. 2020), as in Mehari & Strodthoff 2022: two views of a crop agree, other crops are pushed away.
 
 The published code subtracts e instead of e^(1/T) for a view's similarity to itself, which is right only at T = 1; here
 the self pair is removed.
@@ -33,7 +33,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5, same: Tensor | Non
         raise DataError("A contrastive loss needs at least two records in a batch; raise the batch size.")
     rows = torch.arange(batch, device=own.device) + rank * batch
     rows = torch.cat([rows, rows + joint])
-    similarity = own @ everyone.T / temperature
+    with torch.autocast(own.device.type, enabled=False):  # cosines of bfloat16 differ in the third digit
+        similarity = own @ everyone.T / temperature
     excluded = F.one_hot(rows, 2 * joint).bool()
     positive = (rows + joint) % (2 * joint)
     if same is not None:
