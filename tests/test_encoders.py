@@ -79,3 +79,13 @@ def test_bfloat16_gradients_differ_by_rounding_alone():
 def test_unknown_encoder_is_named():
     with pytest.raises(ValueError, match="no encoder 'resnet9000'.*xresnet1d50"):
         make_encoder("resnet9000")
+
+
+@pytest.mark.parametrize("name", ["xresnet1d_narrow", "cpc_lstm_small", "s4_small", "vit1d_small"])
+def test_every_laptop_encoder_fits_the_study(name):
+    encoder = make_encoder(name)
+    for samples in (250, 1000):
+        assert encoder(torch.randn(2, 12, samples)).shape == (2, encoder.feature_size)
+    inside = {id(parameter) for layer in encoder.layers() for parameter in layer.parameters()}
+    outside = {label for label, parameter in encoder.named_parameters() if id(parameter) not in inside}
+    assert outside <= {"class_token", "positions"}

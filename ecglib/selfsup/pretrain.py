@@ -22,8 +22,8 @@ from ecglib.records import Records
 from ecglib.runs import RESULT, Result, Run, RunSpec, open_run
 from ecglib.train import autocast, fit, precision
 
-WATCHED = 300  # labelled training records, and at most as many validation records, that the online probe sees
-LOOKS = 20  # rows of the history
+WATCHED = 250  # labelled training records, and at most as many validation records, that the online probe sees
+LOOKS = 12  # rows of the history
 # Alignment is measured between these views whatever a method trains on, so that methods can be compared.
 VIEWS = {"channel_resize": {"low": 0.5, "high": 2.0}, "gaussian_noise": {"scale": 0.03},
          "baseline_wander": {"largest": 0.05}, "time_out": {"low": 0.0, "high": 0.4}}  # fmt: skip
