@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from ecglib.errors import DataError
+from ecglib.processes import rank_and_world
 from ecglib.records import MISSING, Records
 
 
@@ -81,9 +82,9 @@ class CropBatches:
 
     def _share(self, step: int, generator: Generator, *drawn: Tensor) -> tuple[Generator, tuple[Tensor, ...]]:
         """This process's part of what was drawn for all, along the last axis, and its own random numbers from there."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        rank, world = rank_and_world()
+        if world == 1:
             return generator, drawn
-        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         own = step_generator(self.seed + 1_000_003 * (rank + 1), step, self.device)
         return own, tuple(values[..., rank::world] for values in drawn)
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ecglib.batches import Batch, step_generator
 from ecglib.errors import DataError
 from ecglib.files import atomic_file
+from ecglib.processes import distributed, rank_and_world
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "training.jsonl"
 
@@ -108,7 +109,7 @@ def fit(objective: nn.Module, batches: Callable[[int], Batch], steps: int, *, le
     factors = [group.pop("learning_rate_factor", 1.0) for group in groups]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
     module = _wrapped(objective, compiled)
-    leader = not _distributed() or torch.distributed.get_rank() == 0
+    leader = rank_and_world()[0] == 0
     store = _Store(Path(folder) if folder else None, steps, seed, leader)
     first, history, recent = store.resume(objective, optimizer)
     started = time.perf_counter() - (history[-1]["seconds"] if history else 0.0)
@@ -157,15 +158,11 @@ def _not_finite(step: int, rate: float, batches: Callable, batch: Batch, folder:
             f"lower the learning rate or check these records{kept}.")  # fmt: skip
 
 
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def _join_process_group(device: torch.device) -> torch.device:
     """Join the group that torchrun started, if it did; each process takes its own GPU."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _distributed():
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if _distributed() and device.type == "cuda":
+    if distributed() and device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     return device
@@ -174,7 +171,7 @@ def _join_process_group(device: torch.device) -> torch.device:
 def _wrapped(objective: nn.Module, compiled: bool) -> nn.Module:
     """The loss as a module, compiled and data parallel as asked."""
     module: nn.Module = _LossModule(objective)
-    if _distributed():
+    if distributed():
         module = DistributedDataParallel(module)
     return torch.compile(module) if compiled else module
 

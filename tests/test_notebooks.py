@@ -6,7 +6,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-
 from synthetic_files import heart_signal, write_wfdb
 
 from ecglib import study

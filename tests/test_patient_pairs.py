@@ -12,7 +12,7 @@ import torch
 from test_train import tiny_records
 from torch import nn
 
-from ecglib.batches import CropBatches, PairBatch, PatientBatches, step_generator
+from ecglib.batches import CropBatches, PairBatch, PatientBatches
 from ecglib.errors import DataError
 from ecglib.records import Records
 from ecglib.selfsup.patient_pairs import (

@@ -37,7 +37,7 @@ def test_sixty_steps_on_real_ecgs_beat_chance_by_far():
     split = split_indices(records)
     settings = {"encoder": "xresnet1d_narrow", "steps": 60, "batch_size": 32, "crop_seconds": 2.5,
                 "learning_rate": 3e-3,
-                "weight_decay": 0.01, "dropout": 0.0, "transforms": {}, "encoder": "xresnet1d_narrow"}  # fmt: skip
+                "weight_decay": 0.01, "dropout": 0.0, "transforms": {}}  # fmt: skip
     classifier = new_classifier(records, 0, settings)
     history = train_classifier(classifier, records, split["train"], 0, settings)
     scores = predict_windows(classifier, records, split["validation"])

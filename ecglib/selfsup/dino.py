@@ -7,14 +7,13 @@ are contiguous and never stretched, and know where in the record they began.
 from collections.abc import Sequence
 
 import torch
-import torch.distributed
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ecglib.augment import Transform, apply
 from ecglib.batches import Batch
 from ecglib.ema import average_of, momentum_at, update_average
 from ecglib.errors import DataError
+from ecglib.processes import gathered
 from ecglib.selfsup.crops import random_windows, window_length
 from ecglib.selfsup.heads import Prototypes, need_two_records
 
@@ -41,9 +40,7 @@ def dino_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], center: Tens
 def next_center(center: Tensor, teacher: Sequence[Tensor], momentum: float = 0.9) -> Tensor:
     """momentum x center + (1 - momentum) x mean teacher output over views, batch and processes."""
     mean = torch.stack(list(teacher)).float().mean(dim=(0, 1))
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(mean)
-        mean /= torch.distributed.get_world_size()
+    mean = torch.stack(gathered(mean)).mean(dim=0)
     return momentum * center + (1.0 - momentum) * mean
 
 

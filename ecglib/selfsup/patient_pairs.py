@@ -14,7 +14,6 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
@@ -22,6 +21,7 @@ from ecglib.augment import Transform, apply
 from ecglib.batches import Batch, CropBatches, PairBatch
 from ecglib.encoders import make_encoder
 from ecglib.errors import DataError
+from ecglib.processes import gathered
 from ecglib.records import LEADS, Records
 from ecglib.selfsup.heads import projection_head
 from ecglib.selfsup.simclr import nt_xent
@@ -40,17 +40,8 @@ def patient_nt_xent(z1: Tensor, z2: Tensor, patients: Tensor, temperature: float
     `patients` `(batch,)` holds the numbers p. EchoCLR leaves such false negatives in; with all patients different it is
     `nt_xent`. DataError for a batch of one.
     """
-    everyone = _every_process(patients).repeat(2)
+    everyone = torch.cat(gathered(patients)).repeat(2)
     return nt_xent(z1, z2, temperature, same=everyone[:, None] == everyone)
-
-
-def _every_process(values: Tensor) -> Tensor:
-    """`values` of all processes, in the order of their ranks."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return values
-    parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, values.contiguous())
-    return torch.cat(parts)
 
 
 @dataclass(frozen=True)

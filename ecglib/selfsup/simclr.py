@@ -7,13 +7,13 @@ the self pair is removed.
 from collections.abc import Sequence
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ecglib.augment import Transform, apply
 from ecglib.batches import Batch
 from ecglib.errors import DataError
+from ecglib.processes import gathered, rank_and_world
 from ecglib.selfsup.heads import projection_head
 
 
@@ -44,12 +44,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5, same: Tensor | Non
 
 def _gather_views(own: Tensor) -> tuple[Tensor, int]:
     """Views of all processes, all first views before all second ones, and this process's rank; gradients flow back."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return own, 0
-    from torch.distributed.nn.functional import all_gather
-
-    parts = [part.chunk(2) for part in all_gather(own)]
-    return torch.cat([first for first, _ in parts] + [second for _, second in parts]), torch.distributed.get_rank()
+    parts = [part.chunk(2) for part in gathered(own)]
+    return torch.cat([first for first, _ in parts] + [second for _, second in parts]), rank_and_world()[0]
 
 
 class SimCLR(nn.Module):

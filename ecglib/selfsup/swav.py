@@ -6,13 +6,13 @@ The places are balanced over the batch (Sinkhorn), so that not all records can s
 from collections.abc import Sequence
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ecglib.augment import Transform, apply
 from ecglib.batches import Batch
 from ecglib.errors import DataError
+from ecglib.processes import gathered, rank_and_world
 from ecglib.selfsup.crops import random_windows, window_length
 from ecglib.selfsup.heads import Prototypes, need_two_records, projection_head
 
@@ -44,15 +44,6 @@ def swav_loss(scores: Tensor, codes: Tensor, temperature: float = 0.1) -> Tensor
     others = codes.sum(dim=0).repeat(len(scores), 1, 1)
     others[: len(codes)] -= codes
     return -(others * told).sum() / (len(codes) * (len(scores) - 1) * scores.shape[1])
-
-
-def _joint(embeddings: Tensor) -> tuple[Tensor, int]:
-    """Embeddings of all processes, and the position of this process's first one."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return embeddings, 0
-    parts = [torch.empty_like(embeddings) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, embeddings.contiguous())
-    return torch.cat(parts), torch.distributed.get_rank() * len(embeddings)
 
 
 class SwAV(nn.Module):
@@ -105,7 +96,7 @@ class SwAV(nn.Module):
     def _codes(self, embeddings: Tensor) -> Tensor:
         """Codes `(code views, batch, prototypes)`, balanced over all processes and, when it is full, the queue."""
         batch = embeddings.shape[1]
-        joint, first = _joint(embeddings.transpose(0, 1))
+        joint, first = torch.cat(gathered(embeddings.transpose(0, 1))), rank_and_world()[0] * batch
         if self.batches_queued and len(joint) != self.batch_size:
             raise DataError(f"SwAV's queue was made for batches of {self.batch_size} records, this one has "
                             f"{len(joint)}; give SwAV the batch size that is used.")  # fmt: skip
