@@ -229,6 +229,11 @@ def plot_training(history: pd.DataFrame, title: str | None = None) -> Figure:
     return figure
 
 
+def _arm(method: str, encoder: str) -> str:
+    """An arm's name in a figure."""
+    return f"{method.replace('_', ' ')}, {encoder}"
+
+
 def plot_label_efficiency(summary: pd.DataFrame, training_records: int, title: str | None = None) -> Figure:
     """Macro AUROC against the share of labels, frozen on the left and fine-tuned on the right, a line an arm.
 
@@ -250,7 +255,7 @@ def plot_label_efficiency(summary: pd.DataFrame, training_records: int, title: s
             x = rows["fraction"] * 1.02 ** (place - (len(shown) - 1) / 2)
             bars = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None)
             axes.errorbar(x, rows["value"], bars, color=colours[method], linestyle=styles[encoder], marker="o",
-                          markersize=3.5, linewidth=1.4, elinewidth=0.7, capsize=1.5, label=f"{method}, {encoder}")  # fmt: skip
+                          markersize=3.5, linewidth=1.4, elinewidth=0.7, capsize=1.5, label=_arm(method, encoder))  # fmt: skip
         _label_axis(axes, sorted(summary["fraction"].unique()), training_records)
         axes.set_title(f"{protocol} encoders")
         axes.grid(axis="y", color="0.9")
@@ -263,26 +268,28 @@ def plot_label_efficiency(summary: pd.DataFrame, training_records: int, title: s
 
 
 def plot_gains(gains: pd.DataFrame, title: str | None = None) -> Figure:
-    """Gain in macro AUROC with its paired interval, a panel a fraction, a row a method; hollow where it spans zero.
+    """Gain in macro AUROC with its paired interval, a panel a fraction, a row an arm; hollow where it spans zero.
 
-    gains has method, protocol, fraction, gain, low, high (see `transfer.paired_gains`).
+    gains has method, encoder, protocol, fraction, gain, low, high (see `transfer.paired_gains`).
     """
-    _require_columns(gains, ("method", "protocol", "fraction", "gain", "low", "high"), "table of gains")
-    fractions, methods = sorted(gains["fraction"].unique()), sorted(gains["method"].unique(), reverse=True)
-    figure, panels = plt.subplots(1, len(fractions), figsize=(2 + 1.75 * len(fractions), 0.9 + 0.5 * len(methods)),
+    _require_columns(gains, ("method", "encoder", "protocol", "fraction", "gain", "low", "high"), "table of gains")
+    gains = gains.assign(arm=[_arm(row.method, row.encoder) for row in gains.itertuples()])
+    fractions, arms = sorted(gains["fraction"].unique()), sorted(gains["arm"].unique(), reverse=True)
+    figure, panels = plt.subplots(1, len(fractions), figsize=(2.6 + 1.75 * len(fractions), 1.2 + 0.42 * len(arms)),
                                   sharey=True, squeeze=False, layout="constrained")  # fmt: skip
     colours = dict(zip(("frozen", "fine-tuned"), sns.color_palette("colorblind")))
     for axes, fraction in zip(panels[0], fractions, strict=True):
         axes.axvline(0, color="0.5", linewidth=1)
         for row in gains[gains["fraction"] == fraction].itertuples():
-            height = methods.index(row.method) + (0.15 if row.protocol == "frozen" else -0.15)
+            height = arms.index(row.arm) + (0.15 if row.protocol == "frozen" else -0.15)
             colour, sure = colours[row.protocol], row.low > 0 or row.high < 0
             axes.plot([row.low, row.high], [height, height], color=colour, linewidth=1.4)
             axes.plot(row.gain, height, "o", color=colour, markerfacecolor=colour if sure else "white", markersize=5)
         axes.set(title=f"{100 * fraction:g} % of the labels", xlabel="Gain")
         axes.title.set_size(10)
         axes.grid(axis="x", color="0.9")
-    panels[0, 0].set_yticks(range(len(methods)), methods)
+        axes.locator_params(axis="x", nbins=3)
+    panels[0, 0].set_yticks(range(len(arms)), arms)
     handles = [plt.Line2D([], [], color=colour, marker="o", label=name) for name, colour in colours.items()]
     figure.legend(handles=handles, frameon=False, ncols=2, loc="outside lower center")
     figure.suptitle(title)

@@ -74,16 +74,10 @@ def test_config_keys_exist(profile: str, tmp_path: Path) -> None:
     assert len(study.plan(ROOT, config, None, tmp_path)) == len(SOURCES)
 
 
-@pytest.fixture(scope="session")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One results folder for all notebooks of the session: later ones read what earlier ones wrote."""
-    return tmp_path_factory.mktemp("study") / "smoke"
-
-
 @each_notebook
-def test_runs_headless(source: Path, results: Path) -> None:
-    """Runs the notebooks up to this one; those that an earlier test ran are skipped."""
-    study.run_study("smoke", results=results, last=source.stem)
+def test_runs_headless(source: Path) -> None:
+    """Up to this notebook, in `results/smoke`: what `./run_all.sh smoke` or an earlier test has run is skipped."""
+    results = study.run_study("smoke", last=source.stem)
     executed = nbformat.read(results / "executed" / f"{source.stem}.ipynb", as_version=4)
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     warnings = [output.text for output in outputs if output.get("name") == "stderr" and "Warning:" in output.text]

@@ -108,7 +108,7 @@ def pretrain_run(records: Records, objective: Callable[..., nn.Module], device: 
         model = objective(encoder, named_transforms(settings["transforms"]), **settings["options"]).to(device)
         source = batches(records, split["train"], settings["batch_size"], settings["crop_seconds"], spec.seed, device)
         watch = Watch(model.encoder, records, settings["crop_seconds"], device)
-        before = {"step": 0, "loss": math.nan, "learning_rate": 0.0, "seconds": 0.0, **watch(0)}
+        before = {"step": 0, "learning_rate": 0.0, "seconds": 0.0, **watch(0)}
         history = fit(model, source, settings["steps"], learning_rate=settings["learning_rate"],
                       weight_decay=settings["weight_decay"], seed=spec.seed, folder=workspace,
                       log_every=max(1, settings["steps"] // LOOKS), watch=watch)  # fmt: skip
