@@ -89,8 +89,8 @@ print(f"class {records.classes[common]}, {len(subset)} records: largest differen
 # %%
 from ecglib.runs import run_grid, run_or_load
 from ecglib.selfsup.pretrain import pretraining_spec, random_run
-from ecglib.transfer import finetuned_run, frozen_run, transfer_spec
 from ecglib.train import default_device
+from ecglib.transfer import finetuned_run, frozen_run, transfer_spec
 
 device = default_device()
 seeds = {fraction: seeds_few if fraction <= 0.1 else seeds_many for fraction in fractions}
