@@ -7,7 +7,7 @@
 #
 # **What it needs.** The records of notebook 00.
 #
-# **How long.** The `laptop` profile takes about 6 minutes on two CPU cores; it uses a GPU where there is one. Finished
+# **How long.** The `laptop` profile takes about 3 minutes on two CPU cores; it uses a GPU where there is one. Finished
 # runs are kept and opened again.
 
 # %% tags=["parameters"]

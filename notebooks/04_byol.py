@@ -7,7 +7,7 @@
 #
 # **What it needs.** The records of notebook 00. Only the signals of folds 1–8 are learnt from.
 #
-# **How long.** The `laptop` profile takes about 3 minutes on two CPU cores, seconds to minutes on a GPU.
+# **How long.** The `laptop` profile takes about 2 minutes on two CPU cores, seconds to minutes on a GPU.
 
 # %% tags=["parameters"]
 results = "../results/laptop"  # where notebook 00 left the records, and where results go
