@@ -1,8 +1,9 @@
-"""Augmentations of Mehari & Strodthoff 2022, a whole batch at a time on the device.
+"""Augmentations of Mehari & Strodthoff 2022 and of CE-SSL (Zhou et al. 2024), a whole batch at a time on the device.
 
 Every transform maps `(batch, leads, time)` mV to the same shape, never writes into its input, and draws each record's
 randomness from the `torch.Generator` given. The values are the published defaults. What each does to the label is said
 where it matters: a gain per lead breaks voltage criteria (hypertrophy), a time warp breaks rate and interval criteria.
+CE-SSL's views, at the end, are drawn once for the whole batch, as published.
 """
 
 import math
@@ -12,6 +13,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+
+from ecglib.errors import DataError
 
 Transform = Callable[[Tensor, Generator], Tensor]
 
@@ -196,3 +199,103 @@ def named_transforms(settings: dict[str, dict]) -> list[Transform]:
     if unknown:
         raise ValueError(f"There is no transform {unknown[0]!r}; choose from {', '.join(TRANSFORMS)}.")
     return [partial(TRANSFORMS[name], **values) for name, values in settings.items()]
+
+
+def _beta(shape: Sequence[int], alpha: float, signals: Tensor, generator: Generator) -> Tensor:
+    """Numbers of `shape` from Beta(alpha, alpha) on the device of `signals`; DataError unless alpha is above 0."""
+    if not alpha > 0:
+        raise DataError(f"Records cannot be mixed with alpha = {alpha}; choose a value above 0, published is 0.75.")
+    # The share of one of two gammas: torch's own Beta distribution takes no generator.
+    sizes = torch.full((2, *shape), alpha, device=signals.device, dtype=torch.float64)
+    one, other = torch._standard_gamma(sizes, generator=generator)
+    return (one / (one + other)).to(signals.dtype)
+
+
+def cutmix(signals: Tensor, targets: Tensor, generator: Generator, alpha: float = 0.75) -> tuple[Tensor, Tensor]:
+    """Pastes one rectangle of leads and time from another record of the batch, the same rectangle for every record.
+
+    Its sides are the share sqrt(1 - Beta(alpha, alpha)) of leads and time, its centre is anywhere, and what would lie
+    outside is cut off. `targets` `(batch, classes)` are mixed by the area that was really pasted. Neighbouring leads
+    then show two hearts: what a class means by its lead is gone where the rectangle lies.
+    """
+    batch, leads, time = signals.shape
+    side = (1.0 - _beta((), alpha, signals, generator)).sqrt()
+    pasted = _middle(leads, side, signals, generator)[:, None] & _middle(time, side, signals, generator)
+    partner = torch.randperm(batch, generator=generator, device=signals.device)
+    share = pasted.sum() / pasted.numel()
+    return torch.where(pasted, signals[partner], signals), torch.lerp(targets, targets[partner], share.to(targets))
+
+
+def _middle(size: int, side: Tensor, signals: Tensor, generator: Generator) -> Tensor:
+    """Which of `size` places lie within the share `side` around a random one, bool `(size,)`."""
+    half = (size * side / 2).floor()
+    centre = torch.randint(size, (), generator=generator, device=signals.device)
+    places = torch.arange(size, device=signals.device)
+    return (places >= centre - half) & (places < centre + half)
+
+
+def mixup(signals: Tensor, targets: Tensor, generator: Generator, alpha: float = 0.75) -> tuple[Tensor, Tensor]:
+    """Each record's signals and `targets` `(batch, classes)` averaged with those of another record of the batch.
+
+    The record's own share is max(b, 1 - b) with b from Beta(alpha, alpha): it stays mostly itself, as in MixMatch
+    (Berthelot et al. 2019), where a row must still count as labelled or unlabelled.
+    """
+    other = _beta((len(signals),), alpha, signals, generator)
+    other = torch.minimum(other, 1.0 - other)
+    partner = torch.randperm(len(signals), generator=generator, device=signals.device)
+    mixed = torch.lerp(signals, signals[partner], other[:, None, None])
+    return mixed, torch.lerp(targets, targets[partner], other[:, None].to(targets))
+
+
+def time_reversal(signals: Tensor, generator: Generator) -> Tensor:
+    """Runs time backwards: rate and regularity stay, the order of the waves within a beat does not."""
+    return signals.flip(2)
+
+
+def burst_dropout(signals: Tensor, generator: Generator) -> Tensor:
+    """Sets one window of each lead to zero, of 0 to nearly all samples; every record loses the same."""
+    _, leads, time = signals.shape
+    half = (_uniform((leads, 1), 0.0, time // 2, signals, generator)).floor()
+    centre = half + (torch.rand((leads, 1), generator=generator, device=signals.device) * (time - 2 * half)).floor()
+    clock = torch.arange(time, device=signals.device)
+    return signals.masked_fill((clock >= centre - half) & (clock < centre + half), 0.0)
+
+
+def lead_permutation(signals: Tensor, generator: Generator) -> Tensor:
+    """Shuffles the leads, alike in every record; axis, infarct site and bundle branch can then not be told."""
+    return signals[:, torch.randperm(signals.shape[1], generator=generator, device=signals.device)]
+
+
+def relative_noise(signals: Tensor, generator: Generator, noise: float = 0.05) -> Tensor:
+    """Adds white noise of `noise` times the standard deviation that each lead of a record has over the crop.
+
+    The published noise has a fixed size, on leads that were brought to unit variance before.
+    """
+    scale = noise * signals.std(dim=2, correction=0, keepdim=True)
+    return signals + scale * _normal(signals.shape, signals, generator)
+
+
+VIEW_STEPS: tuple[Transform, ...] = (time_reversal, burst_dropout, relative_noise, lead_permutation)
+
+
+def _apply_steps(draws: Sequence[int], signals: Tensor, generator: Generator, noise: float) -> Tensor:
+    """The VIEW_STEPS with the numbers `draws`, in their order."""
+    steps = (VIEW_STEPS[number] for number in draws)
+    chosen = [partial(step, noise=noise) if step is relative_noise else step for step in steps]
+    return apply(chosen, signals, generator)
+
+
+def weak_view(signals: Tensor, generator: Generator, noise: float = 0.05) -> Tensor:
+    """CE-SSL's weak view: one of reversal, burst dropout, noise and lead permutation, drawn once for the batch.
+
+    The paper calls it weak, yet only the noise surely leaves the label as it was.
+    """
+    draws = torch.randint(len(VIEW_STEPS), (1,), generator=generator, device=signals.device).tolist()
+    return _apply_steps(draws, signals, generator, noise)
+
+
+def strong_view(signals: Tensor, generator: Generator, noise: float = 0.5) -> Tensor:
+    """CE-SSL's strong view: those of the four that four draws with replacement hit, in random order."""
+    draws = torch.randint(len(VIEW_STEPS), (4,), generator=generator, device=signals.device).tolist()
+    # Each at its first draw: as random an order as shuffling the distinct ones, and no further draw.
+    return _apply_steps(list(dict.fromkeys(draws)), signals, generator, noise)

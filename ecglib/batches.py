@@ -43,6 +43,24 @@ class PairBatch(Batch):
     patients: Tensor
 
 
+@dataclass
+class SemiBatch(Batch):
+    """A labelled batch and with it `unlabelled` `(n, leads, time)` mV, whose labels nobody may see.
+
+    `unlabelled_indices` `(n,)` are positions within the unlabelled pool.
+    """
+
+    unlabelled: Tensor
+    unlabelled_indices: Tensor
+
+
+def need_unlabelled(batch: Batch, method: str) -> None:
+    """DataError where a batch has no unlabelled records for a method that learns from them."""
+    if not isinstance(batch, SemiBatch) or len(batch.unlabelled) == 0:
+        raise DataError(f"{method} also learns from unlabelled records and this batch has none; make the batches with "
+                        "SemiBatches, with at least one unlabelled record a process.")  # fmt: skip
+
+
 class CropBatches:
     """`batches(step)` gives random crops of the records at `indices`; each record comes equally often.
 
@@ -161,3 +179,49 @@ class PatientBatches(CropBatches):
         room = max(self.time - 2 * self.length + 1, 0)
         later = torch.stack([draws[0] > draws[1], draws[1] >= draws[0]])
         return (draws * room).long() + self.length * later
+
+
+class SemiBatches:
+    """`batches(step)` gives a SemiBatch: `batch_size` labelled crops and `ratio` times as many unlabelled ones.
+
+    `labelled` and `unlabelled` are positions in `records`. The labelled part is the batch that CropBatches gives alone,
+    so that a supervised control sees the same crops. The two pools go round independently, each record of a pool
+    equally often. Raises DataError where a pool is empty, a record is in both, or `batch_size` x `ratio` is not a whole
+    number of at least 1.
+    """
+
+    def __init__(self, records: Records, labelled: np.ndarray, unlabelled: np.ndarray, batch_size: int, ratio: float,
+                 crop_seconds: float, seed: int, device: torch.device | str = "cpu") -> None:  # fmt: skip
+        _check_pools(records, labelled, unlabelled)
+        count = _unlabelled_count(batch_size, ratio)
+        self.labelled = CropBatches(records, labelled, batch_size, crop_seconds, seed, device)
+        # A stream of its own: with the same seed two pools of one size would be shuffled and cropped alike.
+        other_seed = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
+        self.unlabelled = CropBatches(records, unlabelled, count, crop_seconds, other_seed, device)
+        self.record_ids = self.labelled.record_ids
+
+    def __call__(self, step: int) -> SemiBatch:
+        """The batch of one step, the same whenever it is asked for."""
+        labelled, unlabelled = self.labelled(step), self.unlabelled(step)
+        return SemiBatch(labelled.signals, labelled.targets, labelled.indices, labelled.generator,
+                         unlabelled.signals, unlabelled.indices)  # fmt: skip
+
+
+def _check_pools(records: Records, labelled: np.ndarray, unlabelled: np.ndarray) -> None:
+    """DataError where nothing is unlabelled or a record is in both pools, naming it."""
+    if len(unlabelled) == 0:
+        raise DataError("There is no unlabelled record to learn from; choose a label fraction below 1 or train "
+                        "supervised.")  # fmt: skip
+    both = np.intersect1d(labelled, unlabelled)
+    if len(both):
+        raise DataError(f"Record {records.table['record_id'].iloc[both[0]]} is both labelled and unlabelled; leave it "
+                        "out of one of the two.")  # fmt: skip
+
+
+def _unlabelled_count(batch_size: int, ratio: float) -> int:
+    """Unlabelled records in a batch; DataError where that is not a whole number of at least 1."""
+    count = batch_size * ratio
+    if not (0.5 <= count < np.inf and abs(count - round(count)) < 1e-6):  # refuses a NaN, too
+        raise DataError(f"A batch of {batch_size} labelled records with a ratio of {ratio:g} needs {count:g} "
+                        "unlabelled ones; choose the two so that this is a whole number of at least 1.")  # fmt: skip
+    return round(count)

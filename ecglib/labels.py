@@ -1,4 +1,10 @@
-"""Splits by patient and nested label subsets: which records a study may train on, select with and test on."""
+"""Splits by patient and nested label subsets: which records a study may train on, select with and test on.
+
+CE-SSL splits otherwise: by record with iterative stratification, anew for each seed, 10 % for the test; of the rest
+5, 10 or 15 % are labelled, and of those 80 % train and 20 % select. One patient's records may then lie both in the test
+and outside, which `patients_shared` measures. Here fold 10 is every seed's test, fold 9 selects, and a label subset is
+that share of folds 1-8.
+"""
 
 import warnings
 from collections.abc import Iterable, Sequence
@@ -31,6 +37,20 @@ def split_indices(records: Records) -> dict[str, np.ndarray]:
             listed = ", ".join(map(str, members[name]))
             raise DataError(f"No record lies in the {name} folds ({listed}); assign the folds 1 to 10.")
     return split
+
+
+def patients_shared(records: Records, test_share: float = 0.1) -> tuple[float, float]:
+    """What a random split by record leaks: patients on both sides, and share of test records whose patient trains.
+
+    Expected values where each record is drawn for the test with probability `test_share`; with folds of whole patients
+    both are 0. DataError where the records name no patients.
+    """
+    if (records.table["patient_id"].astype(str) == records.table["record_id"].astype(str)).all():
+        raise DataError(f"{records.name}: each record counts as its own patient; give true patients in patient_id.")
+    sizes = records.table["patient_id"].value_counts().to_numpy()
+    on_both_sides = 1 - (1 - test_share) ** sizes - test_share**sizes
+    with_another_outside = sizes * (1 - test_share ** (sizes - 1))
+    return float(on_both_sides.sum()), float(with_another_outside.sum() / sizes.sum())
 
 
 def label_subsets(

@@ -255,7 +255,8 @@ def plot_label_efficiency(summary: pd.DataFrame, training_records: int, title: s
             x = rows["fraction"] * 1.02 ** (place - (len(shown) - 1) / 2)
             bars = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None)
             axes.errorbar(x, rows["value"], bars, color=colours[method], linestyle=styles[encoder], marker="o",
-                          markersize=3.5, linewidth=1.4, elinewidth=0.7, capsize=1.5, label=_arm(method, encoder))  # fmt: skip
+                          label=_arm(method, encoder), markersize=3.5, linewidth=1.4, elinewidth=0.7,
+                          capsize=1.5)  # fmt: skip
         _label_axis(axes, sorted(summary["fraction"].unique()), training_records)
         axes.set_title(f"{protocol} encoders")
         axes.grid(axis="y", color="0.9")

@@ -47,9 +47,10 @@ def empty_left_out() -> pd.DataFrame:
 class Records:
     """12-lead ECGs with their table, targets and classes.
 
-    signals `(n, 12, time)` int16 counts; scale mV per count; sampling_rate Hz; table one row a record with at least
+    signals `(n, 12, time)` int16 counts; scale `unit` per count; sampling_rate Hz; table one row a record with at least
     `record_id, patient_id, fold, source`; targets `(n, classes)` 0/1; left_out one row for each repair or omission;
-    about a JSON-like description (source, version, whether simulated). Raises DataError where the parts do not fit.
+    about a JSON-like description (source, version, whether simulated, the unit where it is not mV). Raises DataError
+    where the parts do not fit.
     """
 
     signals: np.ndarray
@@ -94,7 +95,7 @@ class Records:
         return len(self.signals)
 
     def millivolts(self, indices: np.ndarray | slice | None = None) -> np.ndarray:
-        """Signals in mV, float32 `(n, 12, time)`, NaN where a sample is missing."""
+        """Signals in mV (in `unit` where that is another), float32 `(n, 12, time)`, NaN where a sample is missing."""
         counts = np.asarray(self.signals if indices is None else self.signals[indices])
         values = counts.astype(np.float32) * np.float32(self.scale)
         values[counts == MISSING] = np.nan
@@ -119,6 +120,11 @@ class Records:
             self.signals[chosen], self.scale, self.sampling_rate, self.table.iloc[chosen], self.targets[chosen],
             self.classes, self.left_out, self.about, part,
         )  # fmt: skip
+
+    @property
+    def unit(self) -> str:
+        """What one count times `scale` is measured in: mV, or what `preprocess.preprocess` made of it."""
+        return self.about.get("unit", "mV")
 
     @property
     def name(self) -> str:
@@ -150,7 +156,12 @@ class Records:
         return digest.hexdigest()
 
     def validate(self) -> pd.DataFrame:
-        """Faults of the stored signals: one row each with record_id, lead, fault and detail; empty when all is well."""
+        """Faults of the stored signals: one row each with record_id, lead, fault and detail; empty when all is well.
+
+        The limits are in mV: signals in another unit raise DataError.
+        """
+        if self.unit != "mV":
+            raise DataError(f"{self.name}: the signals are in {self.unit}; validate the records in mV they came from.")
         rows = []
         for start in range(0, len(self), CHUNK):
             part = slice(start, min(start + CHUNK, len(self)))
@@ -206,9 +217,9 @@ class Records:
             ) from error
 
 
-def to_counts(millivolts: np.ndarray) -> np.ndarray:
-    """Millivolts, NaN where missing, as int16 counts of 1 microvolt; values beyond +-32.767 mV are clipped."""
-    counts = np.clip(np.rint(np.asarray(millivolts, dtype=np.float32) / np.float32(MICROVOLT)), -32767, 32767)
+def to_counts(values: np.ndarray, scale: float = MICROVOLT) -> np.ndarray:
+    """Values, NaN where missing, as int16 counts of `scale` each (mV as microvolts); clipped beyond +-32,767 counts."""
+    counts = np.clip(np.rint(np.asarray(values, dtype=np.float32) / np.float32(scale)), -32767, 32767)
     return np.where(np.isnan(counts), MISSING, counts).astype(np.int16)
 
 

@@ -35,6 +35,11 @@ def cosine_schedule(progress: float, warmup: float = 0.1) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (progress - warmup) / max(1.0 - warmup, 1e-9)))
 
 
+def linear_schedule(progress: float, warmup: float = 0.01) -> float:
+    """Factor on the learning rate: linear from 0 over the share `warmup`, then linear down to 0."""
+    return min(progress / warmup, (1.0 - progress) / (1.0 - warmup))
+
+
 def constant_schedule(progress: float) -> float:
     """Factor 1 throughout."""
     return 1.0

@@ -23,7 +23,7 @@ from ecglib.train import load_state, parameter_groups
 
 
 def layerwise_groups(classifier: Classifier, weight_decay: float, factor: float) -> list[dict]:
-    """Parameter groups for `train.fit`: the head at the full learning rate, each layer below at `factor` times the next.
+    """Parameter groups for `train.fit`: the head at the full learning rate, layers below at `factor` times the next.
 
     The first layers hold what every ECG needs, the last ones what the pretext wanted (Howard & Ruder 2018).
     """
@@ -189,5 +189,6 @@ def labels_needed_table(runs: Sequence[Run], records: Records, draws: int = 1000
         needed = labels_needed(targets, curve, goal, patients, draws, classes=records.classes)
         level = np.mean([macro_auroc(targets, one, records.classes) for one in goal])
         rows.append({"method": method, "encoder": encoder, "protocol": protocol, "goal": level, "needed": needed.value,
-                     "low": needed.low, "high": needed.high, "records": needed.value * len(split["train"])})  # fmt: skip
+                     "low": needed.low, "high": needed.high,
+                     "records": needed.value * len(split["train"])})  # fmt: skip
     return pd.DataFrame(rows).sort_values(["needed", "method"], ignore_index=True)

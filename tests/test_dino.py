@@ -8,7 +8,8 @@ from torch import nn
 
 from ecglib.batches import Batch, step_generator
 from ecglib.ema import momentum_for_steps
-from ecglib.encoders.vit1d import DropPath, ViT1d
+from ecglib.encoders.transformer import DropPath
+from ecglib.encoders.vit1d import ViT1d
 from ecglib.errors import DataError
 from ecglib.selfsup.dino import DINO, dino_loss, next_center
 from ecglib.train import fit

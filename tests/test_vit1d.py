@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ecglib.encoders.vit1d import Block, DropPath, ViT1d, vit1d_small
+from ecglib.encoders.transformer import DropPath, TransformerBlock
+from ecglib.encoders.vit1d import ViT1d, vit1d_small
 from ecglib.errors import DataError
 
 
@@ -38,7 +39,7 @@ def test_patches_are_a_strided_convolution_over_all_leads():
 
 
 def test_block_equals_torch_attention():
-    block, x = Block(24, 3, 0.0), torch.randn(2, 7, 24)
+    block, x = TransformerBlock(24, 3), torch.randn(2, 7, 24)
     twin = nn.MultiheadAttention(24, 3, batch_first=True)
     twin.in_proj_weight.data, twin.in_proj_bias.data = block.qkv.weight.data, block.qkv.bias.data
     twin.out_proj.weight.data, twin.out_proj.bias.data = block.mix.weight.data, block.mix.bias.data

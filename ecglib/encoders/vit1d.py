@@ -4,52 +4,10 @@ The size follows DISTL's and DINO's small transformers; a patch of 20 samples at
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ecglib.encoders.transformer import TransformerBlock
 from ecglib.errors import DataError
-
-
-class DropPath(nn.Dropout):
-    """Stochastic depth (Huang et al. 2016): drops a record's whole path with probability `p` while training."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0:
-            return x
-        return x * F.dropout(x.new_ones(len(x), 1, 1), self.p)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block: attention and a 4 x wider GELU layer, each added to `(batch, tokens, width)`."""
-
-    def __init__(self, width: int, heads: int, drop_path: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.qkv, self.mix = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.drop_path = DropPath(drop_path)
-
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each `(batch, heads, tokens, width / heads)`."""
-        return self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-
-    @staticmethod
-    def _weights(q: Tensor, k: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(d)), `(batch, heads, tokens, tokens)`."""
-        return (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(dim=3)
-
-    def attention(self, x: Tensor) -> Tensor:
-        """How much each token (row) takes from each other, `(batch, heads, tokens, tokens)`; rows sum to 1."""
-        q, k, _ = self._split(x)
-        return self._weights(q, k)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self._split(x)
-        # On a CPU the fused kernel's backward pass in bfloat16 takes five times as long as these two products.
-        taken = F.scaled_dot_product_attention(q, k, v) if x.is_cuda else self._weights(q, k) @ v
-        x = x + self.drop_path(self.mix(taken.transpose(1, 2).flatten(2)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class ViT1d(nn.Module):
@@ -75,7 +33,9 @@ class ViT1d(nn.Module):
         self.embed = nn.Linear(leads * patch, width)
         self.class_token = nn.Parameter(torch.zeros(width))
         self.positions = nn.Parameter(torch.zeros(length // patch, width))
-        self.blocks = nn.ModuleList(Block(width, heads, drop_path * i / max(depth - 1, 1)) for i in range(depth))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, heads, drop_path=drop_path * i / max(depth - 1, 1)) for i in range(depth)
+        )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.feature_size = width * (class_blocks + 1)
         for layer in self.modules():

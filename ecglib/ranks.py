@@ -1,0 +1,141 @@
+"""Which layers deserve a higher rank: CE-SSL's one-shot allocation, and AdaLoRA's, which goes on while training."""
+
+import copy
+from collections.abc import Iterable, Mapping
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ecglib.batches import Batch
+from ecglib.errors import DataError
+from ecglib.lora import LowRankLayer, add_lora, low_rank_layers
+
+
+def importance(model: nn.Module, batches: Iterable[Batch], rank: int, seed: int = 0) -> pd.DataFrame:
+    """Importance of each adaptable layer of `model`, before anything is trained; the model stays as it is.
+
+    With B = 0 the loss has a gradient in B alone, and G' = (dL/dB) A = G A'A stands for the gradient G of the weight.
+    A row a layer, in order, with its mean over batches of the mean over entries of
+
+        published    (W0 * G')^2
+        corrected    (W0 * G' / (rank sigma^2))^2    since A'A is rank sigma^2 times the unit matrix on average.
+
+    A fused layer starts A with a larger sigma than the others, so the published score favours it (10.5 times at a width
+    of 256) for no reason that lies in the data; it takes the mean of its parts. DataError where there is no batch.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        probe = add_lora(copy.deepcopy(model), rank).train()
+    layers, rows = low_rank_layers(probe), []
+    for batch in batches:
+        probe.zero_grad(set_to_none=True)
+        F.binary_cross_entropy_with_logits(probe(batch.signals).float(), batch.targets).backward()
+        rows.append({name: float(_score(layer).detach()) for name, layer in layers.items()})
+    if not rows:
+        raise DataError("There is no labelled batch to measure the importance of layers on; label some records.")
+    published = pd.DataFrame(rows).mean()
+    scale = pd.Series({name: rank * layer.start_deviation**2 for name, layer in layers.items()})
+    return pd.DataFrame({"published": published, "corrected": published / scale**2})
+
+
+def _score(layer: LowRankLayer) -> Tensor:
+    """Mean over entries of (W0 * dL/dB A)^2."""
+    gradients = layer.B.grad.chunk(layer.parts)
+    proxy = torch.cat([g @ a for g, (a, _) in zip(gradients, layer.pairs(), strict=True)])
+    return (layer.base.weight.flatten(1).double() * proxy.double()).square().mean()
+
+
+def ranks_by_importance(scores: Mapping[str, float], rank: int, share: float) -> dict[str, int]:
+    """`rank` for the `share` of layers with the largest scores, half of it (an even number, as published) for the rest.
+
+    DataError for a share outside [0, 1].
+    """
+    if not 0.0 <= share <= 1.0:
+        raise DataError(
+            f"A share of important layers of {share} is not in [0, 1]; 0.5 gives half of them the full rank."
+        )
+    ordered = sorted(scores, key=lambda name: scores[name], reverse=True)
+    important = set(ordered[: round(share * len(ordered))])
+    return {name: rank if name in important else max(rank // 4 * 2, 1) for name in scores}
+
+
+def allocate_ranks(model: nn.Module, batches: Iterable[Batch], rank: int, share: float, score: str = "corrected",
+                   seed: int = 0) -> dict[str, int]:  # fmt: skip
+    """Ranks for `lora.add_lora`: the full `rank` for the important `share` of the layers, half of it for the others.
+
+    One pass over the labelled `batches` before any training; `score` is a column of `importance`.
+    """
+    return ranks_by_importance(importance(model, batches, rank, seed)[score].to_dict(), rank, share)
+
+
+class AdaptiveRanks(nn.Module):
+    """AdaLoRA (Zhang et al. 2023) around an `objective`: the ranks of `network` shrink to a budget while it learns.
+
+    Every difference is B diag(values) A with B'B and AA' kept near the unit matrix by a penalty. A triple is as
+    important as its value's and its vectors' mean of |weight x gradient|, smoothed, times how much that varies. From
+    1.5 times the `rank` at the start, along a cubic, the least important values are set to 0 until `rank` a layer
+    remain on average. `network` must have been adapted with `singular_values=True` and 1.5 times the `rank`.
+    """
+
+    def __init__(self, objective: nn.Module, network: nn.Module, rank: int, *, penalty: float = 0.1,
+                 smoothing: float = 0.85, begin: float = 0.1, end: float = 0.7) -> None:  # fmt: skip
+        super().__init__()
+        self.objective = objective
+        self.layers = list(low_rank_layers(network).values())
+        self.start = sum(len(layer.values) for layer in self.layers)
+        self.goal = sum(rank * layer.parts for layer in self.layers)
+        self.penalty, self.smoothing, self.begin, self.end = penalty, smoothing, begin, end
+        for index, layer in enumerate(self.layers):
+            for part in ("A", "B", "values"):
+                for kind in ("mean", "spread"):
+                    self.register_buffer(f"{kind}_{part}_{index}", torch.zeros_like(getattr(layer, part)))
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The objective's loss and the penalty on vectors that are not orthonormal."""
+        return self.objective.loss(batch) + self.penalty * sum(_lack_of_orthogonality(layer) for layer in self.layers)
+
+    def budget(self, progress: float) -> int:
+        """How many values may differ from 0."""
+        left = 1.0 - min(max((progress - self.begin) / (self.end - self.begin), 0.0), 1.0)
+        return self.goal + round((self.start - self.goal) * left**3)
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Measure the importance of every triple and set the values of the least important ones to 0."""
+        if hasattr(self.objective, "after_step"):
+            self.objective.after_step(progress)
+        scores = torch.cat([self._triples(index, layer) for index, layer in enumerate(self.layers)])
+        kept = scores.new_zeros(len(scores), dtype=torch.bool)
+        kept[scores.topk(self.budget(progress)).indices] = True
+        for layer, mask in zip(self.layers, kept.split([len(layer.values) for layer in self.layers]), strict=True):
+            layer.values.mul_(mask)
+
+    def _triples(self, index: int, layer: LowRankLayer) -> Tensor:
+        """Importance of each (value, row of A, column of B) of a layer, `(parts x rank,)`."""
+        rows = self._sensitivity("A", index, layer).mean(dim=1)
+        columns = self._sensitivity("B", index, layer).unflatten(0, (layer.parts, -1)).mean(dim=1).flatten()
+        return self._sensitivity("values", index, layer) + rows + columns
+
+    def _sensitivity(self, part: str, index: int, layer: LowRankLayer) -> Tensor:
+        """Smoothed |weight x gradient| times its smoothed deviation, updated with this step's gradient."""
+        weight = getattr(layer, part)
+        mean, spread = getattr(self, f"mean_{part}_{index}"), getattr(self, f"spread_{part}_{index}")
+        if weight.grad is not None:
+            now = (weight * weight.grad).abs()
+            mean.lerp_(now, 1.0 - self.smoothing)
+            spread.lerp_((now - mean).abs(), 1.0 - self.smoothing)
+        return mean * spread
+
+    def report(self) -> dict:
+        """What the objective tells, and the number of values in use."""
+        told = self.objective.report() if hasattr(self.objective, "report") else {}
+        return {**told, "ranks_in_use": int(sum((layer.values != 0).sum() for layer in self.layers))}
+
+
+def _lack_of_orthogonality(layer: LowRankLayer) -> Tensor:
+    """|AA' - 1|^2 + |B'B - 1|^2, summed over the parts."""
+    unit = torch.eye(layer.rank, device=layer.A.device)
+    pairs = zip(layer.A.float().chunk(layer.parts), layer.B.float().chunk(layer.parts), strict=True)
+    return sum((a @ a.T - unit).square().sum() + (b.T @ b - unit).square().sum() for a, b in pairs)

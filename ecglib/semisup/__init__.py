@@ -1,0 +1,1 @@
+"""Semi-supervised objectives: each trains a classifier on a few labelled and many unlabelled records."""

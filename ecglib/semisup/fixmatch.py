@@ -1,0 +1,207 @@
+"""FixMatch (Sohn et al. 2020) for several labels a record, with the thresholds of FlexMatch and SoftMatch.
+
+What the network says of a weak view, where it is sure enough, is the label of a strong view of the same crop. The
+papers choose one of K classes. Here every class is a two-way decision of its own: the probability p is a sigmoid, the
+pseudo-label is 1[p > 1/2], its confidence q = max(p, 1 - p), and each (record, class) passes or not by itself. A
+threshold is a module that maps probabilities `(n, classes)` and the records' positions in the unlabelled pool `(n,)` to
+weights `(n, classes)` between 0 and 1, and learns from them while it is in training mode.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ecglib.augment import strong_view, weak_view
+from ecglib.batches import SemiBatch, need_unlabelled
+from ecglib.errors import DataError
+from ecglib.processes import gathered
+
+
+def pseudo_label_loss(logits: Tensor, probabilities: Tensor, weights: Tensor) -> Tensor:
+    """Mean over all (record, class), passed or not, of weight x BCE(logits, 1[p > 1/2]), for three `(n, classes)`.
+
+    Equation 4 of FixMatch with a two-way cross-entropy. Only `logits`, of the strong view, get a gradient.
+    """
+    labels = (probabilities.detach() > 0.5).float()
+    return F.binary_cross_entropy_with_logits(logits.float(), labels, weight=weights.detach())
+
+
+def confidence(probabilities: Tensor) -> Tensor:
+    """q = max(p, 1 - p), from 1/2 to 1, of the same shape."""
+    return torch.maximum(probabilities, 1.0 - probabilities)
+
+
+class FixedThreshold(nn.Module):
+    """FixMatch: a decision weighs 1 from the confidence `threshold` on, else 0, for every class alike."""
+
+    def __init__(self, classes: int, threshold: float = 0.95) -> None:
+        super().__init__()
+        if not 0.5 <= threshold <= 1.0:
+            raise DataError(f"No two-way decision has a confidence threshold of {threshold}; choose one from 0.5, with "
+                            "which all pass, to 1.")  # fmt: skip
+        self.classes, self.threshold = classes, threshold
+
+    def forward(self, probabilities: Tensor, indices: Tensor) -> Tensor:
+        """Weights `(n, classes)`, 1 or 0."""
+        return (confidence(probabilities) >= self.threshold).float()
+
+
+class FlexThreshold(FixedThreshold):
+    """FlexMatch (Zhang et al. 2021): a lower threshold where fewer decisions were confident so far.
+
+    For each of the `records` of the unlabelled pool and each class the latest decision that reached `threshold` is
+    kept. With sigma(c, s) the number of records decided as s (negative, positive) for class c, and u(c) of those never
+    decided, status and level to be reached are
+
+        beta(c, s) = sigma(c, s) / max(max_k sigma(k, s), u(c))
+        level(c, s) = 1/2 + (threshold - 1/2) beta(c, s) / (2 - beta(c, s)).
+
+    u(c) is the paper's warm-up. Two things are our reading for several labels. Positive and negative decisions are
+    counted apart, and a class is compared with the other classes on the same side: within one class the positive ones
+    are few because the finding is rare, not because it is learnt badly. (Between classes, too, a rare one gets a lower
+    level for being rare; the paper assumes balanced classes.) And the mapped status scales what lies above 1/2, below
+    which no confidence can be; the paper scales from 0.
+    """
+
+    def __init__(self, classes: int, records: int, threshold: float = 0.95) -> None:
+        super().__init__(classes, threshold)
+        if records < 1:
+            raise DataError(f"FlexMatch cannot follow {records} unlabelled records; give the size of the unlabelled "
+                            "pool.")  # fmt: skip
+        self.register_buffer("decisions", torch.full((records, classes), -1, dtype=torch.int8))
+
+    def levels(self) -> Tensor:
+        """Confidence to be reached `(2, classes)`, for negative and for positive decisions."""
+        decided = torch.stack([(self.decisions == side).sum(dim=0) for side in (0, 1)])
+        never = len(self.decisions) - decided.sum(dim=0)
+        status = decided / torch.maximum(decided.amax(dim=1, keepdim=True), never).clamp_min(1)
+        return 0.5 + (self.threshold - 0.5) * status / (2.0 - status)
+
+    def forward(self, probabilities: Tensor, indices: Tensor) -> Tensor:
+        """Weights `(n, classes)`, 1 or 0, by the levels before this batch."""
+        negative, positive = self.levels()
+        weights = (confidence(probabilities) >= torch.where(probabilities > 0.5, positive, negative)).float()
+        if self.training:
+            self._remember(torch.cat(gathered(probabilities)), torch.cat(gathered(indices)))
+        return weights
+
+    @torch.no_grad()
+    def _remember(self, probabilities: Tensor, indices: Tensor) -> None:
+        """Keep the confident decisions of a batch."""
+        confident = confidence(probabilities) >= self.threshold
+        latest = torch.where(confident, (probabilities > 0.5).to(torch.int8), self.decisions[indices])
+        # Where a batch holds a record twice, all its rows write what the last one says: the order cannot matter.
+        rows = torch.arange(len(indices), device=indices.device)
+        last = torch.where(indices[:, None] == indices, rows, -1).amax(dim=1)
+        self.decisions[indices] = latest[last]
+
+
+class SoftThreshold(nn.Module):
+    """SoftMatch (Chen et al. 2023): all decisions count, those below the class's mean confidence less and less:
+
+        weight = exp(-(deviations x min(q - mean, 0))^2 / (2 variance)).
+
+    Mean and variance of q are running ones, of each class by itself, from 1/2 and 1 on. `deviations` is 2 in the
+    released code and 1 in the paper's formula. The published `momentum` of 0.999 is meant for a million steps: over
+    1,000 steps a third of the first variance, with which nearly all weigh 1, remains; take 0.99 or less there.
+
+    `aligned` is uniform alignment for a two-way decision: p / (running mean of p) against (1 - p) / (1 - that mean),
+    brought to sum to 1. Without it the rare positive decisions, seldom as sure as the many negative ones, would always
+    lie below the mean. As published it moves the weights and not the pseudo-labels. q is the aligned probability of the
+    pseudo-label, small where alignment would decide the other way; the released code takes the larger of the two.
+    """
+
+    def __init__(self, classes: int, momentum: float = 0.999, deviations: float = 2.0, aligned: bool = True) -> None:
+        super().__init__()
+        if not 0.0 <= momentum < 1.0:
+            raise DataError(f"SoftMatch cannot average with momentum {momentum}; choose one from 0 to below 1.")
+        self.classes, self.momentum, self.deviations, self.aligned = classes, momentum, deviations, aligned
+        self.register_buffer("positive", torch.full((classes,), 0.5))
+        self.register_buffer("mean", torch.full((classes,), 0.5))
+        self.register_buffer("variance", torch.ones(classes))
+
+    def forward(self, probabilities: Tensor, indices: Tensor) -> Tensor:
+        """Weights `(n, classes)` in (0, 1], by averages that this batch is already part of."""
+        if self.training:
+            self._follow(torch.cat(gathered(probabilities)))
+        below = (self._confidence(probabilities) - self.mean).clamp_max(0.0)
+        return torch.exp(-(self.deviations * below).square() / (2.0 * self.variance.clamp_min(1e-12)))
+
+    def _confidence(self, probabilities: Tensor) -> Tensor:
+        """The probability of each pseudo-label, aligned if so wished."""
+        aligned = probabilities
+        if self.aligned:
+            share = self.positive.clamp(1e-6, 1.0 - 1e-6)
+            yes, no = probabilities / share, (1.0 - probabilities) / (1.0 - share)
+            aligned = yes / (yes + no)
+        return torch.where(probabilities > 0.5, aligned, 1.0 - aligned)
+
+    @torch.no_grad()
+    def _follow(self, probabilities: Tensor) -> None:
+        """Move the averages towards those of a batch."""
+        self.positive.lerp_(probabilities.mean(dim=0), 1.0 - self.momentum)
+        sure = self._confidence(probabilities)
+        self.mean.lerp_(sure.mean(dim=0), 1.0 - self.momentum)
+        # The unbiased variance, which of a single record does not exist.
+        self.variance.lerp_(sure.var(dim=0, correction=min(len(sure) - 1, 1)), 1.0 - self.momentum)
+
+
+class FixMatch(nn.Module):
+    """`network` maps signals `(n, leads, time)` to logits `(n, classes)`; `thresholds` is one of the three above.
+
+    One forward pass sees labelled, weak and strong views together, so that batch norm knows one distribution.
+    `weak_noise` and `strong_noise` are shares of each lead's standard deviation.
+    """
+
+    def __init__(self, network: nn.Module, thresholds: nn.Module, *, weight: float = 1.0, weak_noise: float = 0.05,
+                 strong_noise: float = 0.5) -> None:  # fmt: skip
+        super().__init__()
+        if not 0.0 <= weight < math.inf:
+            raise DataError(f"The unlabelled part of the loss cannot have weight {weight}; choose 0 or more.")
+        self.network, self.thresholds, self.weight = network, thresholds, weight
+        self.weak_noise, self.strong_noise = weak_noise, strong_noise
+        # Weight and number of all decisions since the last report, then of the positive ones; float64 counts exactly.
+        self.register_buffer("tally", torch.zeros(4, dtype=torch.float64))
+
+    def loss(self, batch: SemiBatch) -> Tensor:
+        """BCE of the labelled weak view plus `weight` times that of the strong view against its pseudo-labels.
+
+        DataError for a batch without unlabelled records, and where network and thresholds differ in their classes.
+        """
+        need_unlabelled(batch, "FixMatch")
+        views = [weak_view(batch.signals, batch.generator, self.weak_noise),
+                 weak_view(batch.unlabelled, batch.generator, self.weak_noise),
+                 strong_view(batch.unlabelled, batch.generator, self.strong_noise)]  # fmt: skip
+        # float32 from here on: around a threshold of 0.95 bfloat16 knows probabilities only in steps of 0.004.
+        told, weak, strong = self.network(torch.cat(views)).float().split([len(view) for view in views])
+        self._check_classes(told.shape[1])
+        with torch.no_grad():
+            probabilities = torch.sigmoid(weak)
+            weights = self.thresholds(probabilities, batch.unlabelled_indices)
+            self._count(weights, probabilities > 0.5)
+        supervised = F.binary_cross_entropy_with_logits(told, batch.targets)
+        return supervised + self.weight * pseudo_label_loss(strong, probabilities, weights)
+
+    def _check_classes(self, outputs: int) -> None:
+        """DataError where the network decides about other classes than the thresholds."""
+        if outputs != self.thresholds.classes:
+            raise DataError(f"The network has {outputs} outputs and the thresholds are for {self.thresholds.classes} "
+                            "classes; give both the same number.")  # fmt: skip
+
+    def _count(self, weights: Tensor, positive: Tensor) -> None:
+        """Add a batch to the tally."""
+        if self.training:
+            parts = (weights, torch.ones_like(weights), weights * positive, positive)
+            self.tally += torch.stack([part.sum(dtype=torch.float64) for part in parts])
+
+    def report(self) -> dict[str, float]:
+        """Since the last report, `passed`: mean weight of all decisions; `passed_positive`: of the positive ones.
+
+        With weights of 0 and 1 these are the shares that pass; NaN where there was no such decision.
+        """
+        passed, decisions, passed_positive, positive = self.tally.tolist()
+        self.tally.zero_()
+        return {"passed": passed / decisions if decisions else math.nan,
+                "passed_positive": passed_positive / positive if positive else math.nan}  # fmt: skip
