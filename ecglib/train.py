@@ -22,6 +22,7 @@ from ecglib.files import atomic_file
 from ecglib.processes import distributed, rank_and_world
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "training.jsonl"
+NAMED = 128  # records that one sentence may name
 
 
 class TrainingError(RuntimeError):
@@ -105,7 +106,7 @@ def fit(objective: nn.Module, batches: Callable[[int], Batch], steps: int, *, le
     after each step with progress in (0, 1]. `batches(step)` gives the batch of a step. `groups` replaces the parameter
     groups; a group's `learning_rate_factor` scales its rate. With a `folder`, a checkpoint is kept there and a run that
     was stopped continues from it to the same weights. `watch(step)` adds columns to the history. Started by torchrun,
-    gradients are averaged over processes. Raises TrainingError where the loss is not finite.
+    gradients are averaged over processes. Raises TrainingError where loss or gradient are not finite.
     """
     device = _join_process_group(next(objective.parameters()).device)
     objective.to(device)
@@ -128,14 +129,14 @@ def fit(objective: nn.Module, batches: Callable[[int], Batch], steps: int, *, le
             batch = batches(step)
             with autocast(device, dtype):
                 loss = module(batch)
-            if not torch.isfinite(loss):
-                raise TrainingError(
-                    _not_finite(step, learning_rate * schedule((step + 0.5) / steps), batches, batch, folder)
-                )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            if clip is not None:
-                nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], clip)
+            size = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], clip or math.inf)
+            # A finite loss may still have gradients that are not: looked at before they reach weights and checkpoint.
+            if not torch.isfinite(loss + size):
+                rate = learning_rate * schedule((step + 0.5) / steps)
+                raise TrainingError(_not_finite("gradient" if loss.isfinite() else "loss", step, rate, batches, batch,
+                                                store.checkpoint))  # fmt: skip
             optimizer.step()
             if hasattr(objective, "after_step"):
                 objective.after_step((step + 1) / steps)
@@ -154,12 +155,17 @@ def fit(objective: nn.Module, batches: Callable[[int], Batch], steps: int, *, le
     return pd.DataFrame(history)
 
 
-def _not_finite(step: int, rate: float, batches: Callable, batch: Batch, folder: str | Path | None) -> str:
-    """The sentence for a loss that is NaN or infinite."""
-    ids = getattr(batches, "record_ids", None)
-    names = ", ".join(str(ids[i]) for i in batch.indices[:8].tolist()) if ids is not None else "unknown"
-    kept = f"; the last good checkpoint is in {folder}" if folder else ""
-    return (f"The loss is not finite at step {step} with learning rate {rate:.2e} on the records {names}, ...; "
+def _not_finite(what: str, step: int, rate: float, batches: Callable, batch: Batch, checkpoint: Path | None) -> str:
+    """The sentence for a loss or gradient that is NaN or infinite: the records at fault, else those of the batch."""
+    ids, signals = getattr(batches, "record_ids", None), batch.signals.flatten(1)
+    at_fault = (
+        batch.indices[~signals.isfinite().all(dim=1)] if len(signals) == len(batch.indices) else batch.indices[:0]
+    )
+    named = at_fault if len(at_fault) else batch.indices
+    names = "unknown" if ids is None else ", ".join(str(ids[i]) for i in named[:NAMED].tolist())
+    more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+    kept = f"; the last good checkpoint is {checkpoint}" if checkpoint else ""
+    return (f"The {what} is not finite at step {step} with learning rate {rate:.2e} on the records {names}{more}; "
             f"lower the learning rate or check these records{kept}.")  # fmt: skip
 
 
@@ -187,6 +193,12 @@ class _Store:
     def __init__(self, folder: Path | None, steps: int, seed: int, leader: bool) -> None:
         self.folder, self.leader = folder, leader
         self.identity = {"steps": str(steps), "seed": str(seed)}
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The last checkpoint, if one was written."""
+        path = self.folder / CHECKPOINT if self.folder else None
+        return path if path and path.exists() else None
 
     def save(self, objective: nn.Module, optimizer: torch.optim.Optimizer, step: int, history: list[dict],
              recent: list[Tensor]) -> None:  # fmt: skip

@@ -156,7 +156,8 @@ figure
 
 # %%
 assert history["loss"].tail(5).mean() < history["loss"].head(1).item(), "the loss did not fall"
-print(f"{history['seconds'].iloc[-1]:.0f} s for {history['step'].iloc[-1]} steps on {device} in {history['precision'].iloc[-1]}")
+last = history.iloc[-1]
+print(f"{last['seconds']:.0f} s for {last['step']} steps on {device} in {last['precision']}")
 
 # %% [markdown]
 # ## The grid: fractions × seeds

@@ -116,8 +116,8 @@ print(f"with e subtracted at T = 0.5: {wrong:.4f} instead of {by_package:.4f}")
 # %% [markdown]
 # ## Pretraining, watched
 #
-# No label is used. To see what happens, a few quantities are measured along the way on records set aside for looking:
-# an *online probe* (a linear classifier on the features of this moment, scored on fold 9), *alignment* (how far two
+# No label is used. To see what happens, a few quantities are measured along the way on 250 training records and 250
+# of fold 9: an *online probe* (a linear classifier on the features, scored on fold 9), *alignment* (how far two
 # views of a record lie apart), *uniformity* (how evenly records spread over the sphere) and the *effective rank* (in
 # how many directions features vary). If all records moved to one point, alignment would be perfect and the rank 1:
 # collapse.
@@ -190,7 +190,8 @@ for temperature in (0.5, 0.05):
 # %%
 for fraction in fractions:
     gain = probed.loc["SimCLR", fraction] - probed.loc["random", fraction]
-    print(f"{fraction:.0%} of the labels, fold 9: {probed.loc['SimCLR', fraction]:.3f}, {gain:+.3f} over random filters")
+    reached = probed.loc["SimCLR", fraction]
+    print(f"{fraction:.0%} of the labels, fold 9: {reached:.3f}, {gain:+.3f} over random filters")
 
 # %% [markdown]
 # Notebook 09 fits and fine-tunes this encoder for every label subset and scores it on fold 10. Written:

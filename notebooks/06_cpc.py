@@ -48,8 +48,8 @@ print(f"{note}: {len(records):,} recordings")
 #
 # Where there are two views, the transforms *say* what does not matter; CPC finds out by itself what lasts long enough
 # to be of use later, and the paper distorts nothing. Here each crop is distorted once, like a view of the other
-# objectives, so that these differ from CPC in two ways only: in the objective, and in the encoder, because a network
-# that predicts must not see the future. `transforms = {}` is the paper's form.
+# objectives, so that these differ from CPC in the objective; in the encoder, because a network that predicts must not
+# see the future; and in steps and learning rate, chosen on fold 9. `transforms = {}` is the paper's form.
 
 # %%
 import torch
@@ -184,8 +184,8 @@ print(f"largest difference {(at_once - one_by_one).abs().max():.0e} of values up
 # %% [markdown]
 # ## Pretraining, watched
 #
-# No label is used. To see what happens, a few quantities are measured along the way on records set aside for looking:
-# an *online probe* (a linear classifier on the features of this moment, scored on fold 9), *alignment* (how far two
+# No label is used. To see what happens, a few quantities are measured along the way on 250 training records and 250
+# of fold 9: an *online probe* (a linear classifier on the features, scored on fold 9), *alignment* (how far two
 # views of a record lie apart), *uniformity* (how evenly records spread over the sphere) and the *effective rank* (in
 # how many directions features vary). If all records moved to one point, alignment would be perfect and the rank 1:
 # collapse. CPC never sees two views of one crop, so nothing but its own task brings them together.
@@ -245,7 +245,7 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"M
 # %% [markdown]
 # A trap from published tables: there, CPC differs from SimCLR and BYOL also by six times as many parameters, crops four
 # times as long, and signals divided by each lead's deviation, so nobody can tell which of these won. In the `laptop`
-# profile crops, steps, records and transforms are the same for both; the encoder is not. In notebook 09 each method
+# profile crops, records and transforms are the same for both; the encoder is not. In notebook 09 each method
 # therefore stands beside the same encoder trained from scratch. To see what the encoder does, set `encoder` to
 # `s4_small` and run again: nothing else changes.
 

@@ -217,16 +217,17 @@ shortcuts.style.format("{:.1%}", na_rep="none").set_caption(caption)
 # If only the whole view tells the order, it is read from the waves: a segment shorter than a beat shows which part of
 # the beat it holds. If the drift alone tells it too, what is learnt may be how baselines move, which a simulator makes
 # smoother than a patient does. If nothing tells it, the steps were too few, or there is nothing to learn: segments
-# longer than a beat look alike.
+# longer than a beat look alike. A share is a ratio of two small gains, and the views of one record are alike: read it
+# with the standard errors beside it.
 #
-# So the order is a side task, with the small weight `order_weight`; where a shortcut is found, try 0. EchoCLR gives it
-# the weight 1 and shows the shuffled views to the pairs too, which breaks the rhythm. Here pairs see crops in order.
+# So the order is a side task, with the small weight `order_weight`; where a shortcut is certain, try 0. EchoCLR gives
+# it the weight 1 and shows the shuffled views to the pairs too, which breaks the rhythm. Here pairs see crops in order.
 
 # %% [markdown]
 # ## Pretraining, watched
 #
-# No label is used. To see what happens, a few quantities are measured along the way on records set aside for looking:
-# an *online probe* (a linear classifier on the features of this moment, scored on fold 9), *alignment* (how far two
+# No label is used. To see what happens, a few quantities are measured along the way on 250 training records and 250
+# of fold 9: an *online probe* (a linear classifier on the features, scored on fold 9), *alignment* (how far two
 # views of a record lie apart), *uniformity* (how evenly records spread over the sphere) and the *effective rank* (in
 # how many directions features vary). Alignment is that of two views of one crop, as for all methods, not that of the
 # pairs. If all records moved to one point, alignment would be perfect and the rank 1: collapse.

@@ -18,7 +18,6 @@ seeds_many = 2  # above
 steps_few = 200  # training steps at 10 % of the labels and below, the same for every arm
 steps_many = 700  # above
 batch_size = 64
-crop_seconds = 2.5
 weight_decay = 0.01
 dropout = 0.0
 transforms = {  # the augmentation of notebook 02, for every arm
@@ -32,6 +31,7 @@ learning_rates = {  # from scratch; fine-tuned with few and with many labels; fo
     "xresnet1d_narrow": [0.01, 0.002, 0.01],
     "cpc_lstm_small": [0.003, 0.001, 0.003],
     "vit1d_small": [0.002, 0.0005, 0.002],
+    "s4_small": [0.003, 0.001, 0.003],  # those of cpc_lstm_small
 }
 layer_factor = 0.8  # each layer learns this much slower than the one above it, when fine-tuned
 workers = 2  # trainings side by side, one thread each; 1 on a GPU
@@ -162,11 +162,13 @@ print(f"largest difference of a logit: {np.abs(logits - by_probe).max():.1e}")
 # ## The grid
 #
 # Every arm has the same augmentation, batches and number of steps for the same labels; the control trains the same
-# network from random weights. A pretraining is one more use of the *unlabelled* signals, not of more labels.
+# network from random weights. Crops are as long as the encoder's pretraining had them. A pretraining is one more use
+# of the *unlabelled* signals, not of more labels.
 
 # %%
-shared = {"batch_size": batch_size, "crop_seconds": crop_seconds, "weight_decay": weight_decay, "dropout": dropout,
+shared = {"batch_size": batch_size, "weight_decay": weight_decay, "dropout": dropout,
           "transforms": transforms, "fractions": fractions}  # fmt: skip
+windows = {run.spec.settings["encoder"]: run.spec.settings["crop_seconds"] for run in pretrained.values()}
 
 
 def training(fraction: float, encoder: str, fine_tuned: bool) -> dict:
@@ -174,7 +176,8 @@ def training(fraction: float, encoder: str, fine_tuned: bool) -> dict:
     few = fraction <= 0.1
     scratch, gentle, bold = learning_rates[encoder]
     rate = scratch if not fine_tuned else gentle if few else bold
-    return {**shared, "encoder": encoder, "steps": steps_few if few else steps_many, "learning_rate": rate}
+    return {**shared, "encoder": encoder, "crop_seconds": windows[encoder], "learning_rate": rate,
+            "steps": steps_few if few else steps_many}  # fmt: skip
 
 
 # %%
@@ -256,9 +259,9 @@ collapse.style.format(precision=1).hide(axis="index")
 # %% tags=["solution"]
 smallest = rows[(rows["fraction"] == min(fractions)) & (rows["split"] == "test")]
 each = smallest[smallest["metric"].str.startswith("auroc:")]
-means = each.groupby(["protocol", "method", "metric"])["value"].mean().unstack()
-best = means.loc["frozen"].mean(axis=1).idxmax()
-(means.loc["frozen"].loc[best] - means.loc["supervised"].loc["supervised"]).sort_values().round(3)
+means = each.groupby(["protocol", "method", "encoder", "metric"])["value"].mean().unstack()
+method, name = means.loc["frozen"].mean(axis=1).idxmax()
+(means.loc["frozen", method, name] - means.loc["supervised", "supervised", name]).sort_values().round(3)
 
 # %% [markdown]
 # ## What was seen

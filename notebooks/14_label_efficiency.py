@@ -132,7 +132,8 @@ choice[["method", "encoder", "protocol", "value", "low", "high"]].head(8).round(
 for fraction in fractions:
     cell = summary[summary["fraction"] == fraction].sort_values("value")
     top, control = cell.iloc[-1], cell[cell["protocol"] == "supervised"].iloc[-1]
-    print(f"{fraction:4.0%}: {top['method']}, {top['protocol']} {top['value']:.3f}; from scratch {control['value']:.3f}")
+    best = f"{top['method']}, {top['protocol']} {top['value']:.3f}"
+    print(f"{fraction:4.0%}: {best}; from scratch {control['value']:.3f}")
 
 # %% [markdown]
 # Written: `tables/labels_needed.csv`, `figures/label_efficiency.svg`, `figures/label_efficiency_gains.svg`.

@@ -91,8 +91,8 @@ cells = cells.pivot(index=["protocol", "encoder", "method"], columns="fraction",
 cells.rename(columns="{:.0%}".format).style.set_caption(f"Macro AUROC on fold 10, mean over label subsets: {kind}")
 
 # %% [markdown]
-# What did not help is a finding as well: these arms do not beat the same encoder trained from scratch, or never trained,
-# by more than the paired interval.
+# What did not help is a finding as well: these arms do not beat the same encoder trained from scratch, or never
+# trained, by more than the paired interval.
 
 # %%
 gains = pd.read_csv(found["label_efficiency_gains"])

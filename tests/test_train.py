@@ -129,6 +129,35 @@ def test_nan_stops_with_step_rate_and_records_and_keeps_the_checkpoint(tmp_path)
     assert int(load_tensors(tmp_path / CHECKPOINT)[1]["step"]) == 10
 
 
+def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(tmp_path):
+    class Breaks(Tiny):
+        def loss(self, batch: Batch) -> torch.Tensor:
+            loss = super().loss(batch)
+            # The root of 0 is 0, its slope infinite, and 0 times that is NaN: a finite loss with a NaN gradient.
+            return loss + (next(self.parameters()).sum() * 0.0).sqrt()
+
+    records, objective = tiny_records(), Breaks()
+    before = [value.clone() for value in objective.parameters()]
+    with pytest.raises(TrainingError, match="gradient is not finite at step 0") as told:
+        fit(objective, CropBatches(records, np.arange(40), 8, 1.0, 0), 40, folder=tmp_path, checkpoint_every=1)
+    assert "checkpoint" not in str(told.value) and not (tmp_path / CHECKPOINT).exists()
+    assert all(torch.equal(*pair) for pair in zip(objective.parameters(), before, strict=True))
+
+
+def test_a_record_that_is_not_finite_is_named_alone():
+    class Broken(CropBatches):
+        def __call__(self, step: int) -> Batch:
+            batch = super().__call__(step)
+            batch.signals[3, 0, 0] = float("inf")
+            self.broken = self.record_ids[batch.indices[3]]
+            return batch
+
+    batches = Broken(tiny_records(), np.arange(40), 8, 1.0, 0)
+    with pytest.raises(TrainingError) as told:
+        fit(Tiny(), batches, 4)
+    assert f"on the records {batches.broken};" in str(told.value)
+
+
 def test_an_unwritable_folder_is_one_sentence(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises((StorageError, DataError), match="file"):

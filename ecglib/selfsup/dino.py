@@ -67,7 +67,8 @@ class DINOHead(nn.Module):
 class DINO(nn.Module):
     """Student learns, teacher is its moving average; `.encoder`, to be probed afterwards, is the TEACHER's.
 
-    The encoder given becomes the student's. The teacher is a copy without dropout and stochastic depth, whose
+    The encoder given becomes the student's. The teacher is a copy without dropout and stochastic depth, with
+    the student's running statistics of batch norm, whose
     parameters do not require gradients: ask for them (`requires_grad_()`) before fine-tuning. Crops are the shares
     `global_share` and `local_share` of the signal, cut at whole patches where the encoder is a transformer.
 
