@@ -299,6 +299,83 @@ def plot_gains(gains: pd.DataFrame, title: str | None = None) -> Figure:
     return figure
 
 
+def plot_method_gains(gains: pd.DataFrame, title: str | None = None) -> Figure:
+    """What one method gains over the others: a panel a measure, a row a comparator, a colour a label fraction.
+
+    gains has against, fraction, metric, gain, low, high (see `semisup.compare.gains_over`); hollow where the interval
+    spans zero.
+    """
+    _require_columns(gains, ("against", "fraction", "metric", "gain", "low", "high"), "table of gains")
+    metrics, fractions = pd.unique(gains["metric"]), sorted(gains["fraction"].unique())
+    others = list(pd.unique(gains["against"]))[::-1]
+    colours = dict(zip(fractions, sns.color_palette("colorblind", len(fractions))))
+    figure, panels = plt.subplots(1, len(metrics), figsize=(2.4 + 3.2 * len(metrics), 1.3 + 0.38 * len(others)),
+                                  sharey=True, squeeze=False, layout="constrained")  # fmt: skip
+    for axes, metric in zip(panels[0], metrics, strict=True):
+        axes.axvline(0, color="0.5", linewidth=1)
+        for row in gains[gains["metric"] == metric].itertuples():
+            height = others.index(row.against) + 0.3 * (0.5 - (fractions.index(row.fraction) + 0.5) / len(fractions))
+            colour, sure = colours[row.fraction], row.low > 0 or row.high < 0
+            axes.plot([row.low, row.high], [height, height], color=colour, linewidth=1.4)
+            axes.plot(row.gain, height, "o", color=colour, markerfacecolor=colour if sure else "white", markersize=5)
+        axes.set(title=metric.replace("_", " "), xlabel="Gain")
+        axes.grid(axis="x", color="0.9")
+        axes.locator_params(axis="x", nbins=5)
+    panels[0, 0].set_yticks(range(len(others)), [name.replace("_", " ") for name in others])
+    handles = [plt.Line2D([], [], color=colour, marker="o", label=f"{100 * fraction:g} % of the labels")
+               for fraction, colour in colours.items()]  # fmt: skip
+    figure.legend(handles=handles, frameon=False, ncols=len(handles), loc="outside lower center")
+    figure.suptitle(title)
+    sns.despine(figure)
+    plt.close(figure)
+    return figure
+
+
+COSTS = {"seconds_per_iteration": ("Seconds an iteration", 1.0),
+         "saved_activation_bytes": ("Activations kept (MiB)", 2**20),
+         "stored_bytes": ("Stored for the task (kB)", 1e3)}  # fmt: skip
+
+
+def plot_cost(costs: pd.DataFrame, summary: pd.DataFrame, title: str | None = None) -> Figure:
+    """Macro AUROC over time, memory and storage: a point a method, a colour a way of training, a marker a method.
+
+    costs has method and the columns of `COSTS` (see `semisup.cost.measure`), summary method, value, low, high.
+    """
+    _require_columns(costs, ("method", *COSTS), "table of costs")
+    _require_columns(summary, ("method", "value", "low", "high"), "summary")
+    table = costs.merge(summary[["method", "value", "low", "high"]], on="method")
+    figure, panels = plt.subplots(1, len(COSTS), figsize=(13.5, 4.6), sharey=True, layout="constrained")
+    looks = _method_looks(table["method"])
+    for axes, (column, (name, unit)) in zip(panels, COSTS.items(), strict=True):
+        for row in table.itertuples():
+            colour, marker = looks[row.method]
+            x = getattr(row, column) / unit
+            axes.errorbar(x, row.value, [[row.value - row.low], [row.high - row.value]], color=colour, marker=marker,
+                          linestyle="none", elinewidth=0.5, markersize=7,
+                          label=row.method.replace("_", " "))  # fmt: skip
+        axes.set_xlabel(name)
+        axes.set_xscale("log") if column == "stored_bytes" else axes.set_xlim(left=0)
+        axes.grid(color="0.92")
+    panels[0].set_ylabel("Macro AUROC (95 % interval)")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, loc="outside right center", fontsize=9)
+    figure.suptitle(title)
+    sns.despine(figure)
+    plt.close(figure)
+    return figure
+
+
+def _method_looks(methods: Iterable[str]) -> dict[str, tuple]:
+    """Colour by what is trained (CE-SSL, low-rank pairs, every weight), marker by method."""
+    seen: dict[int, int] = {}
+    looks = {}
+    for method in methods:
+        family = 0 if method.startswith("ce_ssl") else 1 if "lora" in method else 2
+        looks[method] = (sns.color_palette("colorblind")[family], "osD^vP"[seen.get(family, 0) % 6])
+        seen[family] = seen.get(family, 0) + 1
+    return looks
+
+
 WATCHED = {"loss": "Loss", "online_probe": "Online probe\n(macro AUROC, fold 9)",
            "alignment": "Alignment\n(0: views agree)", "uniformity": "Uniformity\n(0: collapsed)",
            "effective_rank": "Effective rank\n(1: collapsed)"}  # fmt: skip
@@ -319,6 +396,40 @@ def plot_pretraining(history: pd.DataFrame, title: str | None = None) -> Figure:
         axes.set(xlabel="Step", title=name)
         axes.title.set_size(10)
         axes.grid(color="0.9")
+    figure.suptitle(title)
+    sns.despine(figure)
+    plt.close(figure)
+    return figure
+
+
+def plot_ranks(scores: pd.DataFrame, ranks: pd.DataFrame, title: str | None = None) -> Figure:
+    """Importance of each layer on a logarithmic axis, in the order of the network; filled where it gets the full rank.
+
+    scores and ranks have the layers as index and the same columns, ways to score; each gets a panel with its own scale.
+    Colours tell the parts of the network, the first piece of a layer's name.
+    """
+    _require_columns(scores, (), "table of scores")
+    _require_columns(ranks, scores.columns, "table of ranks")
+    layers, parts = list(scores.index), [name.split(".")[0] for name in scores.index]
+    colours = dict(zip(pd.unique(pd.Series(parts)), sns.color_palette("colorblind")))
+    figure, panels = plt.subplots(1, len(scores.columns), figsize=(9.5, 1.6 + 0.26 * len(layers)), sharey=True,
+                                  squeeze=False, layout="constrained")  # fmt: skip
+    for axes, score in zip(panels[0], scores.columns, strict=True):
+        full = ranks[score].max()
+        for height, (name, part) in enumerate(zip(layers, parts, strict=True)):
+            colour = colours[part]
+            axes.plot(scores[score][name], height, "o", color=colour, markersize=7, markeredgewidth=1.4,
+                      markerfacecolor=colour if ranks[score][name] == full else "white")  # fmt: skip
+        axes.set(title=score, xlabel="Importance", xscale="log")
+        axes.grid(color="0.9")
+    panels[0, 0].set_yticks(range(len(layers)), layers)
+    panels[0, 0].set_ylim(len(layers) - 0.4, -0.6)  # the first layer on top
+    handles = [plt.Line2D([], [], color=colour, marker="o", linestyle="", label=part)
+               for part, colour in colours.items()]  # fmt: skip
+    for place, value in enumerate(sorted(pd.unique(ranks.to_numpy().ravel()), reverse=True)):
+        handles.append(plt.Line2D([], [], color="0.2", marker="o", linestyle="", label=f"rank {value}",
+                                  markerfacecolor="0.2" if place == 0 else "white"))  # fmt: skip
+    figure.legend(handles=handles, frameon=False, ncols=len(handles), loc="outside lower center")
     figure.suptitle(title)
     sns.despine(figure)
     plt.close(figure)

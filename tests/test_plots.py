@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from ecglib.errors import DataError
-from ecglib.plots import plot_ecg, plot_label_curve, plot_training, save_figure
+from ecglib.plots import plot_ecg, plot_label_curve, plot_ranks, plot_training, save_figure
 from ecglib.records import LEADS
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "ptb-xl-subset"
@@ -158,6 +158,47 @@ def test_training_shows_each_loss():
     above, below = plot_training(history).axes
     assert [text.get_text() for text in above.get_legend().get_texts()] == ["training loss", "validation loss"]
     assert len(below.lines[0].get_xdata()) == 3 and below.get_xlabel() == "Step (mini-batches)"
+
+
+def make_ranks() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Scores of five layers by two ways to score, and the ranks of the two best of each."""
+    layers = ["blocks.0.first", "blocks.0.second", "transformer.0.qkv", "transformer.0.mlp.0", "head.0"]
+    scores = pd.DataFrame({"published": [1e-9, 3e-9, 1e-6, 2e-9, 1e-5], "corrected": [1e-5, 3e-5, 2e-6, 2e-5, 1e-1]})
+    return scores.set_axis(layers), scores.rank().gt(3).astype(int).add(1).mul(4).set_axis(layers)
+
+
+def test_ranks_fill_the_layers_that_get_the_full_one_in_the_order_of_the_network():
+    scores, ranks = make_ranks()
+    figure = plot_ranks(scores, ranks, "Importance")
+    assert [axes.get_title() for axes in figure.axes] == list(scores)
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == list(scores.index)
+    for axes, score in zip(figure.axes, scores, strict=True):
+        assert axes.get_xscale() == "log" and axes.yaxis_inverted(), "the first layer stands on top"
+        dots = {float(line.get_ydata()[0]): line for line in axes.lines}
+        assert [float(dots[place].get_xdata()[0]) for place in range(5)] == list(scores[score])
+        filled = [name for place, name in enumerate(scores.index) if dots[place].get_markerfacecolor() != "white"]
+        assert filled == list(ranks.index[ranks[score] == 8]) and len(filled) == 2
+        assert dots[0].get_color() == dots[1].get_color() != dots[2].get_color() == dots[3].get_color()
+    told = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert told == ["blocks", "transformer", "head", "rank 8", "rank 4"]
+
+
+def test_ranks_of_many_layers_keep_their_names_apart():
+    names = [f"transformer.{block}.mlp.{layer}" for block in range(12) for layer in (0, 2)]
+    scores = pd.DataFrame({"published": np.geomspace(1e-9, 1e-5, 24)}, index=names)
+    figure = plot_ranks(scores, pd.DataFrame({"published": 8}, index=names))
+    figure.draw_without_rendering()
+    boxes_of_names = [text.get_window_extent() for text in figure.axes[0].get_yticklabels()]
+    assert all(upper.y0 > lower.y1 for upper, lower in zip(boxes_of_names, boxes_of_names[1:], strict=False))
+    assert min(box.x0 for box in boxes_of_names) >= 0
+
+
+def test_ranks_refuse_a_wrong_table():
+    scores, ranks = make_ranks()
+    with pytest.raises(DataError, match="'corrected'"):
+        plot_ranks(scores, ranks.drop(columns="corrected"))
+    with pytest.raises(DataError, match="no row"):
+        plot_ranks(scores.iloc[:0], ranks.iloc[:0])
 
 
 def test_saved_figures_are_equal_to_the_byte(tmp_path):

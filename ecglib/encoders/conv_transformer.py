@@ -4,9 +4,10 @@ Batch norm stands in the convolutional blocks alone, which is what CE-SSL's semi
 `local` is everything with batch norm, `context` everything without.
 """
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
+from ecglib.encoders.in_place_norm import norm_leaky
 from ecglib.encoders.transformer import TransformerBlock, sinusoidal_positions
 from ecglib.errors import DataError
 
@@ -26,14 +27,22 @@ class ConvBlock(nn.Module):
         self.norm1 = nn.BatchNorm1d(outputs)
         self.second = nn.Conv1d(outputs, outputs, 9, padding=4)
         self.norm2 = nn.BatchNorm1d(outputs)
-        # The mean of a last, incomplete four is that of what is there, so that any length works.
-        self.pool = nn.AvgPool1d(4, ceil_mode=True)
         self.shortcut = nn.Conv1d(inputs, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In place: the output of batch norm is not needed to compute its gradient.
-        inner = F.leaky_relu_(self.norm1(self.first(x)))
-        return F.leaky_relu_(self.norm2(self.second(inner))) + self.shortcut(self.pool(x))
+        inner = norm_leaky(self.norm1, self.first(x))
+        return norm_leaky(self.norm2, self.second(inner)) + self.shortcut(mean_of_fours(x))
+
+
+def mean_of_fours(x: Tensor) -> Tensor:
+    """Mean of each four samples, `(batch, channels, time)` -> `(batch, channels, time / 4, rounded up)`.
+
+    A last, incomplete four is the mean of what is there, so that any length works. Unlike torch's average pooling it
+    keeps no input for its backward pass.
+    """
+    whole = x.shape[2] // 4
+    means = x[:, :, : 4 * whole].unflatten(2, (whole, 4)).mean(dim=3)
+    return means if x.shape[2] == 4 * whole else torch.cat([means, x[:, :, 4 * whole :].mean(2, keepdim=True)], dim=2)
 
 
 class ConvTransformer(nn.Module):

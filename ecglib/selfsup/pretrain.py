@@ -20,7 +20,7 @@ from ecglib.labels import split_indices
 from ecglib.probe import fit_probes
 from ecglib.records import Records
 from ecglib.runs import RESULT, Result, Run, RunSpec, open_run
-from ecglib.train import autocast, fit, precision
+from ecglib.train import autocast, fit, load_state, precision
 
 WATCHED = 250  # labelled training records, and at most as many validation records, that the online probe sees
 LOOKS = 12  # rows of the history
@@ -127,12 +127,18 @@ def pretraining_spec(method: str, records: Records, seed: int, settings: Mapping
     return RunSpec(method, records.name, records.fingerprint, "unlabelled", 0.0, seed, settings)
 
 
-def random_run(records: Records, device: str = "cpu") -> Callable[[RunSpec, Path], Result]:
-    """The function for `runs.run_or_load` of the control: an encoder as it starts, never trained."""
+def random_run(records: Records, device: str = "cpu",
+               weights: Mapping[str, Tensor] | None = None) -> Callable[[RunSpec, Path], Result]:  # fmt: skip
+    """The function for `runs.run_or_load` that only encodes: an encoder as it starts, never trained, or with `weights`.
+
+    Like a pretraining it keeps the encoder and `features` `(records, feature_size)`.
+    """
 
     def run(spec: RunSpec, workspace: Path) -> Result:
         torch.manual_seed(spec.seed)
         encoder, started = make_encoder(spec.settings["encoder"]).to(device), time.perf_counter()
+        if weights is not None:
+            load_state(encoder, dict(weights), spec.name)
         features = encode_records(encoder, records, spec.settings["crop_seconds"], device)
         return Result([], {"features": features}, encoder, time.perf_counter() - started)
 

@@ -15,7 +15,7 @@ from ecglib.labels import label_subsets, split_indices
 from ecglib.lora import add_lora, last_linear, low_rank_layers, merge_lora, trainable_parameters
 from ecglib.ranks import AdaptiveRanks, allocate_ranks
 from ecglib.records import Records
-from ecglib.runs import Result, Run, RunSpec
+from ecglib.runs import Result, RunSpec
 from ecglib.semisup.ce_ssl import CESSL
 from ecglib.semisup.fixmatch import FixedThreshold, FixMatch, FlexThreshold, SoftThreshold
 from ecglib.semisup.mixed_teacher import MixedTeacher
@@ -27,13 +27,6 @@ CE_SSL = ("ce_ssl", "ce_ssl_without_deactivation", "ce_ssl_without_allocation", 
 FULL = ("supervised", "fixmatch", "flexmatch", "softmatch", "mixed_teacher")  # every weight is trained
 LOW_RANK = ("fixmatch_lora", "fixmatch_adalora", "fixmatch_dylora")
 METHODS = (*CE_SSL, *FULL, *LOW_RANK)
-
-
-def start_weights(run: Run) -> dict[str, Tensor]:
-    """The encoder's weights of a finished pretraining or of a finished training with labels."""
-    weights = run.weights()
-    prefix = "encoder." if any(name.startswith("encoder.") for name in weights) else ""
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def make_network(backbone: str, classes: int, seed: int, start: Mapping[str, Tensor] | None = None) -> ConvTransformer:

@@ -1,0 +1,116 @@
+"""What one iteration of a method costs: time, memory, and what has to be stored."""
+
+import resource
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from ecglib.batches import SemiBatches
+from ecglib.lora import low_rank_layers, save_adapter, trainable_parameters
+from ecglib.records import LEADS, Records
+from ecglib.runs import machine
+from ecglib.semisup.methods import adapt, make_network, make_objective
+from ecglib.train import autocast, fit, linear_schedule, save_tensors
+
+COLUMNS = ("method", "backbone", "trained_parameters", "stored_bytes", "seconds_per_iteration", "peak_bytes",
+           "saved_activation_bytes", "rank_pass_seconds", "machine")  # fmt: skip
+
+
+def saved_bytes(function: Callable[[], torch.Tensor], parameters: list[nn.Parameter]) -> int:
+    """Bytes that autograd keeps for the backward pass of `function()`, each storage once, without `parameters`."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = function()  # held, so that no storage is freed and its place given to another
+    total = sum(kept.values())
+    del result
+    return total
+
+
+def measure(method: str, backbone: str, classes: int, samples: int, settings: Mapping, iterations: int = 3,
+            device: str = "cpu", dtype: str = "float32") -> dict:  # fmt: skip
+    """A row of `COLUMNS`: `method` on white noise of `samples` a record, for which the time is that of any signal.
+
+    An iteration is a batch with its augmentation, forward and backward pass, and the optimizer's step; the median of
+    `iterations` after a first one. Where layers are deactivated by chance the saved bytes are the mean over as many
+    draws. stored_bytes is the file of the adapter, or of the whole network where every weight is trained. peak_bytes is
+    the memory of the process (of the device on a GPU), so call this in a process of its own: `measure_apart`.
+    """
+    records = _noise(2 * round(settings["batch_size"] * (1 + settings["ratio"])), classes, samples)
+    half = len(records) // 2
+    batches = SemiBatches(records, np.arange(half), np.arange(half, len(records)), settings["batch_size"],
+                          settings["ratio"], samples / 100.0, 0, device)  # fmt: skip
+    network = make_network(backbone, classes, 0).to(device)
+    notes = adapt(method, network, batches.labelled, settings)
+    objective = make_objective(method, network, classes, half, iterations + 1, settings).to(device).train()
+    saved = []
+    for step in range(iterations):
+        torch.manual_seed(step)
+        with autocast(device, dtype):
+            saved.append(saved_bytes(lambda: objective.loss(batches(step)), list(objective.parameters())))
+    history = fit(objective, batches, iterations + 1, learning_rate=1e-3, schedule=linear_schedule, log_every=1,
+                  dtype=dtype)  # fmt: skip
+    seconds = history["seconds"].diff().iloc[1:]
+    trained = sum(parameter.numel() for parameter in trainable_parameters(network))
+    return {
+        "method": method, "backbone": backbone, "trained_parameters": trained, "stored_bytes": _stored(network),
+        "seconds_per_iteration": statistics.median(seconds), "peak_bytes": _peak(device),
+        "saved_activation_bytes": round(statistics.mean(saved)),
+        "rank_pass_seconds": notes.get("rank_pass_seconds", 0.0), "machine": _machine(),
+    }  # fmt: skip
+
+
+def measure_apart(*arguments, **options) -> dict:
+    """`measure` in a fresh process, whose peak memory is its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(measure, *arguments, **options).result()
+
+
+def _noise(count: int, classes: int, samples: int) -> Records:
+    """Records of white noise at 100 Hz with random labels."""
+    generator = np.random.default_rng(0)
+    names = np.arange(count).astype(str)
+    table = pd.DataFrame({"record_id": names, "patient_id": names, "fold": 1, "source": "noise"})
+    signals = generator.integers(-1000, 1000, (count, len(LEADS), samples), dtype=np.int16)
+    targets = (generator.random((count, classes)) < 0.2).astype(np.uint8)
+    return Records(signals, 0.001, 100.0, table, targets, tuple(f"class {number}" for number in range(classes)))
+
+
+def _stored(network: nn.Module) -> int:
+    """Bytes of the file that this network needs besides its backbone."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "stored.safetensors"
+        if low_rank_layers(network):
+            save_adapter(network, path)
+        else:
+            save_tensors(path, network.state_dict())
+        return path.stat().st_size
+
+
+def _peak(device: str) -> int:
+    """Most memory so far in bytes."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _machine() -> str:
+    """The machine in a few words."""
+    about = machine()
+    name = about["processor"] if about["accelerator"] == "none" else about["accelerator"]
+    return f"{name}, {about['threads']} threads"
