@@ -161,7 +161,7 @@ from ecglib.evaluate import class_auroc, macro_auroc
 
 unseen, asked = "not asked", split["validation"]
 try:
-    answers = starts.without_real_labels(simulated, cohort, records, asked, device)
+    answers = starts.without_real_labels(simulated, records, asked, device)
     unseen = f"{macro_auroc(records.targets[asked], answers, records.classes):.3f}"
     each = zip(records.classes, class_auroc(records.targets[asked], answers), strict=True)
     print(f"macro AUROC {unseen}; " + ", ".join(f"{name} {value:.3f}" for name, value in each))

@@ -16,7 +16,7 @@ label_fractions = [0.05, 0.1]  # the paper's are 5, 10 and 15 %
 seeds = 5  # label subsets of each fraction
 backbone = "conv_transformer_small"  # that of notebook 11
 start = "simulated"  # the backbone that all methods start from
-steps = 300  # the same for every method
+steps = 150  # the same for every method
 batch_size = 32  # labelled records a step
 ratio = 1  # unlabelled records for each labelled one
 crop_seconds = 2.5
@@ -28,7 +28,9 @@ share = 0.2  # of the layers that get the full rank, the same for every data set
 score = "corrected"  # see notebook 11
 deactivation = 0.2
 threshold = 0.95  # of FixMatch's confidence
-cost_iterations = 3  # iterations measured for each method
+costed = ["ce_ssl", "ce_ssl_without_deactivation", "ce_ssl_without_norm", "supervised", "fixmatch", "mixed_teacher",
+          "fixmatch_lora", "fixmatch_adalora", "fixmatch_dylora"]  # whose cost is measured
+cost_iterations = 3  # iterations measured for each of them
 workers = 2  # trainings side by side, one thread each; 1 on a GPU
 
 # %%
@@ -271,7 +273,8 @@ print(f"{len(rows):,} rows of {len(runs + from_starts)} runs")
 # %% [markdown]
 # ## What does it cost?
 #
-# Each method for a few iterations in a process of its own, on this machine and this backbone. `saved_activation_bytes`
+# Some methods for a few iterations each in a process of their own, on this machine and this backbone. FlexMatch and
+# SoftMatch cost what FixMatch does. `saved_activation_bytes`
 # is what must be kept for the backward pass, which is the same on every machine; `stored_bytes` is the file that this
 # task needs besides the backbone, or instead of it. At the published size, see `benchmarks/ce_ssl_step.py`.
 
@@ -281,7 +284,7 @@ from ecglib.semisup.cost import COLUMNS, measure_apart
 
 samples = round(crop_seconds * records.sampling_rate)
 costs = pd.DataFrame([measure_apart(method, backbone, len(records.classes), samples, settings, cost_iterations, device)
-                      for method in METHODS], columns=COLUMNS)  # fmt: skip
+                      for method in costed], columns=COLUMNS)  # fmt: skip
 with atomic_file(Path(results) / "tables" / "adaptation_cost.csv") as path:
     costs.to_csv(path, index=False)
 smallest = summary[summary["fraction"] == label_fractions[0]]

@@ -69,10 +69,10 @@ def test_the_objective_equals_a_slow_numpy_version(monkeypatch, progress):
     objective = MixedTeacher(network, 100, weight=3.0, ramp=0.2, temperature=0.4)
     nn.init.normal_(objective.teacher[1].bias)
     objective.progress.fill_(progress)
-    asked, learnt = batch.unlabelled + 0.2, batch.unlabelled + 0.3
+    asked, learnt = batch.unlabelled + 0.1, batch.unlabelled + 0.2
     p = sigmoid(objective.teacher.slow(asked))
     targets = mix.mixed(np.concatenate([batch.targets.numpy(), slow_sharpen(p, 0.4)]))
-    signals = mix.mixed(torch.cat([batch.signals + 0.1, learnt]).numpy())
+    signals = mix.mixed(torch.cat([batch.signals, learnt]).numpy())
     logits = network.slow(torch.from_numpy(signals).float())
     expected = cross_entropy(logits[:4], targets[:4]).mean()
     expected += 3 * min(progress / 0.2, 1) * np.mean((sigmoid(logits[4:]) - targets[4:]) ** 2)

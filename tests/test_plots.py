@@ -8,7 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from ecglib.errors import DataError
-from ecglib.plots import plot_ecg, plot_label_curve, plot_ranks, plot_training, save_figure
+from ecglib.plots import (COSTS, plot_cost, plot_ecg, plot_gains, plot_label_curve, plot_method_gains, plot_ranks,
+                          plot_training, save_figure)  # fmt: skip
 from ecglib.records import LEADS
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "ptb-xl-subset"
@@ -207,3 +208,43 @@ def test_saved_figures_are_equal_to_the_byte(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.svg", "deeper"]
     with pytest.raises(DataError, match="SVG"):
         save_figure(plot_label_curve(make_table()), tmp_path / "a.png")
+
+
+def test_gains_have_a_row_an_arm_and_are_filled_where_sure():
+    rows = [(method, encoder, protocol, fraction, gain, gain - 0.02, gain + 0.02)
+            for method, encoder in (("byol", "a"), ("random", "a"), ("random", "b"))
+            for protocol in ("frozen", "fine-tuned") for fraction, gain in ((0.01, 0.05), (1.0, 0.01))]  # fmt: skip
+    gains = pd.DataFrame(rows, columns=["method", "encoder", "protocol", "fraction", "gain", "low", "high"])
+    few, many = plot_gains(gains).axes
+    assert [text.get_text() for text in few.get_yticklabels()] == ["random, b", "random, a", "byol, a"]
+    filled = [line.get_markerfacecolor() != "white" for line in few.lines if line.get_marker() == "o"]
+    hollow = [line.get_markerfacecolor() == "white" for line in many.lines if line.get_marker() == "o"]
+    assert len(filled) == len(hollow) == 6 and all(filled) and all(hollow)
+    with pytest.raises(DataError, match="encoder"):
+        plot_gains(gains.drop(columns="encoder"))
+
+
+def test_one_methods_gains_have_a_panel_a_measure():
+    rows = [(other, fraction, metric, 0.03, 0.01, 0.05) for metric in ("macro_auroc", "macro_f2")
+            for other in ("fixmatch", "mixed_teacher") for fraction in (0.05, 0.1)]  # fmt: skip
+    gains = pd.DataFrame(rows, columns=["against", "fraction", "metric", "gain", "low", "high"])
+    panels = plot_method_gains(gains).axes
+    assert [axes.get_title() for axes in panels] == ["macro auroc", "macro f2"]
+    assert [text.get_text() for text in panels[0].get_yticklabels()] == ["mixed teacher", "fixmatch"]
+    assert all(len([line for line in axes.lines if line.get_marker() == "o"]) == 4 for axes in panels)
+    with pytest.raises(DataError, match="against"):
+        plot_method_gains(gains.drop(columns="against"))
+
+
+def test_cost_has_a_panel_a_cost_and_a_look_a_method():
+    methods = ["ce_ssl", "ce_ssl_without_norm", "fixmatch", "fixmatch_lora", "unmeasured"]
+    costs = pd.DataFrame({"method": methods[:4], **{name: [1e6, 2e6, 3e6, 4e6] for name in COSTS}})
+    summary = pd.DataFrame({"method": methods, "value": 0.8, "low": 0.7, "high": 0.9})
+    figure = plot_cost(costs, summary)
+    assert [axes.get_xlabel() for axes in figure.axes] == [name for name, _ in COSTS.values()]
+    points = [container.lines[0] for container in figure.axes[0].containers]
+    looks = {(str(line.get_color()), line.get_marker()) for line in points}
+    assert len(points) == len(looks) == 4
+    assert points[0].get_color() == points[1].get_color() != points[2].get_color()
+    with pytest.raises(DataError, match="stored_bytes"):
+        plot_cost(costs.drop(columns="stored_bytes"), summary)

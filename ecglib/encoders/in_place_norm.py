@@ -1,6 +1,7 @@
 """Batch norm and a leaky rectifier in one step that keeps one tensor instead of two (Rota Bulo et al. 2018)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 SLOPE = 0.01
@@ -14,7 +15,7 @@ class _NormLeaky(torch.autograd.Function):
     def forward(context, x, gain, bias, mean, variance, momentum, epsilon):  # noqa: ANN001, ANN205
         """The result, in a new tensor; x may be freed."""
         y, batch_mean, inverse = torch.native_batch_norm(x, gain, bias, mean, variance, True, momentum, epsilon)
-        y = torch.nn.functional.leaky_relu_(y, SLOPE)
+        y = F.leaky_relu_(y, SLOPE)
         context.save_for_backward(y, gain, bias, batch_mean, inverse)
         context.epsilon, context.dtype = epsilon, x.dtype
         return y
@@ -24,9 +25,10 @@ class _NormLeaky(torch.autograd.Function):
         """Gradients of x, gain and bias by torch's own backward pass, for the x found again."""
         y, gain, bias, mean, inverse = context.saved_tensors
         shape = (1, -1, *(1,) * (y.ndim - 2))
-        z = torch.where(y >= 0, y, y / SLOPE).to(mean.dtype)  # float32 also where y is bfloat16
+        # The inverse of a leaky rectifier is one with the inverse slope; float32 also where y is bfloat16.
+        z = F.leaky_relu(y, 1.0 / SLOPE).to(mean.dtype)
         x = (z - bias.view(shape)).div_((gain * inverse).view(shape)).add_(mean.view(shape)).to(context.dtype)
-        inner = torch.where(y >= 0, gradient, gradient * SLOPE)
+        inner = torch.ops.aten.leaky_relu_backward(gradient, y, SLOPE, True)
         to_gain, to_bias = context.needs_input_grad[1:3]
         by_x, by_gain, by_bias = torch.ops.aten.native_batch_norm_backward(
             inner, x, gain, None, None, mean, inverse, True, context.epsilon, [True, to_gain, to_bias]
@@ -41,6 +43,6 @@ def norm_leaky(norm: nn.BatchNorm1d, x: Tensor) -> Tensor:
     a convolutional block. Where a gain is too near to 0 to get the input back, both are kept as usual.
     """
     if not (norm.training and torch.is_grad_enabled()) or bool((norm.weight.abs() < SMALLEST_GAIN).any()):
-        return torch.nn.functional.leaky_relu_(norm(x), SLOPE)
+        return F.leaky_relu_(norm(x), SLOPE)
     norm.num_batches_tracked.add_(1)
     return _NormLeaky.apply(x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.momentum, norm.eps)

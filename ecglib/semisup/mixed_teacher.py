@@ -64,20 +64,19 @@ class MixedTeacher(nn.Module):
         self.register_buffer("tally", torch.zeros(3, dtype=torch.float64))
 
     def loss(self, batch: SemiBatch) -> Tensor:
-        """The student on labelled and unlabelled weak views, mixed; DataError for a batch without unlabelled records.
+        """The student on labelled records and unlabelled weak views, mixed; DataError for a batch without the latter.
 
         Teacher and student see different views of the unlabelled crops.
         """
         need_unlabelled(batch, "MixedTeacher")
-        labelled, asked, learnt = (weak_view(signals, batch.generator, self.noise)
-                                   for signals in (batch.signals, batch.unlabelled, batch.unlabelled))  # fmt: skip
+        asked, learnt = (weak_view(batch.unlabelled, batch.generator, self.noise) for _ in range(2))
         with torch.no_grad():
             answers = self.teacher(asked).float()
             self._count(torch.sigmoid(answers))
         targets = torch.cat([batch.targets, sharpen(answers, self.temperature)])
-        signals, targets = mixup(torch.cat([labelled, learnt]), targets, batch.generator, self.alpha)
+        signals, targets = mixup(torch.cat([batch.signals, learnt]), targets, batch.generator, self.alpha)
         weight = self.weight * (self.progress / self.ramp).clamp_max(1.0)
-        return mixed_loss(self.network(signals), targets, len(labelled), weight)
+        return mixed_loss(self.network(signals), targets, len(batch.signals), weight)
 
     def after_step(self, progress: float) -> None:
         """The teacher moves towards the student; the progress decides about the unlabelled part's weight."""
