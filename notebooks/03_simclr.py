@@ -124,7 +124,7 @@ print(f"with e subtracted at T = 0.5: {wrong:.4f} instead of {by_package:.4f}")
 
 # %%
 from ecglib.runs import run_or_load
-from ecglib.selfsup.pretrain import keep_pretrained, pretrain_run, pretraining_spec, random_run
+from ecglib.selfsup.pretrain import encode_run, keep_pretrained, pretrain_run, pretraining_spec
 from ecglib.train import default_device
 
 settings = {
@@ -167,7 +167,7 @@ print(f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['secon
 from ecglib.transfer import frozen_validation
 
 random_spec = pretraining_spec("random", records, seed, {"encoder": encoder, "crop_seconds": crop_seconds})
-untrained = run_or_load(random_spec, random_run(records, device), results)
+untrained = run_or_load(random_spec, encode_run(records, device), results)
 features = {"SimCLR": pretrained.predictions()["features"], "random": untrained.predictions()["features"]}
 probed = frozen_validation(records, features, fractions, probe_seeds)
 probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"Macro AUROC, fold 9: {note}")

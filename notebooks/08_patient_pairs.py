@@ -189,7 +189,7 @@ import pandas as pd
 from ecglib.files import atomic_file
 from ecglib.runs import Result, RunSpec, run_or_load
 from ecglib.selfsup.patient_pairs import PatientPairs, shortcut_probes
-from ecglib.selfsup.pretrain import keep_pretrained, pretrain_run, pretraining_spec, random_run
+from ecglib.selfsup.pretrain import encode_run, keep_pretrained, pretrain_run, pretraining_spec
 from ecglib.train import default_device
 
 
@@ -270,7 +270,7 @@ print(f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['secon
 from ecglib.transfer import frozen_validation
 
 random_spec = pretraining_spec("random", records, seed, {"encoder": encoder, "crop_seconds": crop_seconds})
-untrained = run_or_load(random_spec, random_run(records, device), results)
+untrained = run_or_load(random_spec, encode_run(records, device), results)
 features = {"patient pairs": pretrained.predictions()["features"], "random": untrained.predictions()["features"]}
 probed = frozen_validation(records, features, fractions, probe_seeds)
 probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"Macro AUROC, fold 9: {note}")

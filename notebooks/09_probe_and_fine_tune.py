@@ -88,7 +88,7 @@ print(f"class {records.classes[common]}, {len(subset)} records: largest differen
 
 # %%
 from ecglib.runs import run_grid, run_or_load
-from ecglib.selfsup.pretrain import pretraining_spec, random_run
+from ecglib.selfsup.pretrain import encode_run, pretraining_spec
 from ecglib.train import default_device
 from ecglib.transfer import finetuned_run, frozen_run, transfer_spec
 
@@ -99,7 +99,7 @@ starts = dict(pretrained)
 for run in pretrained.values():
     kept = {name: run.spec.settings[name] for name in ("encoder", "crop_seconds")}
     control = pretraining_spec("random", records, run.spec.seed, kept)
-    starts[f"random {kept['encoder']}"] = run_or_load(control, random_run(records, device), results)
+    starts[f"random {kept['encoder']}"] = run_or_load(control, encode_run(records, device), results)
 
 # %%
 import time

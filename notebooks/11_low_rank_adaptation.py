@@ -124,7 +124,7 @@ starts.keep_start(simulated, "simulated", results)
 # by SwAV, as in notebook 05. These are the right hearts, but there are far fewer of them.
 
 # %%
-from ecglib.selfsup.pretrain import encode_records, pretrain_run, pretraining_spec, random_run
+from ecglib.selfsup.pretrain import encode_records, encode_run, pretrain_run, pretraining_spec
 from ecglib.selfsup.swav import SwAV
 
 settings = {
@@ -180,7 +180,7 @@ from ecglib.transfer import frozen_validation
 encoder = make_encoder(backbone)
 load_state(encoder, starts.start_weights(simulated), simulated.folder)
 random_spec = pretraining_spec("random", records, seed, {"encoder": backbone, "crop_seconds": crop_seconds})
-untrained = run_or_load(random_spec, random_run(records, device), results)
+untrained = run_or_load(random_spec, encode_run(records, device), results)
 features = {
     "random": untrained.predictions()["features"],
     "self-supervised": self_supervised.predictions()["features"],

@@ -140,7 +140,7 @@ print(f"{weights.mean():.0%} of the answers pass at the start, before the head h
 
 # %%
 from ecglib.runs import RunSpec, run_grid, run_or_load
-from ecglib.selfsup.pretrain import pretraining_spec, random_run
+from ecglib.selfsup.pretrain import encode_run, pretraining_spec
 from ecglib.semisup.methods import METHODS, semi_supervised_run
 from ecglib.train import default_device
 from ecglib.transfer import frozen_run
@@ -170,7 +170,7 @@ def probe_from(name: str) -> list:
     weights = start_weights(starts[name]) if name in starts else None
     origin = {"start": name, "start_key": starts[name].spec.key if name in starts else "none"}
     encoding = pretraining_spec("encoded", records, 0, {"encoder": backbone, "crop_seconds": crop_seconds, **origin})
-    encoded = run_or_load(encoding, random_run(records, device, weights), results)
+    encoded = run_or_load(encoding, encode_run(records, device, weights), results)
     kept = {"backbone": backbone, "fractions": label_fractions, **origin}
     specs = [RunSpec("linear_probe", records.name, records.fingerprint, task, fraction, seed, kept)
              for fraction, seed in grid]  # fmt: skip

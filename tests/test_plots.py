@@ -8,8 +8,17 @@ import pytest
 from matplotlib.figure import Figure
 
 from ecglib.errors import DataError
-from ecglib.plots import (COSTS, plot_cost, plot_ecg, plot_gains, plot_label_curve, plot_method_gains, plot_ranks,
-                          plot_training, save_figure)  # fmt: skip
+from ecglib.plots import (
+    COSTS,
+    plot_cost,
+    plot_ecg,
+    plot_gains,
+    plot_label_curve,
+    plot_method_gains,
+    plot_ranks,
+    plot_training,  # fmt: skip
+    save_figure,
+)
 from ecglib.records import LEADS
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "ptb-xl-subset"

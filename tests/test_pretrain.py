@@ -21,11 +21,11 @@ from ecglib.selfsup.pretrain import (
     alignment,
     effective_rank,
     encode_records,
+    encode_run,
     keep_pretrained,
     pretrain_run,
     pretrained_runs,
     pretraining_spec,
-    random_run,
     uniformity,
 )
 from ecglib.selfsup.simclr import SimCLR
@@ -107,7 +107,7 @@ def test_the_run_keeps_weights_features_and_what_was_watched(tmp_path):
 def test_the_random_control_is_the_start_of_the_pretraining(tmp_path):
     records = labelled_records()
     spec = pretraining_spec("random", records, 0, {"encoder": "xresnet1d_narrow", "crop_seconds": 1.0})
-    control = run_or_load(spec, random_run(records), tmp_path)
+    control = run_or_load(spec, encode_run(records), tmp_path)
     torch.manual_seed(0)
     untrained = make_encoder("xresnet1d_narrow")
     assert all(torch.equal(control.weights()[name], value) for name, value in untrained.state_dict().items())

@@ -17,7 +17,7 @@ from ecglib.labels import label_subsets, split_indices
 from ecglib.probe import probe_layer, probe_subsets
 from ecglib.records import Records
 from ecglib.runs import Run, RunSpec, run_grid, seed_summary, tidy
-from ecglib.selfsup.pretrain import pretraining_spec, random_run
+from ecglib.selfsup.pretrain import encode_run, pretraining_spec
 from ecglib.supervised import Classifier, supervised_run
 from ecglib.train import fit
 from ecglib.transfer import (
@@ -59,7 +59,7 @@ def simclr(records: Records, folder: Path) -> Run:
 def runs(records: Records, folder: Path, simclr: Run) -> list[Run]:
     """Every arm of a tiny study: two frozen, one fine-tuned, one from scratch."""
     spec = pretraining_spec("random", records, 0, {"encoder": "xresnet1d_narrow", "crop_seconds": 1.0})
-    untrained = run_grid([spec], random_run(records), folder, progress_bar=False)[0]
+    untrained = run_grid([spec], encode_run(records), folder, progress_bar=False)[0]
     grid, found = [(fraction, seed) for fraction in FRACTIONS for seed in range(SEEDS[fraction])], []
     for start in (simclr, untrained):
         specs = [transfer_spec(records, start, "frozen", *cell, {"fractions": FRACTIONS}) for cell in grid]

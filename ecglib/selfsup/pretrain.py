@@ -127,7 +127,7 @@ def pretraining_spec(method: str, records: Records, seed: int, settings: Mapping
     return RunSpec(method, records.name, records.fingerprint, "unlabelled", 0.0, seed, settings)
 
 
-def random_run(records: Records, device: str = "cpu",
+def encode_run(records: Records, device: str = "cpu",
                weights: Mapping[str, Tensor] | None = None) -> Callable[[RunSpec, Path], Result]:  # fmt: skip
     """The function for `runs.run_or_load` that only encodes: an encoder as it starts, never trained, or with `weights`.
 
