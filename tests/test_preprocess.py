@@ -14,6 +14,7 @@ from ecglib.errors import DataError
 from ecglib.labels import patients_shared, split_indices
 from ecglib.preprocess import SCALE, UNIT, preprocess
 from ecglib.records import LEADS, Records
+from ecglib.sources import read_source
 from ecglib.sources.cinc2021 import read_cinc2021
 from ecglib.sources.wfdb_files import read_header, read_millivolts
 
@@ -261,3 +262,12 @@ def test_unknown_patients_are_not_called_separate() -> None:
     records.table["patient_id"] = records.table["record_id"]
     with pytest.raises(DataError, match="each record counts as its own patient"):
         patients_shared(records)
+
+
+@needs_cinc
+def test_a_folder_of_cinc_2021_is_known_by_its_name() -> None:
+    records = read_source(CINC / "georgia", sampling_rate=500)
+    assert records.about["dataset"] == "georgia" and len(records.classes) == 18
+    assert records.targets.any(axis=1).all(), "CE-SSL leaves out records without a class"
+    with pytest.raises(DataError, match="chapman_ningbo: .* holds chapman and ningbo; separate them"):
+        read_source(CINC / "chapman_ningbo")

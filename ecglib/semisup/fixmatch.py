@@ -170,7 +170,7 @@ class FixMatch(nn.Module):
 
         Labelled records are mixed by CutMix, as in every other method of the study: reversal and shuffled leads, which
         the weak view may hold, do not leave an ECG's label as it was (0.01 of macro AUROC on fold 9).
-                DataError for a batch without unlabelled records, and where network and thresholds differ in their classes.
+        DataError for a batch without unlabelled records, and where network and thresholds differ in their classes.
         """
         need_unlabelled(batch, "FixMatch")
         labelled, targets = cutmix(batch.signals, batch.targets, batch.generator)
