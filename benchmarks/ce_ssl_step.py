@@ -1,9 +1,10 @@
 """An iteration of CE-SSL beside FixMatch and others, base backbone, 12 x 6144 samples, 64 + 64 records; and its layers.
 
-    python benchmarks/ce_ssl_step.py [--batch 64] [--iterations 3] [--methods ce_ssl fixmatch ...] [--table FILE.csv]
+    python benchmarks/ce_ssl_step.py [--batch 64] [--iterations 3] [--dtype bfloat16] [--methods ce_ssl ...]
+                                      [--table FILE.csv]
 
-Every method runs in a process of its own in float32. An iteration is batch, augmentation, forward, backward and the
-optimizer's step. Floor of a record: 1.5 billion multiplications in the convolutions and 0.6 in the transformer, twice
+Every method runs in a process of its own, in float32 unless asked otherwise. An iteration is batch, augmentation,
+forward, backward and the optimizer's step. Floor of a record: 1.5 billion multiplications in the convolutions and 0.6 in the transformer, twice
 that backward where every weight is trained, once where the weights are frozen. CE-SSL sends 128 records through the
 convolutions and 64 through the transformer, FixMatch 192 through both.
 """
@@ -55,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--table", type=Path)
     options = parser.parse_args()
@@ -62,7 +64,8 @@ def main() -> None:
     settings = {**SETTINGS, "batch_size": options.batch}
     rows = []
     for method in options.methods:
-        rows.append(measure_apart(method, "conv_transformer", 18, 6144, settings, options.iterations))
+        rows.append(measure_apart(method, "conv_transformer", 18, 6144, settings, options.iterations,
+                                  dtype=options.dtype))  # fmt: skip
         print(rows[-1], flush=True)
     table = pd.DataFrame(rows, columns=COLUMNS)
     print(table.drop(columns="machine").to_string(index=False))

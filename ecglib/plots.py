@@ -231,7 +231,12 @@ def plot_training(history: pd.DataFrame, title: str | None = None) -> Figure:
 
 def _arm(method: str, encoder: str) -> str:
     """An arm's name in a figure."""
-    return f"{method.replace('_', ' ')}, {encoder}"
+    return f"{_method_name(method)}, {encoder}"
+
+
+def _method_name(method: str) -> str:
+    """A method's name in a figure."""
+    return method.replace("ce_ssl", "CE-SSL").replace("_", " ")
 
 
 def plot_label_efficiency(summary: pd.DataFrame, training_records: int, title: str | None = None) -> Figure:
@@ -321,7 +326,7 @@ def plot_method_gains(gains: pd.DataFrame, title: str | None = None) -> Figure:
         axes.set(title=metric.replace("_", " "), xlabel="Gain")
         axes.grid(axis="x", color="0.9")
         axes.locator_params(axis="x", nbins=5)
-    panels[0, 0].set_yticks(range(len(others)), [name.replace("_", " ") for name in others])
+    panels[0, 0].set_yticks(range(len(others)), [_method_name(name) for name in others])
     handles = [plt.Line2D([], [], color=colour, marker="o", label=f"{100 * fraction:g} % of the labels")
                for fraction, colour in colours.items()]  # fmt: skip
     figure.legend(handles=handles, frameon=False, ncols=len(handles), loc="outside lower center")
@@ -352,7 +357,7 @@ def plot_cost(costs: pd.DataFrame, summary: pd.DataFrame, title: str | None = No
             x = getattr(row, column) / unit
             axes.errorbar(x, row.value, [[row.value - row.low], [row.high - row.value]], color=colour, marker=marker,
                           linestyle="none", elinewidth=0.5, markersize=7,
-                          label=row.method.replace("_", " "))  # fmt: skip
+                          label=_method_name(row.method))  # fmt: skip
         axes.set_xlabel(name)
         axes.set_xscale("log") if column == "stored_bytes" else axes.set_xlim(left=0)
         axes.grid(color="0.92")

@@ -15,6 +15,7 @@ results = "../results/laptop"  # where notebook 00 left the records, and where r
 fractions = [0.01, 0.1, 1.0]  # shares of the training labels, for the probes
 probe_seeds = 5  # label subsets of each probe
 backbone = "conv_transformer_small"  # or conv_transformer, the paper's
+backbone_data = ""  # folder of CODE-15 %, which the paper pretrains on; empty: simulate a cohort
 cohort_patients = 4000  # simulated, each of them labelled for nothing
 cohort_seed = 1  # the study's own simulated records have the seed 0
 backbone_steps = 1500  # on the simulated cohort
@@ -79,20 +80,24 @@ print(f"5 % of the labels here: {round(0.05 * len(split['train']))} records, {no
 # %% [markdown]
 # ## A backbone from labels that cost nothing
 #
-# CE-SSL pretrains on CODE, a large collection of ECGs that doctors have read. Here is a source without a download: in
-# the simulated cohort the labels are free. A network learns its 20 statements from patients who never lived. The
-# question is what of this holds for real hearts.
+# CE-SSL pretrains on CODE, a large collection of ECGs that doctors have read; `backbone_data` takes the folder of its
+# public part, CODE-15 %. Here is a source without a download: in the simulated cohort the labels are free. A network
+# learns its 20 statements from patients who never lived. The question is what of this holds for real hearts.
 #
 # Where the study's own records are simulated too, the cohort must be other patients. Even so both come from one
 # simulator: *simulated to simulated* flatters, and says nothing about real hearts.
 
 # %%
 from ecglib.semisup import starts
+from ecglib.sources import read_source
 from ecglib.sources.simulate import simulate_records
 
-assert not records.about["simulated"] or records.about["seed"] != cohort_seed, "the cohort would be the study's own"
-cohort = simulate_records(cohort_patients, cohort_seed, records.sampling_rate, task="all")
-print(f"{len(cohort):,} simulated recordings of {cohort_patients:,} patients: {', '.join(cohort.classes)}")
+if backbone_data:
+    cohort = read_source(backbone_data, sampling_rate=round(records.sampling_rate))
+else:
+    assert not records.about["simulated"] or records.about["seed"] != cohort_seed, "the cohort would be the study's own"
+    cohort = simulate_records(cohort_patients, cohort_seed, records.sampling_rate, task="all")
+print(f"{cohort.name}: {len(cohort):,} recordings, {', '.join(cohort.classes)}")
 
 # %% [markdown]
 # The training is that of notebook 02. It scores itself on the cohort's own folds, where a rare statement may be absent;

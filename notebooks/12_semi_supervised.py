@@ -8,7 +8,7 @@
 #
 # **What it needs.** The records of notebook 00 and the backbones of notebook 11.
 #
-# **How long.** The `laptop` profile takes about 15 minutes on two CPU cores. Finished runs are kept and opened again.
+# **How long.** The `laptop` profile takes about 25 minutes on two CPU cores. Finished runs are kept and opened again.
 
 # %% tags=["parameters"]
 results = "../results/laptop"  # where notebooks 00 and 11 left records and backbones
@@ -132,6 +132,23 @@ assert abs(difference) < 1e-5, difference
 print(f"{weights.mean():.0%} of the answers pass at the start, before the head has learnt anything")
 
 # %% [markdown]
+# ## Who is split from whom
+#
+# CE-SSL's paper splits by *record*: the same patient may train and be tested. This study splits by patient, and the
+# difference can be counted: if a tenth of these records were drawn for the test at random, how many of them would have
+# another record of their patient outside?
+
+# %%
+from ecglib.errors import DataError
+from ecglib.labels import patients_shared
+
+try:
+    shared, leaking = patients_shared(records)
+    print(f"split by record: {shared:.1f} patients on both sides, {leaking:.1%} of the test records; by patient: none")
+except DataError as error:
+    print(error)
+
+# %% [markdown]
 # ## The grid
 #
 # Twelve methods, the same backbone, start, label subsets, batches, steps and schedule. Those that train every weight
@@ -234,7 +251,7 @@ passed.groupby(["method", "fraction"]).mean().style.format("{:.0%}").set_caption
 # ## Where should the backbone come from?
 #
 # Three starts for the same network: random, self-supervised on this study's training signals, and trained with the
-# labels of simulated patients. And a fourth question: what does the simulated backbone know of these records without
+# labels of simulated patients (or of `backbone_data` in notebook 11). And a fourth question: what does the simulated backbone know of these records without
 # one of their labels?
 
 # %%
@@ -248,7 +265,6 @@ shown = shown.pivot(index=["start", "method"], columns="fraction", values="score
 shown.rename(columns="{:.0%}".format).style.set_caption(f"Macro AUROC: {note}")
 
 # %%
-from ecglib.errors import DataError
 from ecglib.evaluate import bootstrap_interval
 from ecglib.semisup.starts import without_real_labels
 

@@ -24,10 +24,10 @@ class _NormLeaky(torch.autograd.Function):
     def backward(context, gradient):  # noqa: ANN001, ANN205
         """Gradients of x, gain and bias by torch's own backward pass, for the x found again."""
         y, gain, bias, mean, inverse = context.saved_tensors
-        shape = (1, -1, *(1,) * (y.ndim - 2))
+        scale = 1.0 / (gain * inverse)
+        scale, shift = ((values.view(1, -1, *(1,) * (y.ndim - 2))) for values in (scale, mean - bias * scale))
         # The inverse of a leaky rectifier is one with the inverse slope; float32 also where y is bfloat16.
-        z = F.leaky_relu(y, 1.0 / SLOPE).to(mean.dtype)
-        x = (z - bias.view(shape)).div_((gain * inverse).view(shape)).add_(mean.view(shape)).to(context.dtype)
+        x = F.leaky_relu(y, 1.0 / SLOPE).to(mean.dtype).mul_(scale).add_(shift).to(context.dtype)
         inner = torch.ops.aten.leaky_relu_backward(gradient, y, SLOPE, True)
         to_gain, to_bias = context.needs_input_grad[1:3]
         by_x, by_gain, by_bias = torch.ops.aten.native_batch_norm_backward(

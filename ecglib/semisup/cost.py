@@ -106,6 +106,9 @@ def _peak(device: str) -> int:
     """Most memory so far in bytes."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would still tell the parent's peak, from before this process was its own
+        return 1024 * int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
