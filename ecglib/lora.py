@@ -108,7 +108,7 @@ class LowRankLayer(nn.Module):
             share = 1.0 - self.deactivation
         if not self.factored:
             return self._layer(x, share * self.difference(rank))
-        return self._layer(x).add_(self._two_products(x, share, rank))
+        return self._with_two_products(self._layer(x), x, share, rank)
 
     def _layer(self, x: Tensor, difference: Tensor | None = None) -> Tensor:
         """The frozen layer, or the one with W0 + `difference`."""
@@ -124,8 +124,8 @@ class LowRankLayer(nn.Module):
             return _FrozenConvolution.apply(x.to(dtype), weight.to(dtype), bias, *how)
         return _FrozenConvolution.apply(x, weight, self.base.bias, *how)
 
-    def _two_products(self, x: Tensor, share: float, rank: int | None) -> Tensor:
-        """`share` x BA x by two small products, without forming BA."""
+    def _with_two_products(self, y: Tensor, x: Tensor, share: float, rank: int | None) -> Tensor:
+        """y + `share` x BA x, written into y, by two small products and without forming BA."""
         pairs = list(self.pairs(rank))
         if share != 1.0:
             pairs = [(a, share * b) for a, b in pairs]
@@ -133,10 +133,10 @@ class LowRankLayer(nn.Module):
             ((a, b),) = pairs
             kernel = a.view(len(a), *self.base.weight.shape[1:])
             inner = F.conv1d(x, kernel, None, self.base.stride, self.base.padding, self.base.dilation)
-            return F.conv1d(inner, b[:, :, None])
+            return y.baddbmm_(b.to(y.dtype).expand(len(y), -1, -1), inner)
         inner = F.linear(x, torch.cat([a for a, _ in pairs])).chunk(len(pairs), dim=-1)
         outer = [F.linear(part, b) for part, (_, b) in zip(inner, pairs, strict=True)]
-        return outer[0] if len(outer) == 1 else torch.cat(outer, dim=-1)
+        return y.add_(outer[0] if len(outer) == 1 else torch.cat(outer, dim=-1))
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
