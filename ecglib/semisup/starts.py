@@ -56,8 +56,8 @@ def without_real_labels(run: Run, records: Records, indices: np.ndarray, device:
     has no simulated statement.
     """
     if run.spec.data != "simulated":
-        raise DataError(f"{run.folder.name}: was trained on {run.spec.data}, not on simulated statements; without labels "
-                        "only a simulated backbone can be asked.")  # fmt: skip
+        raise DataError(f"{run.folder.name}: was trained on {run.spec.data}, not on simulated statements; without "
+                        "labels only a simulated backbone can be asked.")  # fmt: skip
     statements = TASKS[run.spec.labels]
     belongs = {name: CONDITIONS.get(name, name) for name in statements}
     absent = [name for name in records.classes if name not in belongs.values()]
