@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ecglib.lora import LowRankLayer
-from ecglib.semisup.cost import COLUMNS, measure_apart
+from ecglib.semisup.cost import measure_apart
 
 METHODS = ("ce_ssl", "ce_ssl_without_deactivation", "ce_ssl_without_norm", "fixmatch", "fixmatch_lora", "supervised")
 SETTINGS = {"ratio": 1, "rank": 16, "share": 0.2, "score": "corrected", "deactivation": 0.2, "threshold": 0.95}
@@ -67,7 +67,7 @@ def main() -> None:
         rows.append(measure_apart(method, "conv_transformer", 18, 6144, settings, options.iterations,
                                   dtype=options.dtype))  # fmt: skip
         print(rows[-1], flush=True)
-    table = pd.DataFrame(rows, columns=COLUMNS)
+    table = pd.DataFrame(rows)
     print(table.drop(columns="machine").to_string(index=False))
     costs = table.set_index("method")[["seconds_per_iteration", "saved_activation_bytes"]]
     if {"ce_ssl", "fixmatch"} <= set(costs.index):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ecglib.errors import DataError
-from ecglib.train import load_tensors, save_tensors
+from ecglib.train import first_difference, load_tensors, save_tensors
 
 START = 0.02  # standard deviation of A at its start
 PROJECTION = "mix"  # attention's output projection: frozen and not adapted, as published
@@ -116,13 +116,12 @@ class LowRankLayer(nn.Module):
         if isinstance(self.base, nn.Linear):
             return F.linear(x, weight, self.base.bias)
         how = list(self.base.stride), list(self.base.padding), list(self.base.dilation)
-        if difference is not None or not x.is_floating_point():
+        if difference is not None:
             return F.conv1d(x, weight, self.base.bias, *how)
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            bias = None if self.base.bias is None else self.base.bias.to(dtype)
-            return _FrozenConvolution.apply(x.to(dtype), weight.to(dtype), bias, *how)
-        return _FrozenConvolution.apply(x, weight, self.base.bias, *how)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        bias = None if self.base.bias is None else self.base.bias.to(dtype)
+        return _FrozenConvolution.apply(x.to(dtype), weight.to(dtype), bias, *how)
 
     def _with_two_products(self, y: Tensor, x: Tensor, share: float, rank: int | None) -> Tensor:
         """y + `share` x BA x, written into y, by two small products and without forming BA."""
@@ -267,10 +266,9 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
                         "the weights that it was trained on.")  # fmt: skip
     ranks = {name.removeprefix("rank/"): int(rank) for name, rank in about.items() if name.startswith("rank/")}
     add_lora(model, ranks, float(about["deactivation"]))
-    expected = adapter_state(model)
-    for name in sorted(set(expected) | set(tensors)):
-        if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape:
-            raise DataError(f"{path}: the adapter does not fit this network (first difference at {name}); use the same "
-                            "encoder and the same classes.")  # fmt: skip
+    name = first_difference(adapter_state(model), tensors)
+    if name is not None:
+        raise DataError(f"{path}: the adapter does not fit this network (first difference at {name}); use the same "
+                        "encoder and the same classes.")  # fmt: skip
     model.load_state_dict(tensors, strict=False)
     return model

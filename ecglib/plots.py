@@ -4,7 +4,7 @@ Each function returns a closed `Figure`: it shows itself once as the last expres
 """
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -279,29 +279,10 @@ def plot_gains(gains: pd.DataFrame, title: str | None = None) -> Figure:
     gains has method, encoder, protocol, fraction, gain, low, high (see `transfer.paired_gains`).
     """
     _require_columns(gains, ("method", "encoder", "protocol", "fraction", "gain", "low", "high"), "table of gains")
-    gains = gains.assign(arm=[_arm(row.method, row.encoder) for row in gains.itertuples()])
-    fractions, arms = sorted(gains["fraction"].unique()), sorted(gains["arm"].unique(), reverse=True)
-    figure, panels = plt.subplots(1, len(fractions), figsize=(2.6 + 1.75 * len(fractions), 1.2 + 0.42 * len(arms)),
-                                  sharey=True, squeeze=False, layout="constrained")  # fmt: skip
-    colours = dict(zip(("frozen", "fine-tuned"), sns.color_palette("colorblind")))
-    for axes, fraction in zip(panels[0], fractions, strict=True):
-        axes.axvline(0, color="0.5", linewidth=1)
-        for row in gains[gains["fraction"] == fraction].itertuples():
-            height = arms.index(row.arm) + (0.15 if row.protocol == "frozen" else -0.15)
-            colour, sure = colours[row.protocol], row.low > 0 or row.high < 0
-            axes.plot([row.low, row.high], [height, height], color=colour, linewidth=1.4)
-            axes.plot(row.gain, height, "o", color=colour, markerfacecolor=colour if sure else "white", markersize=5)
-        axes.set(title=f"{100 * fraction:g} % of the labels", xlabel="Gain")
-        axes.title.set_size(10)
-        axes.grid(axis="x", color="0.9")
-        axes.locator_params(axis="x", nbins=3)
-    panels[0, 0].set_yticks(range(len(arms)), arms)
-    handles = [plt.Line2D([], [], color=colour, marker="o", label=name) for name, colour in colours.items()]
-    figure.legend(handles=handles, frameon=False, ncols=2, loc="outside lower center")
-    figure.suptitle(title)
-    sns.despine(figure)
-    plt.close(figure)
-    return figure
+    arms = [_arm(row.method, row.encoder) for row in gains.itertuples()]
+    panels = [f"{100 * fraction:g} % of the labels" for fraction in gains["fraction"]]
+    table = gains.assign(row=arms, panel=panels, colour=gains["protocol"]).sort_values(["fraction", "row"])
+    return _plot_intervals(table, ("frozen", "fine-tuned"), 1.75, title)
 
 
 def plot_method_gains(gains: pd.DataFrame, title: str | None = None) -> Figure:
@@ -311,24 +292,34 @@ def plot_method_gains(gains: pd.DataFrame, title: str | None = None) -> Figure:
     spans zero.
     """
     _require_columns(gains, ("against", "fraction", "metric", "gain", "low", "high"), "table of gains")
-    metrics, fractions = pd.unique(gains["metric"]), sorted(gains["fraction"].unique())
-    others = list(pd.unique(gains["against"]))[::-1]
-    colours = dict(zip(fractions, sns.color_palette("colorblind", len(fractions))))
-    figure, panels = plt.subplots(1, len(metrics), figsize=(2.4 + 3.2 * len(metrics), 1.3 + 0.38 * len(others)),
-                                  sharey=True, squeeze=False, layout="constrained")  # fmt: skip
-    for axes, metric in zip(panels[0], metrics, strict=True):
+    colours = {fraction: f"{100 * fraction:g} % of the labels" for fraction in sorted(gains["fraction"].unique())}
+    table = gains.assign(row=gains["against"].map(_method_name), panel=gains["metric"].str.replace("_", " "),
+                         colour=gains["fraction"].map(colours))  # fmt: skip
+    return _plot_intervals(table, tuple(colours.values()), 3.2, title)
+
+
+def _plot_intervals(table: pd.DataFrame, colours: Sequence[str], width: float, title: str | None) -> Figure:
+    """gain with low and high of each panel, row and colour, in the order in which panels and rows come in `table`.
+
+    A point is filled where its interval lies on one side of zero; `width` is that of a panel in inches.
+    """
+    panels, rows = pd.unique(table["panel"]), list(pd.unique(table["row"]))[::-1]
+    palette = dict(zip(colours, sns.color_palette("colorblind", len(colours))))
+    figure, grid = plt.subplots(1, len(panels), figsize=(2.6 + width * len(panels), 1.2 + 0.42 * len(rows)),
+                                sharey=True, squeeze=False, layout="constrained")  # fmt: skip
+    for axes, panel in zip(grid[0], panels, strict=True):
         axes.axvline(0, color="0.5", linewidth=1)
-        for row in gains[gains["metric"] == metric].itertuples():
-            height = others.index(row.against) + 0.3 * (0.5 - (fractions.index(row.fraction) + 0.5) / len(fractions))
-            colour, sure = colours[row.fraction], row.low > 0 or row.high < 0
+        for row in table[table["panel"] == panel].itertuples():
+            height = rows.index(row.row) + 0.6 * (0.5 - (colours.index(row.colour) + 0.5) / len(colours))
+            colour, sure = palette[row.colour], row.low > 0 or row.high < 0
             axes.plot([row.low, row.high], [height, height], color=colour, linewidth=1.4)
             axes.plot(row.gain, height, "o", color=colour, markerfacecolor=colour if sure else "white", markersize=5)
-        axes.set(title=metric.replace("_", " "), xlabel="Gain")
+        axes.set(title=panel, xlabel="Gain")
+        axes.title.set_size(10)
         axes.grid(axis="x", color="0.9")
-        axes.locator_params(axis="x", nbins=5)
-    panels[0, 0].set_yticks(range(len(others)), [_method_name(name) for name in others])
-    handles = [plt.Line2D([], [], color=colour, marker="o", label=f"{100 * fraction:g} % of the labels")
-               for fraction, colour in colours.items()]  # fmt: skip
+        axes.locator_params(axis="x", nbins=3 if width < 2 else 5)
+    grid[0, 0].set_yticks(range(len(rows)), rows)
+    handles = [plt.Line2D([], [], color=colour, marker="o", label=name) for name, colour in palette.items()]
     figure.legend(handles=handles, frameon=False, ncols=len(handles), loc="outside lower center")
     figure.suptitle(title)
     sns.despine(figure)

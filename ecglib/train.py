@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -253,10 +253,17 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise DataError(f"{path}: not a readable checkpoint ({error}); delete it and train again.") from None
 
 
-def load_state(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
-    """Load weights into `module`; weights of another network are a DataError naming the first difference."""
-    expected = module.state_dict()
+def first_difference(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str | None:
+    """The first name, in alphabetical order, that only one of two sets of tensors has or whose shapes differ."""
     for name in sorted(set(expected) | set(tensors)):
         if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape:
-            raise DataError(f"{path}: a checkpoint of another network (first difference at {name}); use the right one.")
+            return name
+    return None
+
+
+def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load weights into `module`; weights of another network are a DataError naming the first difference."""
+    name = first_difference(module.state_dict(), tensors)
+    if name is not None:
+        raise DataError(f"{path}: a checkpoint of another network (first difference at {name}); use the right one.")
     module.load_state_dict(tensors)

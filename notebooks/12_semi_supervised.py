@@ -173,10 +173,16 @@ settings = {
 }  # fmt: skip
 
 
+def origin_of(name: str) -> tuple[dict | None, dict]:
+    """Weights of a start, None at random, and the settings that tell it."""
+    if name not in starts:
+        return None, {"start": name, "start_key": "none"}
+    return start_weights(starts[name]), {"start": name, "start_key": starts[name].spec.key}
+
+
 def train_from(name: str, methods: list[str]) -> list:
     """The runs of some methods from one start, for every label subset."""
-    weights = start_weights(starts[name]) if name in starts else None
-    origin = {"start": name, "start_key": starts[name].spec.key if name in starts else "none"}
+    weights, origin = origin_of(name)
     specs = [RunSpec(method, records.name, records.fingerprint, task, fraction, seed, {**settings, **origin})
              for method in methods for fraction, seed in grid]  # fmt: skip
     return run_grid(specs, semi_supervised_run(records, label_fractions, weights, device), results, workers=workers)
@@ -184,8 +190,7 @@ def train_from(name: str, methods: list[str]) -> list:
 
 def probe_from(name: str) -> list:
     """Linear probes on the frozen features of one start."""
-    weights = start_weights(starts[name]) if name in starts else None
-    origin = {"start": name, "start_key": starts[name].spec.key if name in starts else "none"}
+    weights, origin = origin_of(name)
     encoding = pretraining_spec("encoded", records, 0, {"encoder": backbone, "crop_seconds": crop_seconds, **origin})
     encoded = run_or_load(encoding, encode_run(records, device, weights), results)
     kept = {"backbone": backbone, "fractions": label_fractions, **origin}
@@ -296,11 +301,11 @@ print(f"{len(rows):,} rows of {len(runs + from_starts)} runs")
 
 # %%
 from ecglib.plots import plot_cost
-from ecglib.semisup.cost import COLUMNS, measure_apart
+from ecglib.semisup.cost import measure_apart
 
 samples = round(crop_seconds * records.sampling_rate)
 costs = pd.DataFrame([measure_apart(method, backbone, len(records.classes), samples, settings, cost_iterations, device)
-                      for method in costed], columns=COLUMNS)  # fmt: skip
+                      for method in costed])  # fmt: skip
 with atomic_file(Path(results) / "tables" / "adaptation_cost.csv") as path:
     costs.to_csv(path, index=False)
 smallest = summary[summary["fraction"] == label_fractions[0]]

@@ -67,9 +67,8 @@ class DINOHead(nn.Module):
 class DINO(nn.Module):
     """Student learns, teacher is its moving average; `.encoder`, to be probed afterwards, is the TEACHER's.
 
-    The encoder given becomes the student's. The teacher is a copy without dropout and stochastic depth, with
-    the student's running statistics of batch norm, whose
-    parameters do not require gradients: ask for them (`requires_grad_()`) before fine-tuning. Crops are the shares
+    The encoder given becomes the student's. The teacher is a copy without dropout and stochastic depth, and with the
+    student's running statistics of batch norm. Its parameters do not require gradients: ask for them (`requires_grad_()`) before fine-tuning. Crops are the shares
     `global_share` and `local_share` of the signal, cut at whole patches where the encoder is a transformer.
 
     `momentum` starts at the published 0.996 and rises to 1 along a cosine; for other lengths take

@@ -138,7 +138,7 @@ def encode_run(records: Records, device: str = "cpu",
         torch.manual_seed(spec.seed)
         encoder, started = make_encoder(spec.settings["encoder"]).to(device), time.perf_counter()
         if weights is not None:
-            load_state(encoder, dict(weights), spec.name)
+            load_state(encoder, weights, spec.name)
         features = encode_records(encoder, records, spec.settings["crop_seconds"], device)
         return Result([], {"features": features}, encoder, time.perf_counter() - started)
 

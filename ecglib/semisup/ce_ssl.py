@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ecglib.augment import cutmix, weak_view
-from ecglib.batches import SemiBatch
+from ecglib.batches import Batch, need_unlabelled
 
 
 class CESSL(nn.Module):
@@ -24,10 +24,11 @@ class CESSL(nn.Module):
         super().__init__()
         self.network, self.semi_supervised_norm, self.noise = network, semi_supervised_norm, noise
 
-    def loss(self, batch: SemiBatch) -> Tensor:
-        """Scalar loss of one batch."""
+    def loss(self, batch: Batch) -> Tensor:
+        """Scalar loss of one batch, which has unlabelled records where the norm wants them."""
         signals, targets = cutmix(batch.signals, batch.targets, batch.generator)
         if self.semi_supervised_norm:
+            need_unlabelled(batch, "CE-SSL")
             signals = torch.cat([signals, weak_view(batch.unlabelled, batch.generator, self.noise)])
         logits = self.network.head(first_features(self.network, signals, len(targets)))
         return F.binary_cross_entropy_with_logits(logits.float(), targets)

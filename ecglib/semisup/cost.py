@@ -17,11 +17,8 @@ from ecglib.batches import SemiBatches
 from ecglib.lora import low_rank_layers, save_adapter, trainable_parameters
 from ecglib.records import LEADS, Records
 from ecglib.runs import machine
-from ecglib.semisup.methods import adapt, make_network, make_objective
+from ecglib.semisup.methods import adapt, batches_for, make_network, make_objective
 from ecglib.train import autocast, fit, linear_schedule, save_tensors
-
-COLUMNS = ("method", "backbone", "trained_parameters", "stored_bytes", "seconds_per_iteration", "peak_bytes",
-           "saved_activation_bytes", "rank_pass_seconds", "machine")  # fmt: skip
 
 
 def saved_bytes(function: Callable[[], torch.Tensor], parameters: list[nn.Parameter]) -> int:
@@ -44,7 +41,7 @@ def saved_bytes(function: Callable[[], torch.Tensor], parameters: list[nn.Parame
 
 def measure(method: str, backbone: str, classes: int, samples: int, settings: Mapping, iterations: int = 3,
             device: str = "cpu", dtype: str = "float32") -> dict:  # fmt: skip
-    """A row of `COLUMNS`: `method` on white noise of `samples` a record, for which the time is that of any signal.
+    """A row of adaptation_cost.csv: `method` on white noise of `samples` a record, whose time is that of any signal.
 
     An iteration is a batch with its augmentation, forward and backward pass, and the optimizer's step; the median of
     `iterations` after a first one. Where layers are deactivated by chance the saved bytes are the mean over as many
@@ -55,6 +52,7 @@ def measure(method: str, backbone: str, classes: int, samples: int, settings: Ma
     half = len(records) // 2
     batches = SemiBatches(records, np.arange(half), np.arange(half, len(records)), settings["batch_size"],
                           settings["ratio"], samples / 100.0, 0, device)  # fmt: skip
+    source = batches_for(method, batches)
     network = make_network(backbone, classes, 0).to(device)
     notes = adapt(method, network, batches.labelled, settings)
     objective = make_objective(method, network, classes, half, iterations + 1, settings).to(device).train()
@@ -62,8 +60,8 @@ def measure(method: str, backbone: str, classes: int, samples: int, settings: Ma
     for step in range(iterations):
         torch.manual_seed(step)
         with autocast(device, dtype):
-            saved.append(saved_bytes(lambda: objective.loss(batches(step)), list(objective.parameters())))
-    history = fit(objective, batches, iterations + 1, learning_rate=1e-3, schedule=linear_schedule, log_every=1,
+            saved.append(saved_bytes(lambda: objective.loss(source(step)), list(objective.parameters())))
+    history = fit(objective, source, iterations + 1, learning_rate=1e-3, schedule=linear_schedule, log_every=1,
                   dtype=dtype)  # fmt: skip
     seconds = history["seconds"].diff().iloc[1:]
     trained = sum(parameter.numel() for parameter in trainable_parameters(network))

@@ -20,13 +20,14 @@ from ecglib.semisup.ce_ssl import CESSL
 from ecglib.semisup.fixmatch import FixedThreshold, FixMatch, FlexThreshold, SoftThreshold
 from ecglib.semisup.mixed_teacher import MixedTeacher
 from ecglib.supervised import classifier_result
-from ecglib.train import fit, linear_schedule
+from ecglib.train import first_difference, fit, linear_schedule
 
 BACKBONES = {"conv_transformer": ConvTransformer, "conv_transformer_small": conv_transformer_small}
 CE_SSL = ("ce_ssl", "ce_ssl_without_deactivation", "ce_ssl_without_allocation", "ce_ssl_without_norm")
 FULL = ("supervised", "fixmatch", "flexmatch", "softmatch", "mixed_teacher")  # every weight is trained
 LOW_RANK = ("fixmatch_lora", "fixmatch_adalora", "fixmatch_dylora")
 METHODS = (*CE_SSL, *FULL, *LOW_RANK)
+LABELLED_ONLY = ("supervised", "ce_ssl_without_norm")  # have no use for unlabelled records
 
 
 def make_network(backbone: str, classes: int, seed: int, start: Mapping[str, Tensor] | None = None) -> ConvTransformer:
@@ -40,15 +41,14 @@ def make_network(backbone: str, classes: int, seed: int, start: Mapping[str, Ten
     torch.manual_seed(seed)
     network = BACKBONES[backbone](classes=classes)
     if start is not None:
-        last = last_linear(network)
-        own = network.state_dict()
-        wanted = [name for name in own if not name.startswith(f"{last}.")]
-        for name in wanted:
-            absent = name not in start
-            if (absent and not name.startswith("head.")) or (not absent and start[name].shape != own[name].shape):
-                raise DataError(f"The start does not fit the backbone {backbone} (first difference at {name}); "
-                                "pretrain this backbone.")  # fmt: skip
-        network.load_state_dict({name: start[name] for name in wanted if name in start}, strict=False)
+        last, own = last_linear(network), network.state_dict()
+        taken = {name: start[name] for name in own if name in start and not name.startswith(f"{last}.")}
+        needed = {name: own[name] for name in own if name in taken or not name.startswith("head.")}
+        name = first_difference(needed, taken)
+        if name is not None:
+            raise DataError(f"The start does not fit the backbone {backbone} (first difference at {name}); pretrain "
+                            "this backbone.")  # fmt: skip
+        network.load_state_dict(taken, strict=False)
     return network
 
 
@@ -79,8 +79,7 @@ def make_objective(method: str, network: nn.Module, classes: int, unlabelled: in
                    settings: Mapping) -> nn.Module:  # fmt: skip
     """The loss of `method` around an adapted `network`; `unlabelled` is the number of unlabelled records."""
     if method in CE_SSL or method == "supervised":
-        with_norm = method not in ("supervised", "ce_ssl_without_norm")
-        return CESSL(network, semi_supervised_norm=with_norm)
+        return CESSL(network, semi_supervised_norm=method not in LABELLED_ONLY)
     if method == "mixed_teacher":
         return MixedTeacher(network, steps, weight=1.0)  # of 1 and 10, the better one on folds 8 and 9
     # SoftMatch's averages must settle within a few hundred steps; the published 0.999 is meant for 2^20.
@@ -88,6 +87,11 @@ def make_objective(method: str, network: nn.Module, classes: int, unlabelled: in
                   "softmatch": lambda: SoftThreshold(classes, momentum=0.99)}  # fmt: skip
     objective = FixMatch(network, thresholds.get(method, lambda: FixedThreshold(classes, settings["threshold"]))())
     return AdaptiveRanks(objective, network, settings["rank"]) if method == "fixmatch_adalora" else objective
+
+
+def batches_for(method: str, batches: SemiBatches) -> SemiBatches | CropBatches:
+    """The batches that `method` learns from: the labelled ones are the same with and without unlabelled ones."""
+    return batches.labelled if method in LABELLED_ONLY else batches
 
 
 def semi_supervised_run(records: Records, fractions: Sequence[float], start: Mapping[str, Tensor] | None = None,
@@ -111,8 +115,9 @@ def semi_supervised_run(records: Records, fractions: Sequence[float], start: Map
         notes["trained_parameters"] = sum(parameter.numel() for parameter in trainable_parameters(network))
         rate = settings["learning_rate" if spec.method in FULL else "low_rank_learning_rate"]
         report = getattr(objective, "report", dict)
-        history = fit(objective, batches, settings["steps"], learning_rate=rate, weight_decay=settings["weight_decay"],
-                      schedule=linear_schedule, seed=spec.seed, folder=workspace, watch=lambda _: report())  # fmt: skip
+        history = fit(objective, batches_for(spec.method, batches), settings["steps"], learning_rate=rate,
+                      weight_decay=settings["weight_decay"], schedule=linear_schedule, seed=spec.seed,
+                      folder=workspace, watch=lambda _: report())  # fmt: skip
         final = merge_lora(getattr(objective, "teacher", network))
         result = classifier_result(final, records, labelled, settings, history.to_dict("records"), device)
         result.notes |= notes

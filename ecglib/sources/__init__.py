@@ -4,7 +4,6 @@ from pathlib import Path
 
 from ecglib.errors import DataError
 from ecglib.records import Records
-from ecglib.sources import cinc2021
 from ecglib.sources.index_files import existing_folder
 
 
@@ -31,6 +30,8 @@ def read_source(folder: str | Path, task: str = "superclass", sampling_rate: int
         from ecglib.sources.wfdb_folder import read_wfdb_folder
 
         return read_wfdb_folder(folder, folder / "labels.csv", sampling_rate=sampling_rate)
+    from ecglib.sources import cinc2021
+
     datasets = [name for name, part in cinc2021.DATASETS.items() if folder.name in part.folders]
     if len(datasets) > 1:
         raise DataError(f"{folder}: a folder of this name holds {' and '.join(datasets)}; separate them and name each "
