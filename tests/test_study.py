@@ -238,7 +238,7 @@ def test_a_stopped_run_goes_on_where_it_was(root: Path, capfd: pytest.CaptureFix
     process = start_and_wait(root)
     kernels = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(how)
-    _, shown = process.communicate(timeout=20)
+    _, shown = process.communicate(timeout=300)
     if how == signal.SIGINT:
         assert process.returncode == 130 and "Start again to go on" in shown and "Traceback" not in shown
     for _ in range(100):  # no kernel is left behind to write into the next run's folder
