@@ -45,11 +45,11 @@ def standardise(features: Tensor | np.ndarray, reference: Tensor | np.ndarray) -
     The reference is the unlabelled training pool, so that every label subset sees the same features. A column that is
     constant there is only centred. DataError where a feature is not a number.
     """
-    mean, deviation = _scale(_as_features(reference))
+    mean, deviation = feature_scale(_as_features(reference))
     return (_as_features(features) - mean) / deviation
 
 
-def _scale(reference: Tensor) -> tuple[Tensor, Tensor]:
+def feature_scale(reference: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation `(d,)` of the columns, 1 in place of the deviation of a constant one."""
     mean, deviation = reference.mean(dim=0), reference.std(dim=0, correction=0)
     # What is left of a constant column after averaging is rounding, not variation.
@@ -139,12 +139,20 @@ def probe_subsets(features: Tensor | np.ndarray, targets: np.ndarray, subsets: M
         if not np.isin(np.arange(len(features))[subset], split["train"]).all():
             raise DataError(f"Label subset {key} holds records outside the training folds; take it from label_subsets.")
     features = unit_length(standardise(features, features[split["train"]]))
-    probes = fit_probes(features, targets, list(subsets.values()), penalties, classes=classes, names=list(subsets))
-    chosen = choose_penalty(probes, features[split["validation"]], targets[split["validation"]], classes)
+    probes, chosen = chosen_probes(features, targets, subsets, split, penalties, classes)
     scores = {name: probe_scores(probes, features[split[name]], chosen) for name in ("validation", "test")}
     return {key: {"penalty": probes.penalties[chosen[place]],
                   **{f"{name}/probabilities": values[place] for name, values in scores.items()}}
             for place, key in enumerate(subsets)}  # fmt: skip
+
+
+def chosen_probes(features: Tensor, targets: np.ndarray, subsets: Mapping[Hashable, np.ndarray],
+                  split: Mapping[str, np.ndarray], penalties: Sequence[float] = PENALTIES,
+                  classes: Sequence[str] | None = None) -> tuple[Probes, np.ndarray]:  # fmt: skip
+    """Probes of prepared features `(n, d)` on every subset, and the position of each one's penalty from validation."""
+    probes = fit_probes(features, targets, list(subsets.values()), penalties, classes=classes, names=list(subsets))
+    validation = split["validation"]
+    return probes, choose_penalty(probes, features[validation], targets[validation], classes)
 
 
 def probe_layer(features: np.ndarray, targets: np.ndarray, subset: np.ndarray, split: Mapping[str, np.ndarray],
@@ -157,11 +165,10 @@ def probe_layer(features: np.ndarray, targets: np.ndarray, subset: np.ndarray, s
     raw = _as_features(features)
     reference = raw[split["train"]]
     prepared = standardise(raw, reference)
-    probes = fit_probes(prepared, targets, [subset], penalties, classes=classes)
-    chosen = choose_penalty(probes, prepared[split["validation"]], targets[split["validation"]], classes)[0]
-    mean, deviation = _scale(reference)
-    weights = probes.weights[0, chosen] / deviation
-    return weights, probes.bias[0, chosen] - weights @ mean
+    probes, chosen = chosen_probes(prepared, targets, {"its own": subset}, split, penalties, classes)
+    mean, deviation = feature_scale(reference)
+    weights = probes.weights[0, chosen[0]] / deviation
+    return weights, probes.bias[0, chosen[0]] - weights @ mean
 
 
 def _logits(probes: Probes, features: Tensor) -> Tensor:

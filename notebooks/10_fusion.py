@@ -1,0 +1,388 @@
+# %% [markdown]
+# # 10 · Fusion: do encoders know more together?
+#
+# **What you will learn.** Every method of notebooks 03–08 learnt something else from the same recordings. You fuse
+# their frozen encoders as DVME does, a token an encoder and self-attention over the tokens, and hold it against eight
+# simpler ways to use the same features. Then you ask why: how alike the encoders are, which one can be left out, and
+# whether other *seeds* of one encoder would have done as well.
+#
+# **What it needs.** The encoders of notebooks 03–08 and the runs of notebook 09.
+#
+# **How long.** The `laptop` profile takes about 15 minutes on two CPU cores, half of it for two more pretrainings and
+# fine-tuning. The fusions themselves are trained from cached features. Finished runs are kept and opened again.
+
+# %% tags=["parameters"]
+results = "../results/laptop"  # where the earlier notebooks left records, encoders and runs
+fractions = [0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0]  # shares of the training labels, those of notebook 09
+seeds_few = 5  # label subsets at 10 % and below, as in notebook 09
+seeds_many = 2  # above
+supervised_encoder = "xresnet1d_narrow"  # the encoder trained from scratch that is a member too
+width = 64  # of a token
+heads = 4
+hidden = 128  # units between the tokens and the classes
+dropout = 0.1
+token_dropout = 0.2  # whole encoders dropped while training
+steps = 100  # training steps, the same for every fusion
+batch_size = 32
+learning_rates = [0.00003, 0.0001, 0.001]  # one is chosen on fold 9 for each label subset, as a probe's penalty is
+learning_rates_random = [0.0003, 0.001, 0.003]  # where a fusion starts from random weights
+left_out_fractions = [0.01, 0.1]  # where each member is left out once
+copies = 3  # pretrainings of one method with other seeds
+tuned_fractions = [0.1, 1.0]  # where the encoders are trained on; never with fewer labels than 10 %
+tuned_steps = 100
+tuned_batch_size = 64
+tuned_learning_rates = [0.0001, 0.001]  # of the fusion at these fractions, chosen on fold 9
+encoder_factor = 0.1  # the encoders' learning rate, in that of the fusion
+weight_decay = 0.01  # of the encoders
+transforms = {  # the augmentation of notebook 09
+    "random_resized_crop": {"low": 0.8},
+    "channel_resize": {"low": 0.7, "high": 1.4},
+    "gaussian_noise": {"scale": 0.03},
+    "baseline_wander": {"largest": 0.05},
+    "time_out": {"low": 0.0, "high": 0.4},
+}
+workers = 2  # trainings side by side, one thread each; 1 on a GPU
+
+# %%
+from pathlib import Path
+
+from ecglib.records import Records
+from ecglib.selfsup.pretrain import encode_run, pretrained_runs, pretraining_spec
+
+everything = Records.load(Path(results) / "records")
+records = everything.select(everything.targets.any(axis=1))
+pretrained = pretrained_runs(results, records)
+note = f"{records.name}, fold 10{records.caveat}"
+print(f"Scores below: {note}\nPretrained: {', '.join(pretrained)}")
+
+# %% [markdown]
+# ## The members
+#
+# Beside the pretrained encoders stand two controls: an encoder that was never trained, and one trained from scratch
+# with labels. The latter is another one for each label subset, the one that saw just these labels; otherwise it would
+# carry labels into a comparison that must not have them. Each member's features are computed once and kept.
+
+# %%
+import pandas as pd
+
+from ecglib.fusion_runs import FusionData, as_member, supervised_member
+from ecglib.runs import run_or_load
+from ecglib.train import default_device
+from ecglib.transfer import grid_subsets, transfer_runs
+
+device = default_device()
+seeds = {fraction: seeds_few if fraction <= 0.1 else seeds_many for fraction in fractions}
+cells = list(grid_subsets(records, fractions, seeds))
+learnt = {name: as_member(run, records, results, device) for name, run in pretrained.items()}
+crop_seconds = max(run.spec.settings["crop_seconds"] for run in pretrained.values())
+control = pretraining_spec("random", records, 0, {"encoder": supervised_encoder, "crop_seconds": crop_seconds})
+members = {
+    **learnt, "random": run_or_load(control, encode_run(records, device), results),
+    "supervised": supervised_member(transfer_runs(results, records), records, cells, results, supervised_encoder,
+                                    device, workers),
+}  # fmt: skip
+data = FusionData(records, fractions, seeds, members)
+pd.DataFrame({"features": {name: values.shape[2] for name, values in data.features.items()},
+              "encoders": {name: len(values) for name, values in data.features.items()}})  # fmt: skip
+
+# %% [markdown]
+# ## Attention over encoders
+#
+# Encoder $k$ says $e_k$ of a record. An own matrix brings it to a token of the same width as all others, and each
+# token takes from the others what fits it:
+#
+# $$z_k = \mathrm{LN}(W_k e_k + b_k) + n_k, \qquad A = \mathrm{softmax}\bigl(QK^\top/\sqrt{d_h}\bigr), \qquad
+# H = Z + A V W_o.$$
+#
+# So the mixture depends on the record. The tokens are set side by side, and two layers give the classes.
+
+# %%
+import torch
+
+from ecglib.fusion import FusionNetwork, gather
+
+sizes, classes = [values.shape[2] for values in data.features.values()], len(records.classes)
+network = FusionNetwork(1, sizes, classes, width=width, heads=heads, hidden=hidden).eval()
+few = gather([values[:1] for values in data.features.values()], torch.arange(8)[None])
+
+
+def attention_by_hand(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens `(1, n, members, width)` after they have looked at each other."""
+    q, k, v = network.qkv(network.inner_norm(tokens)).chunk(3, dim=3)
+    taken = []
+    for head in torch.arange(width).chunk(heads):
+        scores = torch.einsum("mnid,mnjd->mnij", q[..., head], k[..., head]) / (width / heads) ** 0.5
+        taken.append(scores.softmax(dim=3) @ v[..., head])
+    return tokens + network.mix(torch.cat(taken, dim=3))
+
+
+with torch.no_grad():
+    tokens = network.tokens(few)
+    difference = (attention_by_hand(tokens) - network.mixed(tokens, None, None)).abs().max()
+assert difference < 1e-5, difference
+print(f"{tokens.shape[2]} tokens of width {tokens.shape[3]}; largest difference {difference:.1e}")
+
+# %% [markdown]
+# With twenty labels nothing of this can be learnt from nothing. So there is a direct path besides: at the start each
+# encoder votes with its own linear probe, and the fusion is the *mean of the votes*. Training says where to depart from
+# it, and the learning rate, chosen on fold 9, how far. Check: before its first step the network is that mean.
+
+# %%
+votes = [data.probes[name] for name in members]
+network.start_from(torch.cat([weights[:1] for weights, _, _ in votes], dim=1),
+                   torch.stack([bias[:1] for _, bias, _ in votes], dim=1))  # fmt: skip
+mean = sum(data.probe_logits(name, "validation")[0] for name in members) / len(members)
+validation = torch.from_numpy(data.split["validation"])[None]
+with torch.no_grad():
+    start = network(gather([values[:1] for values in data.features.values()], validation))[0]
+assert torch.allclose(start, mean, atol=1e-3)
+print(f"largest difference of a logit from the mean of the probes: {(start - mean).abs().max():.1e}")
+
+# %% [markdown]
+# ## The comparison
+#
+# All see the same features, labels and patients. Without training: each encoder alone, the one that is best on fold 9,
+# one logistic regression on all features side by side, the mean of the logits. Trained, from the same start, with the
+# same steps and the same choice of rates: DVME; attention that is the same for all ($A = 1/K$); a softmax gate; a
+# perceptron with as many parameters. And DVME from random weights, without votes.
+#
+# Note that this is no longer a "linear evaluation": a fusion has the parameters of several probes and a hidden layer.
+
+# %%
+from ecglib.fusion import FusionPerceptron, count_parameters, matched_hidden
+
+shape = {"width": width, "heads": heads, "hidden": hidden}
+perceptron = FusionPerceptron(1, sizes, classes, hidden=matched_hidden(sizes, classes, **shape))
+counts = {"probe of one encoder": (sizes[0] + 1) * classes, "concatenation + logistic": (sum(sizes) + 1) * classes,
+          "DVME": count_parameters(network), "matched perceptron": count_parameters(perceptron)}  # fmt: skip
+assert abs(counts["matched perceptron"] / counts["DVME"] - 1) < 0.02
+pd.Series(counts, name="parameters").to_frame().style.format("{:,}")
+
+# %%
+import time
+
+from ecglib.fusion_runs import NETWORKS, fuse
+
+settings = {**shape, "dropout": dropout, "token_dropout": token_dropout, "steps": steps, "batch_size": batch_size,
+            "learning_rates": learning_rates}  # fmt: skip
+runs, started = [], time.perf_counter()
+for method in (*NETWORKS, "best_single", "concatenation", "mean_of_logits"):
+    rates = learning_rates_random if method == "dvme_random_start" else learning_rates
+    runs += fuse(data, method, {**settings, "learning_rates": rates}, results)
+for name in members:
+    runs += fuse(data, "alone", settings, results, [name])
+print(f"{len(runs)} runs in {time.perf_counter() - started:.0f} s")
+
+# %%
+from ecglib.runs import seed_summary
+
+CELL = ("method", "members", "protocol", "data", "labels", "fraction")
+table = seed_summary(runs, records, cell=CELL)
+table["fusion"] = table["method"].where(table["method"] != "alone", "alone: " + table["members"])
+table["score"] = [f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in table.itertuples()]
+shown = table.pivot(index="fusion", columns="fraction", values="score").rename(columns="{:.0%}".format)
+shown.style.set_caption(f"Macro AUROC, frozen encoders, mean over label subsets: {note}")
+
+# %% [markdown]
+# ## What DVME gains, paired
+#
+# The same labels and patients on both sides. Fusion counts as *supported* at a fraction only where DVME is above the
+# best single encoder **and** above one logistic regression on everything, both with an interval that excludes zero.
+
+# %%
+from ecglib.fusion_runs import fusion_gains
+from ecglib.plots import plot_fusion_gains, save_figure
+
+gains = fusion_gains([run for run in runs if run.spec.method != "alone"], records)
+figure = plot_fusion_gains(gains, f"What DVME gains in macro AUROC: {note}")
+save_figure(figure, Path(results) / "figures" / "fusion_gains.svg")
+figure
+
+# %%
+supported = {}
+for fraction, rows in gains.groupby("fraction"):
+    found = rows.set_index("over").loc[["best_single", "concatenation"]]
+    supported[fraction] = bool((found["low"] > 0).all())
+    word = "supported" if supported[fraction] else "NOT supported"
+    told = [f"over {row.Index} {row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in found.itertuples()]
+    print(f"{fraction:4.0%}: fusion is {word}: {'; '.join(told)}")
+
+# %% [markdown]
+# ## Diversity or capacity?
+#
+# Does DVME gain because encoders differ, or because there are many? Fused are `copies` pretrainings of one method, the
+# best on fold 9 at 10 % of the labels, with other seeds; beside them, as many *different* methods, the best ones.
+
+# %%
+from ecglib.batches import CropBatches, PatientBatches
+from ecglib.selfsup.byol import BYOL
+from ecglib.selfsup.cpc import CPC
+from ecglib.selfsup.dino import DINO
+from ecglib.selfsup.patient_pairs import PatientPairs
+from ecglib.selfsup.pretrain import pretrain_run
+from ecglib.selfsup.simclr import SimCLR
+from ecglib.selfsup.swav import SwAV
+
+objectives = {"byol": BYOL, "cpc": CPC, "dino": DINO, "patient_pairs": PatientPairs, "simclr": SimCLR, "swav": SwAV}
+alone = [run for run in runs if run.spec.method == "alone" and run.spec.settings["members"] in learnt]
+looked = seed_summary(alone, records, "validation", CELL)
+at = min(fractions, key=lambda fraction: abs(fraction - 0.1))
+order = list(looked[looked["fraction"] == at].sort_values("value", ascending=False)["members"])
+best = pretrained[order[0]]
+same = {order[0]: learnt[order[0]]}
+for seed in range(best.spec.seed + 1, best.spec.seed + copies):
+    specification = pretraining_spec(best.spec.method, records, seed, best.spec.settings)
+    source = PatientBatches if order[0] == "patient_pairs" else CropBatches
+    again = run_or_load(specification, pretrain_run(records, objectives[order[0]], device, source), results)
+    same[f"{order[0]}_seed{seed}"] = as_member(again, records, results, device)
+
+# %%
+seeds_of_one = fuse(FusionData(records, fractions, seeds, same), "dvme", settings, results)
+best_ones = fuse(data, "dvme", settings, results, order[:copies])
+diversity = seed_summary([*seeds_of_one, *best_ones], records, cell=CELL)
+shown = diversity.pivot(index="members", columns="fraction", values="value").rename(columns="{:.0%}".format)
+shown.style.format(precision=3).set_caption(f"DVME of {copies} tokens, macro AUROC: {note}")
+
+# %% [markdown]
+# ## Who can be left out?
+#
+# DVME again without each member. A positive difference: the member helped. The supervised one has already been fitted
+# to these labels; its features may look better on them than they are.
+
+# %%
+left = [cell for cell in cells if cell[0] in left_out_fractions]
+fewer = []
+for name in members:
+    fewer += fuse(data, "dvme", settings, results, [other for other in members if other != name], left)
+missing = fusion_gains([run for run in runs if run.spec.method == "dvme"] + fewer, records)
+missing["without"] = ["".join(set(members) - set(names.split("+"))) for names in missing["members"]]
+missing["difference"] = [f"{row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in missing.itertuples()]
+missing.pivot(index="without", columns="fraction", values="difference").rename(columns="{:.0%}".format)
+
+# %% [markdown]
+# ## How alike are the encoders?
+#
+# Linear CKA compares which records two encoders hold to be alike: with centred features $X$ and $Y$ of the same
+# records, $\|Y^\top X\|_F^2 / (\|X^\top X\|_F\,\|Y^\top Y\|_F)$. It is 1 where one is a turned copy of the other.
+
+# %%
+from ecglib.fusion import linear_cka
+from ecglib.plots import plot_similarity
+
+pool = {name: values[-1][data.split["train"]] for name, values in data.features.items()}
+
+
+def cka_by_hand(x: torch.Tensor, y: torch.Tensor) -> float:
+    """The same from similarities of records, `(n, n)`, instead of features."""
+    first, second = ((z - z.mean(dim=0)).double() for z in (x, y))
+    k, m = first @ first.T, second @ second.T
+    return float((k * m).sum() / ((k * k).sum() * (m * m).sum()) ** 0.5)
+
+
+similarity = pd.DataFrame({a: {b: linear_cka(pool[a], pool[b]) for b in pool} for a in pool})
+one, other = list(pool)[:2]
+assert abs(cka_by_hand(pool[one], pool[other]) - similarity.loc[one, other]) < 1e-6
+figure = plot_similarity(similarity, f"Similarity of encoders on training records: {records.name}{records.caveat}")
+save_figure(figure, Path(results) / "figures" / "encoder_similarity.svg")
+figure
+
+# %% [markdown]
+# ## What does each token count?
+#
+# Two answers that need not agree. *Attention* received is how much the tokens take from a member; but a large weight
+# on a small value says little. *Gradient × input* is the share that a member has in a class's logit, to first order,
+# votes included. Where attention is even and the other is not, attention explains nothing.
+
+# %%
+from ecglib.plots import plot_token_weights
+
+names = {"tokens/attention": "attention received", "tokens/gradient_input": "gradient × input"}
+told = [run for run in runs if run.spec.method == "dvme" and run.spec.fraction == at]
+kept = [run.predictions() for run in told]
+shares = pd.DataFrame([
+    {"measure": measure, "class": label, "member": member,
+     "share": sum(each[key][row, column] for each in kept) / len(kept)}
+    for key, measure in names.items()
+    for row, label in enumerate(records.classes) for column, member in enumerate(members)
+])  # fmt: skip
+totals = shares.groupby(["measure", "class"])["share"].sum()
+assert ((totals - 1).abs() < 1e-4).all(), totals
+figure = plot_token_weights(shares, f"{at:.0%} of the labels, {records.name}, fold 9{records.caveat}")
+save_figure(figure, Path(results) / "figures" / "token_weights.svg")
+figure
+
+# %% [markdown]
+# ## Fine-tuned
+#
+# From 10 % of the labels on, the encoders are trained too, starting from the frozen fusion of the same labels, with a
+# tenth of its learning rate. The control is the best fine-tuned encoder of notebook 09, chosen on fold 9.
+
+# %%
+from ecglib.fusion_runs import finetuned_fusion_run, fusion_spec
+from ecglib.runs import run_grid
+
+training = {"steps": tuned_steps, "batch_size": tuned_batch_size, "encoder_factor": encoder_factor,
+            "weight_decay": weight_decay, "crop_seconds": crop_seconds, "transforms": transforms}  # fmt: skip
+rates = dict(zip(tuned_fractions, tuned_learning_rates, strict=True))
+frozen = {(run.spec.fraction, run.spec.seed): run for run in runs if run.spec.method == "dvme"}
+specs = []
+for cell in [cell for cell in cells if cell[0] in rates]:
+    own = {**settings, **training, "learning_rate": rates[cell[0]], "start": frozen[cell].spec.key}
+    specs.append(fusion_spec(data, "dvme", list(members), cell, own, "fine-tuned"))
+tuned = run_grid(specs, finetuned_fusion_run(data, list(frozen.values()), device), results, workers=workers)
+
+# %%
+from ecglib.evaluate import paired_difference
+from ecglib.runs import seed_scores
+
+singles = [run for run in transfer_runs(results, records) if run.spec.value("protocol") == "fine-tuned"]
+of_singles = seed_summary(singles, records, "validation", ("method", "fraction")).sort_values("value")
+scores = {"DVME": seed_scores(tuned, cell=("fraction",)), "frozen": seed_scores(frozen.values(), cell=("fraction",))}
+targets, patients = (values[data.split["test"]] for values in (records.targets, records.table["patient_id"].to_numpy()))
+for (fraction,), ours in sorted(scores["DVME"].items()):
+    top = of_singles[of_singles["fraction"] == fraction].iloc[-1]["method"]
+    single = seed_scores(singles, cell=("method", "fraction"))[top, fraction]
+    for name, theirs in (("DVME with frozen encoders", scores["frozen"][fraction,]), (f"fine-tuned {top}", single)):
+        gain = paired_difference(targets, ours, theirs, patients, classes=records.classes)
+        print(f"{fraction:.0%}: over {name} {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]")
+
+# %%
+from ecglib.files import atomic_file
+from ecglib.runs import tidy
+
+every = [*runs, *seeds_of_one, *best_ones, *fewer, *tuned]
+rows = tidy((row for run in every for row in run.rows()), extra=("protocol", "members"))
+summary = seed_summary(every, records, cell=CELL)
+gains = fusion_gains(every, records)
+for filename, frame in {"fusion": rows, "fusion_summary": summary, "fusion_gains": gains}.items():
+    with atomic_file(Path(results) / "tables" / f"{filename}.csv") as path:
+        frame.to_csv(path, index=False)
+print(f"{len(rows):,} rows of {len(every)} runs")
+
+# %% [markdown]
+# ## Exercise
+#
+# If someone told you for each class which encoder to trust, how much better than the best single encoder could you be?
+# Take the best one for each class on fold 9, and read its score on fold 10, at the smallest fraction.
+
+# %% tags=["solution"]
+smallest = rows[(rows["method"] == "alone") & (rows["fraction"] == min(fractions))]
+smallest = smallest[smallest["metric"].str.startswith("auroc:")]
+by_class = smallest.groupby(["split", "members", "metric"])["value"].mean().unstack()
+trusted, single = by_class.loc["validation"].idxmax(), by_class.loc["validation"].mean(axis=1).idxmax()
+told = [by_class.loc[("test", member), metric] for metric, member in trusted.items()]
+print(f"told which to trust {sum(told) / len(told):.3f}, {single} {by_class.loc[('test', single)].mean():.3f}")
+
+# %% [markdown]
+# ## What was seen
+
+# %%
+for fraction in fractions:
+    cell = table[table["fraction"] == fraction].set_index("fusion")["value"]
+    print(f"{fraction:4.0%}: DVME {cell['dvme']:.3f}, best single {cell['best_single']:.3f}, concatenation "
+          f"{cell['concatenation']:.3f}, mean of logits {cell['mean_of_logits']:.3f}; fusion is "
+          f"{'supported' if supported[fraction] else 'NOT supported'}")  # fmt: skip
+
+# %% [markdown]
+# Written: `tables/fusion.csv`, `tables/fusion_summary.csv`, `tables/fusion_gains.csv`, `figures/fusion_gains.svg`,
+# `figures/encoder_similarity.svg`, `figures/token_weights.svg`.
