@@ -8,8 +8,12 @@ from torch import nn
 
 
 def average_of(online: nn.Module) -> nn.Module:
-    """A copy of `online` to be kept as its moving average; it never receives gradients."""
-    return copy.deepcopy(online).requires_grad_(False)
+    """A copy of `online` to be kept as its moving average: no gradients, no dropout, no stochastic depth."""
+    average = copy.deepcopy(online).requires_grad_(False)
+    for layer in average.modules():
+        if isinstance(layer, nn.Dropout):  # stochastic depth is one, too
+            layer.p = 0.0
+    return average
 
 
 @torch.no_grad()

@@ -193,11 +193,26 @@ def _macro_g(targets: np.ndarray, predicted: np.ndarray, beta: float) -> float:
 def expected_calibration_error(targets: np.ndarray, probabilities: np.ndarray, bins: int = 15) -> float:
     """Mean over classes of sum_b (n_b / n) |share of positives - mean probability| over equal bins b of [0, 1]."""
     targets, probabilities = _check(targets, probabilities)
-    if probabilities.min() < 0 or probabilities.max() > 1:
+    _require_probabilities(probabilities)
+    return float(_weighted_calibration(targets, probabilities[None], np.ones((len(targets), 1)), bins)[0])
+
+
+def _require_probabilities(values: np.ndarray) -> None:
+    """DataError where values do not lie between 0 and 1."""
+    if values.min() < 0 or values.max() > 1:
         raise DataError("Calibration is measured on probabilities between 0 and 1; apply the sigmoid to logits first.")
-    place = np.minimum((probabilities * bins).astype(int), bins - 1)
-    gaps = [np.bincount(place[:, c], targets[:, c] - probabilities[:, c], bins) for c in range(targets.shape[1])]
-    return float(np.abs(gaps).sum(axis=1).mean() / len(targets))
+
+
+def _weighted_calibration(targets: np.ndarray, models: np.ndarray, weights: np.ndarray, bins: int) -> np.ndarray:
+    """Calibration error on each draw, mean over `models` `(repeats, n, classes)`; weights `(n, draws)`: `(draws,)`."""
+    errors = []
+    for probabilities in models:
+        place = np.minimum((probabilities * bins).astype(int), bins - 1)
+        for truth, told, bin_of in zip(targets.T, probabilities.T, place.T, strict=True):
+            gap = np.zeros((bins, len(truth)))
+            gap[bin_of, np.arange(len(truth))] = truth - told
+            errors.append(np.abs(gap @ weights).sum(axis=0))
+    return np.mean(errors, axis=0) / weights.sum(axis=0)
 
 
 def bootstrap_interval(
@@ -238,9 +253,35 @@ def paired_f2(
     def macro(weights: np.ndarray) -> list[np.ndarray]:
         return [_mean_finite(_weighted_f2(targets, model, weights), axis=2).mean(axis=0) for model in models]
 
-    value = macro(np.ones((len(targets), 1)))
-    drawn = np.concatenate([macro(weights) for weights in draw_weights(groups, len(targets), draws, seed)], axis=1)
-    return _percentiles(float(value[0][0] - value[1][0]), drawn[0] - drawn[1], level)
+    return _drawn_difference(macro, groups, len(targets), draws, seed, level)
+
+
+def paired_calibration_error(
+    targets: np.ndarray, probabilities_a: np.ndarray, probabilities_b: np.ndarray, groups: Sequence, draws: int = 1000,
+    seed: int = 0, level: float = 0.95, bins: int = 15,
+) -> Interval:  # fmt: skip
+    """Expected calibration error of a minus that of b on the same patient draws, for `(repeats, n, classes)` each.
+
+    Repeats are models of several seeds, whose errors are averaged. On a draw both errors are larger than on the whole,
+    for their bins are noisier; in the difference that cancels.
+    """
+    models = [np.asarray(probabilities_a, dtype=np.float64), np.asarray(probabilities_b, dtype=np.float64)]
+    targets = np.asarray(targets).astype(np.float64)
+    for model in models:
+        _require_probabilities(model)
+
+    def error(weights: np.ndarray) -> list[np.ndarray]:
+        return [_weighted_calibration(targets, model, weights, bins) for model in models]
+
+    return _drawn_difference(error, groups, len(targets), draws, seed, level)
+
+
+def _drawn_difference(measure: Callable[[np.ndarray], list[np.ndarray]], groups: Sequence, records: int, draws: int,
+                      seed: int, level: float) -> Interval:  # fmt: skip
+    """Difference of the two values that `measure(weights (n, draws))` gives, each `(draws,)`, with its interval."""
+    first, second = measure(np.ones((records, 1)))
+    drawn = np.concatenate([measure(weights) for weights in draw_weights(groups, records, draws, seed)], axis=1)
+    return _percentiles(float(first[0] - second[0]), drawn[0] - drawn[1], level)
 
 
 def _weighted_f2(targets: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -236,7 +236,7 @@ def _arm(method: str, encoder: str) -> str:
 
 def _method_name(method: str) -> str:
     """A method's name in a figure."""
-    return method.replace("ce_ssl", "CE-SSL").replace("_", " ")
+    return method.replace("ce_ssl", "CE-SSL").replace("distl", "DISTL").replace("_", " ")
 
 
 def plot_label_efficiency(summary: pd.DataFrame, training_records: int, title: str | None = None) -> Figure:
@@ -296,6 +296,98 @@ def plot_method_gains(gains: pd.DataFrame, title: str | None = None) -> Figure:
     table = gains.assign(row=gains["against"].map(_method_name), panel=gains["metric"].str.replace("_", " "),
                          colour=gains["fraction"].map(colours))  # fmt: skip
     return _plot_intervals(table, tuple(colours.values()), 3.2, title)
+
+
+FUSION_NAMES = {"dvme": "DVME", "dvme_random_start": "DVME from random weights", "best_single": "best single encoder",
+                "concatenation": "concatenation + logistic", "perceptron": "matched perceptron"}  # fmt: skip
+
+
+def plot_fusion_gains(gains: pd.DataFrame, title: str | None = None) -> Figure:
+    """What DVME gains over other fusions: a panel a fraction, a row a comparator; hollow where it spans zero.
+
+    gains has over, fraction, gain, low, high (see `fusion_runs.fusion_gains`).
+    """
+    _require_columns(gains, ("over", "fraction", "gain", "low", "high"), "table of fusion gains")
+    rows = [FUSION_NAMES.get(name, name.replace("_", " ")) for name in gains["over"]]
+    panels = [f"{100 * fraction:g} % of the labels" for fraction in gains["fraction"]]
+    table = gains.assign(row=rows, panel=panels, colour="gain of DVME").sort_values("fraction", kind="stable")
+    return _plot_intervals(table, ("gain of DVME",), 1.75, title)
+
+
+def plot_similarity(similarity: pd.DataFrame, title: str | None = None) -> Figure:
+    """Heat map of a symmetric table of similarities from 0 to 1, such as CKA between encoders, with its numbers."""
+    _require_columns(similarity, similarity.index, "table of similarities")
+    names, size = [_method_name(name) for name in similarity], 2.2 + 0.6 * len(similarity)
+    figure, axes = plt.subplots(figsize=(size + 0.9, size), layout="constrained")
+    sns.heatmap(similarity.to_numpy(), vmin=0, vmax=1, cmap="viridis", annot=True, fmt=".2f", square=True, ax=axes,
+                xticklabels=names, yticklabels=names, cbar_kws={"label": "Linear CKA"})  # fmt: skip
+    axes.tick_params(axis="x", rotation=45)
+    axes.tick_params(axis="y", rotation=0)
+    axes.set_title(title, fontsize=10)
+    plt.close(figure)
+    return figure
+
+
+def plot_token_weights(weights: pd.DataFrame, title: str | None = None) -> Figure:
+    """Share of each member for each class, a panel a measure; the dotted line is an equal share.
+
+    weights has measure, class, member and share, see `fusion.token_weights`.
+    """
+    _require_columns(weights, ("measure", "class", "member", "share"), "table of token weights")
+    measures, members = pd.unique(weights["measure"]), list(pd.unique(weights["member"]))
+    classes = list(pd.unique(weights["class"]))
+    figure, panels = plt.subplots(1, len(measures), figsize=(1.5 + 4.5 * len(measures), 1.6 + 0.42 * len(members)),
+                                  sharey=True, squeeze=False, layout="constrained")  # fmt: skip
+    for axes, measure in zip(panels[0], measures, strict=True):
+        table = weights[weights["measure"] == measure].pivot(index="member", columns="class", values="share")
+        for place, (name, colour) in enumerate(zip(classes, sns.color_palette("colorblind", len(classes)))):
+            heights = np.arange(len(members))[::-1] + 0.5 * (0.5 - (place + 0.5) / len(classes))
+            axes.plot(table.loc[members, name], heights, "o", color=colour, markersize=5, label=name)
+        axes.axvline(1 / len(members), color="0.5", linestyle=":", linewidth=1)
+        axes.set(title=measure, xlabel="Share", xlim=(0, None))
+        axes.grid(axis="x", color="0.9")
+    panels[0, 0].set_yticks(range(len(members)), [_method_name(name) for name in members[::-1]])
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), frameon=False, ncols=len(classes),
+                  loc="outside lower center")  # fmt: skip
+    figure.suptitle(title)
+    sns.despine(figure)
+    plt.close(figure)
+    return figure
+
+
+def plot_stages(summary: pd.DataFrame, title: str | None = None) -> Figure:
+    """Macro AUROC (left, with intervals) and calibration error (right) over the stages T, a line an arm.
+
+    summary has method, network, stage, value, low, high, calibration_error (see `semisup.stages.stage_summary`). Dashed
+    is the teacher of an arm, black the control with the same labels, grey the one that knows all labels.
+    """
+    columns = ("method", "network", "stage", "value", "low", "high", "calibration_error")
+    _require_columns(summary, columns, "table of stages")
+    methods = [name for name in pd.unique(summary["method"]) if name not in ("supervised", "oracle")]
+    colours = dict(zip(methods, sns.color_palette("colorblind", len(methods)))) | {
+        "supervised": "black",
+        "oracle": "0.6",
+    }
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    arms = list(summary.groupby(["method", "network"], sort=False))
+    for place, ((method, network), rows) in enumerate(arms):
+        rows, shift = rows.sort_values("stage"), 0.025 * (place - (len(arms) - 1) / 2)
+        look = {"color": colours[method], "linestyle": "--" if network == "teacher" else "-", "marker": "o",
+                "markersize": 4, "linewidth": 1.4}  # fmt: skip
+        bars = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None)
+        name = _method_name(method) + (", teacher" if network == "teacher" else "")
+        left.errorbar(rows["stage"] + shift, rows["value"], bars, **look, label=name, elinewidth=0.7, capsize=1.5)
+        right.plot(rows["stage"], rows["calibration_error"], **look)
+    stages = sorted(summary["stage"].unique())
+    for axes, label in ((left, "Macro AUROC (mean over subsets, 95 % interval)"), (right, "Calibration error")):
+        axes.set(xlabel="Stage T", ylabel=label, xticks=stages)
+        axes.grid(axis="y", color="0.9")
+    right.set_ylim(0, None)
+    figure.legend(*left.get_legend_handles_labels(), frameon=False, ncols=4, loc="outside lower center", fontsize=9)
+    figure.suptitle(title)
+    sns.despine(figure)
+    plt.close(figure)
+    return figure
 
 
 def _plot_intervals(table: pd.DataFrame, colours: Sequence[str], width: float, title: str | None) -> Figure:

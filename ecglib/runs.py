@@ -224,18 +224,18 @@ def package_versions() -> dict[str, str]:
 CELL = ("method", "data", "labels", "fraction")
 
 
-def seed_summary(
-    runs: Iterable[Run], records: Records, split: str = "test", cell: Sequence[str] = CELL
-) -> pd.DataFrame:
+def seed_summary(runs: Iterable[Run], records: Records, split: str = "test", cell: Sequence[str] = CELL,
+                 network: str = "") -> pd.DataFrame:  # fmt: skip
     """One row a cell of runs that differ in the seed alone: macro AUROC as mean over seeds, and that mean's interval.
 
-    `cell` names what tells cells apart, fields or settings of the specs. Patients are drawn once for all seeds of a
+    `cell` names what tells cells apart, fields or settings of the specs; `network` a second network that the runs
+    kept, such as "teacher". Patients are drawn once for all seeds of a
     cell, so the interval speaks of the test patients; `sd_seeds` tells how far the label subsets and starts differ.
     """
     positions = split_indices(records)[split]
     targets, patients = records.targets[positions], records.table["patient_id"].to_numpy()[positions]
     rows = []
-    for values, scores in sorted(seed_scores(runs, split, cell).items()):
+    for values, scores in sorted(seed_scores(runs, split, cell, network).items()):
         interval = bootstrap_interval(targets, scores, patients, classes=records.classes)
         each = [macro_auroc(targets, one, records.classes) for one in scores]
         rows.append({**dict(zip(cell, values, strict=True)), "split": split, "metric": "macro_auroc",
@@ -244,10 +244,12 @@ def seed_summary(
     return pd.DataFrame(rows)
 
 
-def seed_scores(runs: Iterable[Run], split: str = "test", cell: Sequence[str] = CELL) -> dict[tuple, np.ndarray]:
+def seed_scores(runs: Iterable[Run], split: str = "test", cell: Sequence[str] = CELL,
+                network: str = "") -> dict[tuple, np.ndarray]:  # fmt: skip
     """Probabilities `(seeds, n, classes)` of each cell of runs, in the order of their seeds."""
+    name = f"{network}/{split}/probabilities" if network else f"{split}/probabilities"
     cells: dict[tuple, list[Run]] = {}
     for run in sorted(runs, key=lambda run: run.spec.seed):
-        cells.setdefault(tuple(run.spec.value(name) for name in cell), []).append(run)
-    return {values: np.stack([run.predictions()[f"{split}/probabilities"] for run in members])
+        cells.setdefault(tuple(map(run.spec.value, cell)), []).append(run)
+    return {values: np.stack([run.predictions()[name] for run in members])
             for values, members in cells.items()}  # fmt: skip

@@ -12,10 +12,13 @@ from ecglib.plots import (
     COSTS,
     plot_cost,
     plot_ecg,
+    plot_fusion_gains,
     plot_gains,
     plot_label_curve,
     plot_method_gains,
     plot_ranks,
+    plot_similarity,
+    plot_token_weights,
     plot_training,  # fmt: skip
     save_figure,
 )
@@ -243,6 +246,41 @@ def test_one_methods_gains_have_a_panel_a_measure():
     assert all(len([line for line in axes.lines if line.get_marker() == "o"]) == 4 for axes in panels)
     with pytest.raises(DataError, match="against"):
         plot_method_gains(gains.drop(columns="against"))
+
+
+def test_fusion_gains_have_a_panel_a_fraction():
+    rows = [(over, fraction, 0.01, low, 0.05) for over in ("best_single", "softmax_gate")
+            for fraction, low in ((0.1, 0.001), (0.01, -0.02))]  # fmt: skip
+    gains = pd.DataFrame(rows, columns=["over", "fraction", "gain", "low", "high"])
+    few, many = plot_fusion_gains(gains).axes
+    assert (few.get_title(), many.get_title()) == ("1 % of the labels", "10 % of the labels")
+    assert [text.get_text() for text in few.get_yticklabels()] == ["softmax gate", "best single encoder"]
+    faces = [{line.get_markerfacecolor() for line in axes.lines if line.get_marker() == "o"} for axes in (few, many)]
+    assert faces[0] == {"white"} and "white" not in faces[1]
+    with pytest.raises(DataError, match="over"):
+        plot_fusion_gains(gains.drop(columns="over"))
+
+
+def test_similarity_shows_every_number():
+    names = ["byol", "patient_pairs"]
+    axes = plot_similarity(pd.DataFrame([[1.0, 0.25], [0.25, 1.0]], names, names)).axes[0]
+    assert sorted(text.get_text() for text in axes.texts) == ["0.25", "0.25", "1.00", "1.00"]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["byol", "patient pairs"]
+    with pytest.raises(DataError, match="byol"):
+        plot_similarity(pd.DataFrame([[1.0]], ["byol"], ["swav"]))
+
+
+def test_token_weights_have_a_panel_a_measure_and_a_dot_a_class():
+    rows = [(measure, name, member, share) for measure in ("attention", "gradient x input") for name in "AB"
+            for member, share in (("byol", 0.7), ("swav", 0.3))]  # fmt: skip
+    weights = pd.DataFrame(rows, columns=["measure", "class", "member", "share"])
+    panels = plot_token_weights(weights).axes
+    assert [axes.get_title() for axes in panels] == ["attention", "gradient x input"]
+    assert [text.get_text() for text in panels[0].get_yticklabels()] == ["swav", "byol"]
+    dots = [line for line in panels[0].lines if line.get_marker() == "o"]
+    assert [list(line.get_xdata()) for line in dots] == [[0.7, 0.3]] * 2
+    with pytest.raises(DataError, match="share"):
+        plot_token_weights(weights.drop(columns="share"))
 
 
 def test_cost_has_a_panel_a_cost_and_a_look_a_method():

@@ -73,3 +73,10 @@ def sinusoidal_positions(tokens: int, width: int) -> Tensor:
     pairs = torch.arange(0, width, 2, dtype=torch.float64)
     angle = torch.arange(tokens)[:, None] * torch.exp(pairs * (-math.log(10_000.0) / width))
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)  # float64
+
+
+def set_drop_path(encoder: nn.Module, largest: float) -> None:
+    """Give an encoder's blocks stochastic depth that rises linearly from 0 to `largest`, first block to last."""
+    paths = [module for module in encoder.modules() if isinstance(module, DropPath)]
+    for place, path in enumerate(paths):
+        path.p = largest * place / max(len(paths) - 1, 1)

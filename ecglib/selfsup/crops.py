@@ -1,9 +1,14 @@
-"""Time windows of several lengths cut out of one batch, for multi-crop training (SwAV, DINO)."""
+"""Time windows of several lengths cut out of one batch, for multi-crop training (SwAV, DINO, DISTL)."""
+
+from collections.abc import Sequence
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
+from ecglib.augment import Transform, apply
 from ecglib.errors import DataError
+
+View = tuple[Tensor, Tensor]  # signals `(batch, leads, time)` and the sample of the record where each begins `(batch,)`
 
 
 def window_length(time: int, share: float, multiple: int = 1) -> int:
@@ -26,3 +31,21 @@ def random_windows(signals: Tensor, length: int, generator: Generator, multiple:
     starts = multiple * torch.randint(places, (batch,), generator=generator, device=signals.device)
     index = starts[:, None] + torch.arange(length, device=signals.device)
     return signals.gather(2, index[:, None, :].expand(-1, leads, -1)), starts
+
+
+def random_views(signals: Tensor, shares: Sequence[float], generator: Generator, transforms: Sequence[Transform] = (),
+                 multiple: int = 1) -> list[View]:  # fmt: skip
+    """One view for each of the `shares` of the signals' length, cut at a `multiple` of samples, then transformed."""
+    views = []
+    for share in shares:
+        window, start = random_windows(signals, window_length(signals.shape[2], share, multiple), generator, multiple)
+        views.append((apply(transforms, window, generator), start))
+    return views
+
+
+def encode_views(encoder: nn.Module, views: Sequence[View]) -> Tensor:
+    """Features of views of one length, `(views x batch, features)`; transformers are told where each begins."""
+    signals = torch.cat([signal for signal, _ in views])
+    if not hasattr(encoder, "positions"):
+        return encoder(signals)
+    return encoder(signals, torch.cat([start for _, start in views]))

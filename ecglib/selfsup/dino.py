@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ecglib.augment import Transform, apply
+from ecglib.augment import Transform
 from ecglib.batches import Batch
 from ecglib.ema import average_of, momentum_at, update_average
 from ecglib.errors import DataError
 from ecglib.processes import gathered
-from ecglib.selfsup.crops import random_windows, window_length
+from ecglib.selfsup.crops import encode_views, random_views
 from ecglib.selfsup.heads import Prototypes, need_two_records
 
 
@@ -68,8 +68,9 @@ class DINO(nn.Module):
     """Student learns, teacher is its moving average; `.encoder`, to be probed afterwards, is the TEACHER's.
 
     The encoder given becomes the student's. The teacher is a copy without dropout and stochastic depth, and with the
-    student's running statistics of batch norm. Its parameters do not require gradients: ask for them (`requires_grad_()`) before fine-tuning. Crops are the shares
-    `global_share` and `local_share` of the signal, cut at whole patches where the encoder is a transformer.
+    student's running statistics of batch norm. Its parameters do not require gradients: ask for them
+    (`requires_grad_()`) before fine-tuning. Crops are the shares `global_share` and `local_share` of the signal, cut at
+    whole patches where the encoder is a transformer.
 
     `momentum` starts at the published 0.996 and rises to 1 along a cosine; for other lengths take
     `ema.momentum_for_steps(steps)`. The teacher must stay slower than the centre (1 - momentum well below 1 -
@@ -90,9 +91,7 @@ class DINO(nn.Module):
         self.student, self.transforms = encoder, list(transforms)
         self.student_head = DINOHead(encoder.feature_size, hidden, bottleneck, prototypes, norm)
         self.encoder, self.teacher_head = average_of(encoder), average_of(self.student_head)
-        for layer in self.encoder.modules():
-            if isinstance(layer, nn.Dropout):
-                layer.p = 0.0
+        self.patch = getattr(encoder, "patch", 1)
         self.shares = (global_share,) * 2 + (local_share,) * local_views
         self.temperatures = (student_temperature, teacher_temperature)
         self.center_momentum, self.momentum, self.frozen = center_momentum, momentum, frozen
@@ -102,33 +101,17 @@ class DINO(nn.Module):
     def loss(self, batch: Batch) -> Tensor:
         """The student's views against the teacher's two long ones; DataError for a batch of one."""
         need_two_records(batch.signals, "DINO")
-        views = self._views(batch)
+        views = random_views(batch.signals, self.shares, batch.generator, self.transforms, self.patch)
         trained = (self.progress >= self.frozen).float()
         with torch.no_grad():
-            teacher = self.teacher_head(self._encode(self.encoder, views[:2])).chunk(2)
-        long = self._encode(self.student, views[:2])
-        short = [self._encode(self.student, views[2:])] if len(views) > 2 else []
+            teacher = self.teacher_head(encode_views(self.encoder, views[:2])).chunk(2)
+        long = encode_views(self.student, views[:2])
+        short = [encode_views(self.student, views[2:])] if len(views) > 2 else []
         student = self.student_head(torch.cat([long, *short]), trained).chunk(len(views))
         loss = dino_loss(student, teacher, self.center, *self.temperatures)
         if self.training:
             self.center.copy_(next_center(self.center, teacher, self.center_momentum))
         return loss
-
-    def _views(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        """Augmented crops and where they start, the two long ones first."""
-        multiple, views = getattr(self.encoder, "patch", 1), []
-        for share in self.shares:
-            length = window_length(batch.signals.shape[2], share, multiple)
-            window, start = random_windows(batch.signals, length, batch.generator, multiple)
-            views.append((apply(self.transforms, window, batch.generator), start))
-        return views
-
-    def _encode(self, encoder: nn.Module, views: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Features of views of one length, `(views x batch, features)`; transformers are told where crops start."""
-        signals = torch.cat([signal for signal, _ in views])
-        if not hasattr(encoder, "positions"):
-            return encoder(signals)
-        return encoder(signals, torch.cat([start for _, start in views]))
 
     def after_step(self, progress: float) -> None:
         """The teacher moves towards the student; the progress decides about freezing."""

@@ -1,4 +1,4 @@
-"""CE-SSL against each comparator: the same labels, patients and seeds, so differences are paired."""
+"""One method against each comparator: the same labels, patients and seeds, so differences are paired."""
 
 import warnings
 from collections.abc import Sequence
@@ -7,13 +7,20 @@ import numpy as np
 import pandas as pd
 
 from ecglib.errors import DataError
-from ecglib.evaluate import AbsentClassWarning, choose_thresholds, paired_difference, paired_f2
+from ecglib.evaluate import (
+    AbsentClassWarning,
+    choose_thresholds,
+    paired_calibration_error,
+    paired_difference,
+    paired_f2,
+)
 from ecglib.labels import split_indices
 from ecglib.records import Records
 from ecglib.runs import Run, seed_scores
 
 MEASURES = {"macro_auroc": "auroc", "mean_average_precision": "average_precision"}
 CELL = ("start", "fraction", "method")
+STAGE = ("stage", "method")
 
 
 def gains_over(runs: Sequence[Run], records: Records, method: str = "ce_ssl", split: str = "test") -> pd.DataFrame:
@@ -33,7 +40,7 @@ def gains_over(runs: Sequence[Run], records: Records, method: str = "ce_ssl", sp
         own = (*cell[:2], method)
         if cell == own or own not in scores:
             continue
-        _need_same_seeds(runs, own, cell)
+        _need_same_seeds(runs, CELL, own, cell)
         gains = {measure: paired_difference(targets, scores[own], scores[cell], patients, statistic=statistic,
                                             classes=records.classes)
                  for measure, statistic in MEASURES.items()}  # fmt: skip
@@ -45,11 +52,45 @@ def gains_over(runs: Sequence[Run], records: Records, method: str = "ce_ssl", sp
     return pd.DataFrame(rows).sort_values(["start", "fraction"], kind="stable", ignore_index=True)
 
 
-def _need_same_seeds(runs: Sequence[Run], own: tuple, other: tuple) -> None:
+def stage_gains(runs: Sequence[Run], records: Records, method: str = "distl", split: str = "test") -> pd.DataFrame:
+    """What each method gained since T = 0, and what `method` gains over every other one at the same T.
+
+    A row a pair and metric (macro_auroc, expected_calibration_error), with method, network (student or teacher), stage,
+    `against` and `against_stage`: gain with its paired patient-bootstrap interval, both sides as means over the same
+    seeds. A calibration error that falls is a gain below zero. DataError where two sides do not have the same seeds.
+    """
+    taught = [run for run in runs if f"teacher/{split}/probabilities" in run.predictions()]
+    sides = {("student", *cell): scores for cell, scores in seed_scores(runs, split, STAGE).items()}
+    sides |= {("teacher", *cell): scores for cell, scores in seed_scores(taught, split, STAGE, "teacher").items()}
+    positions = split_indices(records)[split]
+    targets, patients = records.targets[positions], records.table["patient_id"].to_numpy()[positions]
+    rows = []
+    for own, other in _stage_pairs(list(sides), method):
+        _need_same_seeds(runs, STAGE, own[1:], other[1:])
+        names = {"method": own[2], "network": own[0], "stage": own[1], "against": other[2], "against_stage": other[1]}
+        gains = {
+            "macro_auroc": paired_difference(targets, sides[own], sides[other], patients, classes=records.classes),
+            "expected_calibration_error": paired_calibration_error(targets, sides[own], sides[other], patients),
+        }
+        rows += [{**names, "metric": metric, "gain": gain.value, "low": gain.low, "high": gain.high}
+                 for metric, gain in gains.items()]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _stage_pairs(sides: Sequence[tuple], method: str) -> list[tuple[tuple, tuple]]:
+    """Which (network, stage, method) are compared: all with the common start, then `method` with the others."""
+    start = ("student", 0, "supervised")
+    pairs = [(side, start) for side in sides if side[1] > 0]
+    own = [side for side in sides if side[0] == "student" and side[2] == method]
+    return pairs + [(side, other) for side in own for other in sides if other[1] == side[1] and other != side]
+
+
+def _need_same_seeds(runs: Sequence[Run], cell: Sequence[str], own: tuple, other: tuple) -> None:
     """DataError where the runs of two cells do not pair."""
-    seeds = [sorted(run.spec.seed for run in runs if tuple(map(run.spec.value, CELL)) == cell) for cell in (own, other)]
+    seeds = [sorted(run.spec.seed for run in runs if tuple(map(run.spec.value, cell)) == side) for side in (own, other)]
     if seeds[0] != seeds[1]:
-        raise DataError(f"{own[2]} and {other[2]} were not run with the same seeds; run the missing ones.")
+        names = [" ".join(map(str, side)) for side in (own, other)]
+        raise DataError(f"{names[0]} and {names[1]} were not run with the same seeds; run the missing ones.")
 
 
 def _decisions(known: np.ndarray, scores: np.ndarray, records: Records) -> np.ndarray:

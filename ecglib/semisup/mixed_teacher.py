@@ -54,9 +54,6 @@ class MixedTeacher(nn.Module):
         super().__init__()
         _check_settings(weight, ramp, temperature)
         self.network, self.teacher = network, average_of(network)
-        for layer in self.teacher.modules():
-            if isinstance(layer, nn.Dropout):
-                layer.p = 0.0
         self.weight, self.ramp, self.temperature = weight, ramp, temperature
         self.alpha, self.noise, self.momentum = alpha, noise, momentum_for_steps(steps, turnover)
         self.register_buffer("progress", torch.tensor(0.0))

@@ -1,0 +1,163 @@
+"""DISTL (Park et al. 2022): a network that keeps learning from recordings that nobody has labelled.
+
+Three things train one transformer. It learns *from itself*: a slow copy, the teacher, looks at the clean recording and
+says how likely each class is; the student must say the same of a noisy piece (self-training with soft labels). It
+learns *by itself*: DINO's pretext on pieces of the recording. And it is *corrected*: now and then it goes through the
+few labelled recordings. Then more unlabelled recordings arrive, and the next stage goes on from there.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ecglib.augment import Transform
+from ecglib.batches import Batch, CropBatches
+from ecglib.ema import average_of, momentum_at, momentum_for_steps, update_average
+from ecglib.errors import DataError
+from ecglib.records import Records
+from ecglib.selfsup.crops import encode_views, random_views
+from ecglib.selfsup.dino import DINOHead, dino_loss, next_center
+from ecglib.supervised import Classifier
+
+
+def ramp(progress: float, most: float = 2.0, epochs: int = 5) -> float:
+    """Weight of the self-training loss: `most` x (epoch + 1) / `epochs`, which is 0.4, 0.8, ... 2.0, by progress."""
+    return most * min(math.floor(progress * epochs) + 1, epochs) / epochs
+
+
+def soft_label_loss(logits: Tensor, answers: Tensor) -> Tensor:
+    """Mean over records and classes of BCE(sigmoid(logits), answers); no threshold, no sharpening.
+
+    `answers` are the teacher's probabilities of the clean view; only `logits`, of the noised one, get a gradient.
+    """
+    return F.binary_cross_entropy_with_logits(logits.float(), answers.detach().float())
+
+
+@dataclass
+class StageBatch(Batch):
+    """A batch of which all records are `labelled` or none: then its targets are `(batch, 0)`."""
+
+    labelled: bool
+
+
+class StageBatches:
+    """`batches(step)` gives a StageBatch: unlabelled ones, and a pass over the labelled records for every
+    `correction_every` unlabelled records.
+
+    The published correction comes every 500 steps of 8 images, which is one pass for 4,000 images; stated so, it does
+    not change with the batch size. Without unlabelled records all batches are labelled, with `correction_every` of
+    infinity none is. DataError where there is then nothing to learn from.
+    """
+
+    def __init__(self, records: Records, labelled: np.ndarray, unlabelled: np.ndarray, batch_size: int,
+                 crop_seconds: float, correction_every: float, seed: int,
+                 device: torch.device | str = "cpu") -> None:  # fmt: skip
+        if not correction_every > 0:
+            raise DataError(f"The labelled records cannot come after every {correction_every:g} unlabelled ones; "
+                            "choose a number above 0.")  # fmt: skip
+        options = {"batch_size": batch_size, "crop_seconds": crop_seconds, "device": device}
+        self.pools = {"labelled": CropBatches(records, labelled, seed=seed, **options)}
+        # Steps without and with labels in one round; a pool's own steps are counted on through the rounds.
+        self.apart, self.together = 0, math.ceil(len(labelled) / batch_size)
+        if len(unlabelled):
+            # A stream of its own: with the same seed two pools of one size would be shuffled and cropped alike.
+            other_seed = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
+            self.pools["unlabelled"] = CropBatches(records, unlabelled, seed=other_seed, **options)
+            self.apart = 1 if math.isinf(correction_every) else max(1, round(correction_every / batch_size))
+            self.together = 0 if math.isinf(correction_every) else self.together
+
+    def unlabelled_steps(self, steps: int) -> int:
+        """How many of `steps` have an unlabelled batch."""
+        rounds, rest = divmod(steps, self.apart + self.together)
+        return rounds * self.apart + min(rest, self.apart)
+
+    def __call__(self, step: int) -> StageBatch:
+        """The batch of one step, the same whenever it is asked for."""
+        rounds, place = divmod(step, self.apart + self.together)
+        labelled = place >= self.apart
+        own = rounds * self.together + place - self.apart if labelled else rounds * self.apart + place
+        batch = self.pools["labelled" if labelled else "unlabelled"](own)
+        targets = batch.targets if labelled else batch.targets[:, :0]
+        return StageBatch(batch.signals, targets, batch.indices, batch.generator, labelled)
+
+
+class DISTL(nn.Module):
+    """`.network` is the student, `.teacher` its moving average; both map signals to logits and both are scored.
+
+    With lambda = `pretext`, alpha = `ramp`, DINO's loss D and self-training's loss S, an unlabelled batch gives
+
+        lambda D + (1 - lambda) alpha S,   a labelled one   lambda D + (1 - lambda) BCE(student(noised piece), label).
+
+    The teacher sees the clean crop and one noised piece of `piece_share`, the student these and `local_views` short
+    ones. `noised=False` shows the student's classifier the clean crop instead. The teacher moves after unlabelled
+    batches only, with a momentum fitted to the number of them, `unlabelled_steps` (`ema.momentum_for_steps`): the
+    published 0.9995 over 6,750 steps would stand nearly still in 400.
+    """
+
+    def __init__(self, network: Classifier, transforms: Sequence[Transform] = (), *, unlabelled_steps: int,
+                 pretext: float = 0.5, noised: bool = True, turnover: float = 1.7, most: float = 2.0,
+                 prototypes: int = 4096, hidden: int = 2048, bottleneck: int = 256, norm: bool = False,
+                 piece_share: float = 0.8, local_views: int = 6, local_share: float = 0.4) -> None:  # fmt: skip
+        super().__init__()
+        if not 0.0 <= pretext <= 1.0:
+            raise DataError(f"The pretext cannot weigh {pretext}; choose from 0, self-training, to 1, DINO alone.")
+        self.network, self.teacher = network, average_of(network)
+        self.network_head = DINOHead(network.encoder.feature_size, hidden, bottleneck, prototypes, norm)
+        self.teacher_head = average_of(self.network_head)
+        self.transforms, self.patch = list(transforms), getattr(network.encoder, "patch", 1)
+        self.pretext, self.noised, self.most = pretext, noised, most
+        self.shares = [piece_share] + [local_share] * local_views
+        self.momentum = momentum_for_steps(unlabelled_steps, turnover)
+        self.labelled = False  # what the last batch was
+        self.register_buffer("center", torch.zeros(prototypes))
+        self.register_buffer("progress", torch.tensor(0.0))
+
+    def loss(self, batch: StageBatch) -> Tensor:
+        """Scalar loss of one batch."""
+        self.labelled = batch.labelled
+        whole = (batch.signals, torch.zeros_like(batch.indices))
+        views = [whole, *random_views(batch.signals, self.shares, batch.generator, self.transforms, self.patch)]
+        # Views of one length go through together, and each network sees a view once, for both losses.
+        used = [views[:1], views[1:2], views[2:]] if self.pretext else [[], views[1:2]] if self.noised else [views[:1]]
+        features = [encode_views(self.network.encoder, group) if group else None for group in used]
+        with torch.no_grad():
+            asked = views[:2] if self.pretext else [] if batch.labelled else views[:1]
+            answers = [encode_views(self.teacher.encoder, [view]) for view in asked]
+        loss = batch.signals.new_zeros(())
+        if self.pretext:
+            loss = loss + self.pretext * self._pretext(features, answers, len(views))
+        if self.pretext < 1:
+            logits = self.network.head(features[1 if self.noised else 0])
+            loss = loss + (1 - self.pretext) * self._classes(batch, logits, answers)
+        return loss
+
+    def _pretext(self, features: list[Tensor | None], answers: list[Tensor], views: int) -> Tensor:
+        """DINO's loss, with the clean crop and the noised piece as the teacher's views."""
+        with torch.no_grad():
+            teacher = self.teacher_head(torch.cat(answers)).chunk(2)
+        student = self.network_head(torch.cat([group for group in features if group is not None])).chunk(views)
+        loss = dino_loss(student, teacher, self.center)
+        if self.training:
+            self.center.copy_(next_center(self.center, teacher))
+        return loss
+
+    def _classes(self, batch: StageBatch, logits: Tensor, answers: list[Tensor]) -> Tensor:
+        """Loss of the class head: against the labels, or against the teacher's answers to the clean crop."""
+        if batch.labelled:
+            return F.binary_cross_entropy_with_logits(logits.float(), batch.targets)
+        with torch.no_grad():
+            likely = torch.sigmoid(self.teacher.head(answers[0]).float())
+        return ramp(float(self.progress), self.most) * soft_label_loss(logits, likely)
+
+    def after_step(self, progress: float) -> None:
+        """The teacher moves towards the student, but not after a correction."""
+        if not self.labelled:
+            momentum = momentum_at(progress, self.momentum)
+            update_average(self.teacher, self.network, momentum)
+            update_average(self.teacher_head, self.network_head, momentum)
+        self.progress.fill_(progress)
