@@ -35,8 +35,9 @@ parts = {
     "classes": "00_prepare_data", "left_out": "00_prepare_data", "supervised_summary": "02_supervised_baseline",
     "label_efficiency_summary": "09_probe_and_fine_tune", "label_efficiency_gains": "09_probe_and_fine_tune",
     "fusion_summary": "10_fusion", "fusion_gains": "10_fusion", "labels_needed": "14_label_efficiency",
-    "semi_supervised_summary": "12_semi_supervised",
-    "semi_supervised_gains": "12_semi_supervised", "adaptation_cost": "12_semi_supervised",
+    "semi_supervised_summary": "12_semi_supervised", "semi_supervised_gains": "12_semi_supervised",
+    "adaptation_cost": "12_semi_supervised", "self_evolving_summary": "13_self_evolving",
+    "self_evolving_gains": "13_self_evolving",
 }  # fmt: skip
 found = {name: Path(results) / "tables" / f"{name}.csv" for name in parts}
 state = {name: "there" if path.exists() else f"run {parts[name]}" for name, path in found.items()}
@@ -159,6 +160,30 @@ paper = pd.read_csv(Path(published) / "ce-ssl.csv")
 paper = paper[paper["table"].isin(["S8", "S11"]) & (paper["dataset"] == "PTB-XL")]
 paper = paper[paper["metric"].isin(["macro AUC", "MAP", "macro F2", "time/iter", "params"])]
 paper.pivot(index=["table", "method"], columns="metric", values="mean").assign(origin="published")
+
+# %% [markdown]
+# ## A network that keeps learning
+#
+# DISTL from a few labels on, while records without labels arrive in stages; each arm at each stage, the student's
+# scores. Beside it what the paper prints, for X-rays of the chest: orientation, not a comparison.
+
+# %%
+stages = pd.read_csv(found["self_evolving_summary"])
+stages = stages[stages["network"] == "student"]
+cells = [f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in stages.itertuples()]
+cells = stages.assign(score=cells).pivot(index="method", columns="stage", values="score")
+cells.style.set_caption(f"Macro AUROC on fold 10 at each T, {stages['fraction'].iloc[0]:.0%} of the labels: {kind}")
+
+# %%
+evolving = pd.read_csv(found["self_evolving_gains"])
+last = evolving[(evolving["stage"] == evolving["stage"].max()) & (evolving["network"] == "student")]
+for row in last[(last["method"] == "distl") & (last["metric"] == "macro_auroc")].itertuples():
+    word = "above" if row.low > 0 else "below" if row.high < 0 else "no finding against"
+    print(f"DISTL at T = {row.stage}: {word} {row.against} at T = {row.against_stage}, {row.gain:+.3f} "
+          f"[{row.low:+.3f}, {row.high:+.3f}]")  # fmt: skip
+paper = pd.read_csv(Path(published) / "distl-echoclr-dvme.csv")
+paper = paper[(paper["paper"] == "DISTL") & (paper["metric"] == "AUROC")]
+paper.pivot(index="task", columns="setting", values="value").assign(origin="published")
 
 # %% [markdown]
 # ## Exercise

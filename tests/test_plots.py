@@ -18,6 +18,7 @@ from ecglib.plots import (
     plot_method_gains,
     plot_ranks,
     plot_similarity,
+    plot_stages,
     plot_token_weights,
     plot_training,  # fmt: skip
     save_figure,
@@ -295,3 +296,19 @@ def test_cost_has_a_panel_a_cost_and_a_look_a_method():
     assert points[0].get_color() == points[1].get_color() != points[2].get_color()
     with pytest.raises(DataError, match="stored_bytes"):
         plot_cost(costs.drop(columns="stored_bytes"), summary)
+
+
+def test_stages_have_a_line_an_arm_and_the_teacher_is_dashed():
+    arms = [("distl", "student"), ("supervised", "student"), ("distl", "teacher")]
+    rows = [(*arm, stage, 0.7 + 0.01 * stage, 0.6, 0.8, 0.1) for arm in arms for stage in (2, 0, 1)]
+    summary = pd.DataFrame(rows, columns=["method", "network", "stage", "value", "low", "high", "calibration_error"])
+    figure = plot_stages(summary)
+    left, right = figure.axes
+    assert [line.get_linestyle() for line in right.lines] == ["-", "-", "--"]
+    assert right.lines[1].get_color() == "black" and right.lines[0].get_color() == right.lines[2].get_color()
+    assert all(list(line.get_xdata()) == [0, 1, 2] for line in right.lines)
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["DISTL", "supervised", "DISTL, teacher"]
+    assert len(left.containers) == 3
+    with pytest.raises(DataError, match="calibration_error"):
+        plot_stages(summary.drop(columns="calibration_error"))
