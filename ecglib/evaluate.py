@@ -229,6 +229,29 @@ def bootstrap_interval(
     return _percentiles(value[0], drawn[0], level)
 
 
+def area_intervals(
+    targets: np.ndarray, scores: np.ndarray, groups: Sequence, classes: Sequence[str], draws: int = 1000,
+    seed: int = 0, level: float = 0.95,
+) -> dict[str, Interval]:  # fmt: skip
+    """macro_auroc, mean_average_precision and auroc:<class> of each class present, of one model `(n, classes)`.
+
+    The intervals are those of `bootstrap_interval`, all from one pass over the draws.
+    """
+    rankings = rank_classes(targets, scores)
+    _require_present(targets, classes)
+
+    def areas(weights: np.ndarray) -> np.ndarray:
+        return np.array([[statistic(ranking, weights) for ranking in rankings] for statistic in STATISTICS.values()])
+
+    value = areas(np.ones((len(targets), 1)))[..., 0]
+    drawn = np.concatenate([areas(weights) for weights in draw_weights(groups, len(targets), draws, seed)], axis=2)
+    macro, macro_drawn = _mean_finite(value, axis=1), _mean_finite(drawn, axis=1)
+    names = ("macro_auroc", "mean_average_precision")
+    intervals = {name: _percentiles(macro[place], macro_drawn[place], level) for place, name in enumerate(names)}
+    return intervals | {f"auroc:{label}": _percentiles(value[0, column], drawn[0, column], level)
+                        for column, label in enumerate(classes) if not np.isnan(value[0, column])}  # fmt: skip
+
+
 def paired_difference(
     targets: np.ndarray, scores_a: np.ndarray, scores_b: np.ndarray, groups: Sequence, draws: int = 1000,
     seed: int = 0, level: float = 0.95, statistic: str = "auroc", classes: Sequence[str] | None = None,
@@ -540,15 +563,7 @@ def score_rows(records: Records, split: Mapping[str, np.ndarray], probabilities:
     thresholds = choose_thresholds(targets["validation"], probabilities["validation"], classes=classes)
     for name, scores in probabilities.items():
         patients = records.table["patient_id"].to_numpy()[split[name]]
-        intervals = {
-            "macro_auroc": bootstrap_interval(targets[name], scores, patients, classes=classes),
-            "mean_average_precision": bootstrap_interval(targets[name], scores, patients, statistic="average_precision",
-                                                         classes=classes),
-        }  # fmt: skip
-        for column, label in enumerate(classes):
-            if not len(absent_classes(targets[name][:, [column]])):
-                one = (targets[name][:, [column]], scores[:, [column]])
-                intervals[f"auroc:{label}"] = bootstrap_interval(*one, patients)
+        intervals = area_intervals(targets[name], scores, patients, classes)
         report = ranking_report(targets[name], scores, thresholds, classes)
         intervals |= {measure: Interval(value, np.nan, np.nan) for measure, value in report.items()
                       if measure not in intervals and isinstance(value, float)}  # fmt: skip

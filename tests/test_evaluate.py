@@ -156,6 +156,19 @@ def test_bootstrap_equals_a_slow_loop_on_the_same_draws(statistic):
     assert difference[1:] == pytest.approx((low, high), abs=1e-12)
 
 
+def test_all_areas_at_once_are_those_of_one_bootstrap_each():
+    targets, scores = make_scores()
+    targets[:, 2] = 0
+    groups, names = np.repeat(np.arange(150), 2), list("ABCD")
+    with pytest.warns(AbsentClassWarning, match="C") as told:
+        found = evaluate.area_intervals(targets, scores, groups, names, draws=80)
+    assert len(told) == 1 and list(found) == ["macro_auroc", "mean_average_precision", "auroc:A", "auroc:B", "auroc:D"]
+    with pytest.warns(AbsentClassWarning):
+        for name, statistic in (("macro_auroc", "auroc"), ("mean_average_precision", "average_precision")):
+            assert found[name] == bootstrap_interval(targets, scores, groups, 80, statistic=statistic, classes=names)
+    assert found["auroc:D"] == bootstrap_interval(targets[:, [3]], scores[:, [3]], groups, 80)
+
+
 def test_draws_do_not_depend_on_the_chunks(monkeypatch):
     targets, scores = make_scores(120)
     first = bootstrap_interval(targets, scores, np.arange(120) // 2, draws=40)
