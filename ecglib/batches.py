@@ -192,12 +192,13 @@ class SemiBatches:
 
     def __init__(self, records: Records, labelled: np.ndarray, unlabelled: np.ndarray, batch_size: int, ratio: float,
                  crop_seconds: float, seed: int, device: torch.device | str = "cpu") -> None:  # fmt: skip
-        _check_pools(records, labelled, unlabelled)
+        if len(unlabelled) == 0:
+            raise DataError("There is no unlabelled record to learn from; choose a label fraction below 1 or train "
+                            "supervised.")  # fmt: skip
+        check_apart(records, labelled, unlabelled)
         count = _unlabelled_count(batch_size, ratio)
         self.labelled = CropBatches(records, labelled, batch_size, crop_seconds, seed, device)
-        # A stream of its own: with the same seed two pools of one size would be shuffled and cropped alike.
-        other_seed = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
-        self.unlabelled = CropBatches(records, unlabelled, count, crop_seconds, other_seed, device)
+        self.unlabelled = CropBatches(records, unlabelled, count, crop_seconds, other_stream(seed), device)
         self.record_ids = self.labelled.record_ids
 
     def __call__(self, step: int) -> SemiBatch:
@@ -207,11 +208,13 @@ class SemiBatches:
                          unlabelled.signals, unlabelled.indices)  # fmt: skip
 
 
-def _check_pools(records: Records, labelled: np.ndarray, unlabelled: np.ndarray) -> None:
-    """DataError where nothing is unlabelled or a record is in both pools, naming it."""
-    if len(unlabelled) == 0:
-        raise DataError("There is no unlabelled record to learn from; choose a label fraction below 1 or train "
-                        "supervised.")  # fmt: skip
+def other_stream(seed: int) -> int:
+    """A seed for a second pool: with one and the same, pools of one size would be shuffled and cropped alike."""
+    return int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
+
+
+def check_apart(records: Records, labelled: np.ndarray, unlabelled: np.ndarray) -> None:
+    """DataError where a record is in both pools, naming it."""
     both = np.intersect1d(labelled, unlabelled)
     if len(both):
         raise DataError(f"Record {records.table['record_id'].iloc[both[0]]} is both labelled and unlabelled; leave it "

@@ -199,7 +199,7 @@ def expected_calibration_error(targets: np.ndarray, probabilities: np.ndarray, b
 
 def _require_probabilities(values: np.ndarray) -> None:
     """DataError where values do not lie between 0 and 1."""
-    if values.min() < 0 or values.max() > 1:
+    if not (values.min() >= 0 and values.max() <= 1):  # refuses a NaN, too
         raise DataError("Calibration is measured on probabilities between 0 and 1; apply the sigmoid to logits first.")
 
 
@@ -285,8 +285,9 @@ def paired_calibration_error(
 ) -> Interval:  # fmt: skip
     """Expected calibration error of a minus that of b on the same patient draws, for `(repeats, n, classes)` each.
 
-    Repeats are models of several seeds, whose errors are averaged. On a draw both errors are larger than on the whole,
-    for their bins are noisier; in the difference that cancels.
+    Repeats are models of several seeds, whose errors are averaged. On a draw errors are larger than on the whole, for
+    bins are noisier, and those of a well calibrated model more so. So this is the basic bootstrap, which takes that
+    shift off: 2 x value - the percentiles.
     """
     models = [np.asarray(probabilities_a, dtype=np.float64), np.asarray(probabilities_b, dtype=np.float64)]
     targets = np.asarray(targets).astype(np.float64)
@@ -296,7 +297,8 @@ def paired_calibration_error(
     def error(weights: np.ndarray) -> list[np.ndarray]:
         return [_weighted_calibration(targets, model, weights, bins) for model in models]
 
-    return _drawn_difference(error, groups, len(targets), draws, seed, level)
+    value, low, high = _drawn_difference(error, groups, len(targets), draws, seed, level)
+    return Interval(value, 2 * value - high, 2 * value - low)
 
 
 def _drawn_difference(measure: Callable[[np.ndarray], list[np.ndarray]], groups: Sequence, records: int, draws: int,

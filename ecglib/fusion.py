@@ -65,13 +65,13 @@ class _Fused(nn.Module):
 
         The last layer starts at 0 where there are votes: they alone decide at first.
         """
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 silent = self.votes is not None and name.startswith(("head", "votes"))
                 if name.endswith(("weight", "names")) and not silent:
                     deviation = 0.02 if name == "names" else parameter.shape[1] ** -0.5
-                    for place, seed in enumerate(seeds):
-                        generator = torch.Generator().manual_seed(seed)
+                    for place, generator in enumerate(generators):
                         parameter[place] = deviation * torch.randn(parameter.shape[1:], generator=generator)
 
     def start_from(self, weights: Tensor, bias: Tensor) -> None:
@@ -159,7 +159,7 @@ class FusionNetwork(_Fused):
     def forward(self, features: Tensor, keep: Tensor | None = None, generator: Generator | None = None) -> Tensor:
         tokens = self.mixed(self.tokens(features), keep, generator)
         present = None if keep is None else _present(keep)
-        if present is not None:
+        if present is not None and self.mixing != "gate":  # a gate's weights make up for dropped tokens already
             tokens = tokens * present[:, :, None]
         hidden = F.gelu(self.hidden(tokens.flatten(2)))
         return self._voted(self.head(drop(hidden, self.dropout * self.training, generator)), features, present)
@@ -322,7 +322,7 @@ def linear_cka(first: Tensor | np.ndarray, second: Tensor | np.ndarray) -> float
     |Y'X|^2 / (|X'X| |Y'Y|), Frobenius norms of centred columns: 1 where one is a turned and scaled copy of the other.
     DataError where the records differ in number or nothing varies.
     """
-    x, y = (torch.as_tensor(np.array(values), dtype=torch.float64) for values in (first, second))
+    x, y = (torch.as_tensor(values).detach().cpu().double() for values in (first, second))
     if len(x) != len(y):
         raise DataError(f"CKA compares features of the same records, not of {len(x)} and {len(y)}; encode both alike.")
     x, y = x - x.mean(dim=0), y - y.mean(dim=0)

@@ -30,7 +30,9 @@ from ecglib.labels import label_subsets, split_indices
 from ecglib.probe import PENALTIES, chosen_probes, feature_scale, standardise, unit_length
 from ecglib.records import Records
 from ecglib.runs import MODEL, Result, Run, RunSpec, run_grid, run_or_load, seed_scores
-from ecglib.selfsup.pretrain import encode_records, pretraining_spec
+from ecglib.selfsup.pretrain import encode_records, encode_run, pretraining_spec
+from ecglib.semisup.compare import need_same_seeds
+from ecglib.semisup.starts import start_weights
 from ecglib.supervised import classifier_result, scored_result, train_classifier
 from ecglib.train import load_state, parameter_groups
 from ecglib.transfer import grid_subsets
@@ -68,6 +70,7 @@ def member_encoder(run: Run) -> nn.Module:
 
 def as_member(run: Run, records: Records, results: str | Path, device: str = "cpu") -> Run:
     """`run` itself, or for a transformer a run with the [CLS] tokens of every record, encoded once and kept."""
+    need_same_records(run.spec.method, run, records)
     if not isinstance(make_encoder(run.spec.settings["encoder"]), ViT1d):
         return run
     kept = {name: run.spec.settings[name] for name in ("encoder", "crop_seconds")}
@@ -96,18 +99,15 @@ def supervised_member(trained: Iterable[Run], records: Records, cells: Iterable[
         if (fraction, seed) not in found:
             raise DataError(f"supervised: no {encoder} was trained from scratch at {fraction:.0%} with seed {seed}; "
                             "run notebook 09_probe_and_fine_tune with this fraction and seed.")  # fmt: skip
+        need_same_records("supervised", found[fraction, seed], records)
     sources = {found[cell].spec.key: found[cell] for cell in cells}
     specs = [pretraining_spec("supervised_features", records, cell[1], {
         "encoder": encoder, "crop_seconds": found[cell].spec.settings["crop_seconds"], "trained": found[cell].spec.key,
     }) for cell in cells]  # fmt: skip
 
     def encode(spec: RunSpec, workspace: Path) -> Result:
-        source, module, started = sources[spec.settings["trained"]], make_encoder(encoder), time.perf_counter()
-        weights = {name.removeprefix("encoder."): value for name, value in source.weights().items()
-                   if name.startswith("encoder.")}  # fmt: skip
-        load_state(module, weights, source.folder / MODEL)
-        features = encode_records(module.to(device), records, spec.settings["crop_seconds"], device)
-        return Result([], {"features": features}, module, time.perf_counter() - started)
+        weights = start_weights(sources[spec.settings["trained"]])
+        return encode_run(records, device, weights)(spec, workspace)
 
     runs = run_grid(specs, encode, results, progress_bar=False, workers=workers)
     return dict(zip(cells, runs, strict=True))
@@ -118,18 +118,25 @@ def run_of(member: Member, cell: Cell) -> Run:
     return member if isinstance(member, Run) else member[cell]
 
 
-def member_features(name: str, run: Run, records: Records) -> np.ndarray:
-    """Features `(records, d)` of a member, or DataError where they are of other records or of another split.
+def need_same_records(name: str, run: Run, records: Records) -> None:
+    """DataError where a member was made on other records or on another split.
 
     A run's `data_key` is the checksum of signals, targets and folds together.
     """
-    features = run.predictions()["features"]
-    if run.spec.data_key != records.fingerprint or len(features) != len(records):
+    if run.spec.data_key != records.fingerprint:
         raise DataError(
-            f"{name}: its {len(features)} features were computed on other records or on another split (checksum "
-            f"{run.spec.data_key[:12]}, here {records.fingerprint[:12]} for {len(records)}); run the notebook that "
-            "makes this encoder again, on these records."
+            f"{name}: its features were computed on other records or on another split (checksum "
+            f"{run.spec.data_key[:12]}, here {records.fingerprint[:12]} for {len(records)} records); run the notebook "
+            "that makes this encoder again, on these records."
         )
+
+
+def member_features(name: str, run: Run, records: Records) -> np.ndarray:
+    """Features `(records, d)` of a member; DataError where they are of other records, of another split, or too few."""
+    need_same_records(name, run, records)
+    features = run.predictions()["features"]
+    if len(features) != len(records):
+        raise DataError(f"{name}: has features of {len(features)} records, not of {len(records)}; encode it again.")
     return features
 
 
@@ -198,7 +205,7 @@ def fusion_spec(data: FusionData, method: str, names: Sequence[str], cell: Cell,
 def fuse(data: FusionData, method: str, settings: Mapping, results: str | Path, names: Sequence[str] | None = None,
          cells: Sequence[Cell] | None = None) -> list[Run]:  # fmt: skip
     """The frozen runs of one method: one of PROBES, without training, or of NETWORKS, by default of all members."""
-    names, cells = list(names or data.members), list(cells or data.cells)
+    names, cells = list(names or data.members), list(data.cells if cells is None else cells)
     if method != "alone":
         check_members(names)
     specs = [fusion_spec(data, method, names, cell, settings) for cell in cells]
@@ -307,7 +314,7 @@ def _fit_networks(data: FusionData, names: Sequence[str], cells: Sequence[Cell],
         stacks.append(stack)
         scores.append(_validation_scores(data, stack_logits(stack, features, data.split["validation"], len(cells))))
     best = np.argmax(scores, axis=0)  # of equal ones the smallest rate
-    kept = spec.method == "dvme" and list(names) == list(data.members)  # fine-tuning starts from it
+    kept = spec.method == "dvme"  # fine-tuning may start from it
     return {cell: _network_result(data, model_of(stacks[best[place]], place),
                                   [each[[place]] if len(each) > 1 else each for each in features],
                                   sorted(settings["learning_rates"])[best[place]], kept)
@@ -361,7 +368,11 @@ class FusedClassifier(nn.Module):
 
 
 def start_fused(data: FusionData, frozen: Run, names: Sequence[str]) -> FusedClassifier:
-    """The classifier that answers as the run `frozen` does, with encoders that can be trained on."""
+    """The network of the run `frozen` on encoders that can be trained on.
+
+    It answers for a window what the frozen fusion would answer for the window's features; the frozen run itself fuses
+    the mean features of a record's windows.
+    """
     cell, settings = (frozen.spec.fraction, frozen.spec.seed), frozen.spec.settings
     runs = [run_of(data.members[name], cell) for name in names]
     raw = [torch.from_numpy(run.predictions()["features"][data.split["train"]]).double() for run in runs]
@@ -397,6 +408,7 @@ def fusion_gains(runs: Sequence[Run], records: Records, split: str = "test") -> 
 
     `over` is the other one's method and `members` its members; DVME itself has the members of the first of its runs.
     Both sides are means over the same seeds; DVME without a member or with other members is a control like any other.
+    DataError where the seeds differ.
     """
     positions = split_indices(records)[split]
     targets, patients = records.targets[positions], records.table["patient_id"].to_numpy()[positions]
@@ -405,6 +417,7 @@ def fusion_gains(runs: Sequence[Run], records: Records, split: str = "test") -> 
     for (method, members, protocol, fraction), scores in sorted(cells.items()):
         own = cells.get(("dvme", ours, "frozen", fraction))
         if own is not None and (method, members, protocol) != ("dvme", ours, "frozen"):
+            need_same_seeds(runs, CELL, ("dvme", ours, "frozen", fraction), (method, members, protocol, fraction))
             gain = paired_difference(targets, own, scores, patients, classes=records.classes)
             rows.append({"over": method, "members": members, "protocol": protocol, "fraction": fraction,
                          "gain": gain.value, "low": gain.low, "high": gain.high})  # fmt: skip

@@ -295,7 +295,7 @@ def plot_method_gains(gains: pd.DataFrame, title: str | None = None) -> Figure:
     colours = {fraction: f"{100 * fraction:g} % of the labels" for fraction in sorted(gains["fraction"].unique())}
     table = gains.assign(row=gains["against"].map(_method_name), panel=gains["metric"].str.replace("_", " "),
                          colour=gains["fraction"].map(colours))  # fmt: skip
-    return _plot_intervals(table, tuple(colours.values()), 3.2, title)
+    return _plot_intervals(table, tuple(colours.values()), 3.2, title, one_scale=False)
 
 
 FUSION_NAMES = {"dvme": "DVME", "dvme_random_start": "DVME from random weights", "best_single": "best single encoder",
@@ -323,7 +323,7 @@ def plot_similarity(similarity: pd.DataFrame, title: str | None = None) -> Figur
                 xticklabels=names, yticklabels=names, cbar_kws={"label": "Linear CKA"})  # fmt: skip
     axes.tick_params(axis="x", rotation=45)
     axes.tick_params(axis="y", rotation=0)
-    axes.set_title(title, fontsize=10)
+    figure.suptitle(title, fontsize=10)
     plt.close(figure)
     return figure
 
@@ -390,15 +390,17 @@ def plot_stages(summary: pd.DataFrame, title: str | None = None) -> Figure:
     return figure
 
 
-def _plot_intervals(table: pd.DataFrame, colours: Sequence[str], width: float, title: str | None) -> Figure:
+def _plot_intervals(table: pd.DataFrame, colours: Sequence[str], width: float, title: str | None,
+                    one_scale: bool = True) -> Figure:  # fmt: skip
     """gain with low and high of each panel, row and colour, in the order in which panels and rows come in `table`.
 
-    A point is filled where its interval lies on one side of zero; `width` is that of a panel in inches.
+    A point is filled where its interval lies on one side of zero; `width` is that of a panel in inches, `one_scale`
+    says whether the panels show the same measure.
     """
     panels, rows = pd.unique(table["panel"]), list(pd.unique(table["row"]))[::-1]
     palette = dict(zip(colours, sns.color_palette("colorblind", len(colours))))
     figure, grid = plt.subplots(1, len(panels), figsize=(2.6 + width * len(panels), 1.2 + 0.42 * len(rows)),
-                                sharey=True, squeeze=False, layout="constrained")  # fmt: skip
+                                sharex=one_scale, sharey=True, squeeze=False, layout="constrained")  # fmt: skip
     for axes, panel in zip(grid[0], panels, strict=True):
         axes.axvline(0, color="0.5", linewidth=1)
         for row in table[table["panel"] == panel].itertuples():

@@ -25,10 +25,10 @@ token_dropout = 0.2  # whole encoders dropped while training
 steps = 100  # training steps, the same for every fusion
 batch_size = 32
 learning_rates = [0.00003, 0.0001, 0.001]  # one is chosen on fold 9 for each label subset, as a probe's penalty is
-learning_rates_random = [0.0003, 0.001, 0.003]  # where a fusion starts from random weights
+learning_rates_random = [0.0003, 0.001, 0.003, 0.01]  # where a fusion starts from random weights
 left_out_fractions = [0.01, 0.1]  # where each member is left out once
 copies = 3  # pretrainings of one method with other seeds
-tuned_fractions = [0.1, 1.0]  # where the encoders are trained on; never with fewer labels than 10 %
+tuned_fractions = [0.1, 1.0]  # where the encoders are trained on, too many weights for fewer labels
 tuned_steps = 100
 tuned_batch_size = 64
 tuned_learning_rates = [0.0001, 0.001]  # of the fusion at these fractions, chosen on fold 9
@@ -123,7 +123,7 @@ assert difference < 1e-5, difference
 print(f"{tokens.shape[2]} tokens of width {tokens.shape[3]}; largest difference {difference:.1e}")
 
 # %% [markdown]
-# With twenty labels nothing of this can be learnt from nothing. So there is a direct path besides: at the start each
+# With so few labels a fusion is not learnt from random weights. So there is a direct path besides: at the start each
 # encoder votes with its own linear probe, and the fusion is the *mean of the votes*. Training says where to depart from
 # it, and the learning rate, chosen on fold 9, how far. Check: before its first step the network is that mean.
 
@@ -210,8 +210,8 @@ for fraction, rows in gains.groupby("fraction"):
 # %% [markdown]
 # ## Diversity or capacity?
 #
-# Does DVME gain because encoders differ, or because there are many? Fused are `copies` pretrainings of one method, the
-# best on fold 9 at 10 % of the labels, with other seeds; beside them, as many *different* methods, the best ones.
+# Does a fusion gain because encoders differ, or because there are many? Fused are `copies` pretrainings of one method,
+# the best on fold 9 at 10 % of the labels, with other seeds; beside them, as many *different* methods, the best ones.
 
 # %%
 from ecglib.batches import CropBatches, PatientBatches
@@ -242,6 +242,13 @@ best_ones = fuse(data, "dvme", settings, results, order[:copies])
 diversity = seed_summary([*seeds_of_one, *best_ones], records, cell=CELL)
 shown = diversity.pivot(index="members", columns="fraction", values="value").rename(columns="{:.0%}".format)
 shown.style.format(precision=3).set_caption(f"DVME of {copies} tokens, macro AUROC: {note}")
+
+# %%
+differ = fusion_gains([*best_ones, *seeds_of_one], records)
+for row in differ.itertuples():
+    word = "diversity helps" if row.low > 0 else "diversity harms" if row.high < 0 else "no finding"
+    print(f"{row.fraction:4.0%}: different methods over other seeds {row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}] "
+          f"{word}")  # fmt: skip
 
 # %% [markdown]
 # ## Who can be left out?
@@ -282,7 +289,7 @@ def cka_by_hand(x: torch.Tensor, y: torch.Tensor) -> float:
 similarity = pd.DataFrame({a: {b: linear_cka(pool[a], pool[b]) for b in pool} for a in pool})
 one, other = list(pool)[:2]
 assert abs(cka_by_hand(pool[one], pool[other]) - similarity.loc[one, other]) < 1e-6
-figure = plot_similarity(similarity, f"Similarity of encoders on training records: {records.name}{records.caveat}")
+figure = plot_similarity(similarity, f"Similarity of encoders: {records.name}, training records")
 save_figure(figure, Path(results) / "figures" / "encoder_similarity.svg")
 figure
 
@@ -305,7 +312,7 @@ shares = pd.DataFrame([
     for key, measure in names.items()
     for row, label in enumerate(records.classes) for column, member in enumerate(members)
 ])  # fmt: skip
-totals = shares.groupby(["measure", "class"])["share"].sum()
+totals = shares.groupby(["measure", "class"])["share"].sum().loc[lambda total: total > 0]  # 0: no record of a class
 assert ((totals - 1).abs() < 1e-4).all(), totals
 figure = plot_token_weights(shares, f"{at:.0%} of the labels, {records.name}, fold 9{records.caveat}")
 save_figure(figure, Path(results) / "figures" / "token_weights.svg")
@@ -314,8 +321,9 @@ figure
 # %% [markdown]
 # ## Fine-tuned
 #
-# From 10 % of the labels on, the encoders are trained too, starting from the frozen fusion of the same labels, with a
-# tenth of its learning rate. The control is the best fine-tuned encoder of notebook 09, chosen on fold 9.
+# From 10 % of the labels on, the encoders are trained too, starting from the frozen fusion of the same labels, with
+# `encoder_factor` times its learning rate. The control is the best fine-tuned encoder of notebook 09, chosen on fold
+# 9; its steps were more, as printed, for a step of the fusion trains all encoders.
 
 # %%
 from ecglib.fusion_runs import finetuned_fusion_run, fusion_spec
@@ -342,9 +350,11 @@ targets, patients = (values[data.split["test"]] for values in (records.targets, 
 for (fraction,), ours in sorted(scores["DVME"].items()):
     top = of_singles[of_singles["fraction"] == fraction].iloc[-1]["method"]
     single = seed_scores(singles, cell=("method", "fraction"))[top, fraction]
-    for name, theirs in (("DVME with frozen encoders", scores["frozen"][fraction,]), (f"fine-tuned {top}", single)):
+    spent = {run.spec.settings["steps"] for run in singles if (run.spec.method, run.spec.fraction) == (top, fraction)}
+    controls = {"DVME with frozen encoders": scores["frozen"][fraction,], f"{top}, {max(spent)} steps": single}
+    for name, theirs in controls.items():
         gain = paired_difference(targets, ours, theirs, patients, classes=records.classes)
-        print(f"{fraction:.0%}: over {name} {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]")
+        print(f"{fraction:.0%}, {tuned_steps} steps: over {name} {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]")
 
 # %%
 from ecglib.files import atomic_file

@@ -1,5 +1,6 @@
 """Fusion: tokens, stacks of models, comparators and their runs, bad members."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -66,21 +67,48 @@ def norm(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("mixing", ["attention", "uniform"])
 def test_a_fusion_is_what_numpy_says(mixing):
     model, x = network(mixing=mixing, votes=False).eval(), draw()
+    with torch.no_grad():  # biases, scales and shifts too
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(8))
     weights = {name: value[0].detach().double().numpy() for name, value in model.state_dict().items()}
     expected = []
     for record in x[0].double().numpy():
         parts = np.split(record, np.cumsum(SIZES)[:-1])
-        tokens = np.stack([norm(part @ weights[f"project.{k}.weight"]) for k, part in enumerate(parts)])
-        tokens = tokens + weights["names"][0]
-        q, k, v = np.split(norm(tokens) @ weights["qkv.weight"], 3, axis=1)
+        tokens = [part @ weights[f"project.{k}.weight"] + weights[f"project.{k}.bias"] for k, part in enumerate(parts)]
+        tokens = norm(np.concatenate(tokens)) * weights["norm.scale"] + weights["norm.shift"] + weights["names"][0]
+        inner = norm(tokens) * weights["inner_norm.scale"] + weights["inner_norm.shift"]
+        q, k, v = np.split(inner @ weights["qkv.weight"] + weights["qkv.bias"], 3, axis=1)
         heads = []
         for head in (slice(0, 4), slice(4, 8)):
             scores = np.exp(q[:, head] @ k[:, head].T / 2.0) if mixing == "attention" else np.ones((3, 3))
             heads.append(scores / scores.sum(axis=1, keepdims=True) @ v[:, head])
-        tokens = tokens + np.concatenate(heads, axis=1) @ weights["mix.weight"]
-        hidden = nn.functional.gelu(torch.from_numpy(tokens.ravel() @ weights["hidden.weight"])).numpy()
-        expected.append(hidden @ weights["head.weight"])
+        tokens = tokens + np.concatenate(heads, axis=1) @ weights["mix.weight"] + weights["mix.bias"]
+        hidden = torch.from_numpy(tokens.ravel() @ weights["hidden.weight"] + weights["hidden.bias"][0])
+        expected.append(nn.functional.gelu(hidden).numpy() @ weights["head.weight"] + weights["head.bias"][0])
     np.testing.assert_allclose(model(x)[0].detach(), expected, atol=1e-5)
+
+
+def test_every_matrix_is_drawn_anew():
+    model = FusionNetwork(2, (6, 6), CLASSES, width=8, heads=2, hidden=6, votes=False)
+    matrices = [value.flatten(1) for name, value in model.named_parameters() if name.endswith("weight")]
+    for place, one in enumerate(matrices):
+        for other in matrices[:place]:
+            size = min(one.shape[1], other.shape[1])
+            alike = torch.nn.functional.cosine_similarity(one[:, :size], other[:, :size])
+            assert (alike.abs() < 0.6).all()
+        assert not torch.equal(one[0], one[1])
+
+
+def test_a_gate_gives_the_weights_of_dropped_tokens_to_the_others():
+    model = network(mixing="gate", votes=False).eval()
+    model.gate.weight.data.zero_()  # all tokens weigh alike
+    keep = torch.tensor([[True, True, False]]).expand(4, 3)
+    tokens = model.tokens(draw())
+    mixed = model.mixed(tokens, keep, None)
+    torch.testing.assert_close(mixed[:, :, :2], 1.5 * tokens[:, :, :2])
+    assert not mixed[:, :, 2].any()
+    hidden = nn.functional.gelu(model.hidden(mixed.flatten(2)))
+    torch.testing.assert_close(model(draw(), keep), model.head(hidden))
 
 
 def test_a_gate_weighs_whole_tokens():
@@ -280,7 +308,19 @@ def test_runs_tell_members_and_protocol_and_keep_token_weights(runs):
     assert "tokens/attention" not in next(run for run in runs if run.spec.method == "perceptron").predictions()
 
 
-def test_a_killed_run_and_a_lone_cell_give_the_same_numbers(data, runs, tmp_path):
+def test_a_lost_run_is_made_again_and_the_others_are_opened(data, runs, tmp_path):
+    first = fuse(data, "dvme", SETTINGS, tmp_path)
+    lost, written = first[1], {run.folder: (run.folder / "run.json").stat().st_mtime_ns for run in first}
+    numbers = lost.predictions()
+    shutil.rmtree(lost.folder)
+    again = fuse(data, "dvme", SETTINGS, tmp_path)
+    changed = [run.folder for run in again if (run.folder / "run.json").stat().st_mtime_ns != written[run.folder]]
+    assert changed == [lost.folder]
+    for name, values in again[1].predictions().items():
+        assert np.array_equal(values, numbers[name]), name
+
+
+def test_a_lone_cell_gives_the_same_numbers(data, runs, tmp_path):
     before = {(run.spec.method, run.spec.fraction, run.spec.seed): run for run in runs}
     for cells in (data.cells, [(0.2, 1)]):
         for again in fuse(data, "dvme", SETTINGS, tmp_path / str(len(cells)), cells=cells):
@@ -314,7 +354,9 @@ def test_bad_members_are_named(data, records, folder):
     with pytest.raises(DataError, match="^q: a single member cannot be fused"):
         fuse(data, "dvme", SETTINGS, folder, ["q"])
     others = records.select(np.arange(110))
-    with pytest.raises(DataError, match="^p: its 120 features were computed on other records .* run the notebook"):
+    with pytest.raises(
+        DataError, match="^p: its features were computed on other records .* for 110 records.*run the notebook"
+    ):
         FusionData(others, FRACTIONS, SEEDS, data.members)
     moved = labelled_records()
     moved.about["task"] = "ab"

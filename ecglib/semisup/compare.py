@@ -20,7 +20,7 @@ from ecglib.runs import Run, seed_scores
 
 MEASURES = {"macro_auroc": "auroc", "mean_average_precision": "average_precision"}
 CELL = ("start", "fraction", "method")
-STAGE = ("stage", "method")
+STAGE = ("stage", "method", "fraction")
 
 
 def gains_over(runs: Sequence[Run], records: Records, method: str = "ce_ssl", split: str = "test") -> pd.DataFrame:
@@ -40,7 +40,7 @@ def gains_over(runs: Sequence[Run], records: Records, method: str = "ce_ssl", sp
         own = (*cell[:2], method)
         if cell == own or own not in scores:
             continue
-        _need_same_seeds(runs, CELL, own, cell)
+        need_same_seeds(runs, CELL, own, cell)
         gains = {measure: paired_difference(targets, scores[own], scores[cell], patients, statistic=statistic,
                                             classes=records.classes)
                  for measure, statistic in MEASURES.items()}  # fmt: skip
@@ -55,9 +55,10 @@ def gains_over(runs: Sequence[Run], records: Records, method: str = "ce_ssl", sp
 def stage_gains(runs: Sequence[Run], records: Records, method: str = "distl", split: str = "test") -> pd.DataFrame:
     """What each method gained since T = 0, and what `method` gains over every other one at the same T.
 
-    A row a pair and metric (macro_auroc, expected_calibration_error), with method, network (student or teacher), stage,
-    `against` and `against_stage`: gain with its paired patient-bootstrap interval, both sides as means over the same
-    seeds. A calibration error that falls is a gain below zero. DataError where two sides do not have the same seeds.
+    A row a pair and metric (macro_auroc, expected_calibration_error), with method, network (student or teacher), stage
+    and fraction of the one side, `against`, `against_network` and `against_stage` of the other: gain with its paired
+    patient-bootstrap interval, both sides as means over the same seeds. A calibration error that falls is a gain below
+    zero. DataError where two sides do not have the same seeds.
     """
     taught = [run for run in runs if f"teacher/{split}/probabilities" in run.predictions()]
     sides = {("student", *cell): scores for cell, scores in seed_scores(runs, split, STAGE).items()}
@@ -66,8 +67,9 @@ def stage_gains(runs: Sequence[Run], records: Records, method: str = "distl", sp
     targets, patients = records.targets[positions], records.table["patient_id"].to_numpy()[positions]
     rows = []
     for own, other in _stage_pairs(list(sides), method):
-        _need_same_seeds(runs, STAGE, own[1:], other[1:])
-        names = {"method": own[2], "network": own[0], "stage": own[1], "against": other[2], "against_stage": other[1]}
+        need_same_seeds(runs, STAGE, own[1:], other[1:])
+        names = {"method": own[2], "network": own[0], "stage": own[1], "fraction": own[3], "against": other[2],
+                 "against_network": other[0], "against_stage": other[1]}  # fmt: skip
         gains = {
             "macro_auroc": paired_difference(targets, sides[own], sides[other], patients, classes=records.classes),
             "expected_calibration_error": paired_calibration_error(targets, sides[own], sides[other], patients),
@@ -78,14 +80,13 @@ def stage_gains(runs: Sequence[Run], records: Records, method: str = "distl", sp
 
 
 def _stage_pairs(sides: Sequence[tuple], method: str) -> list[tuple[tuple, tuple]]:
-    """Which (network, stage, method) are compared: all with the common start, then `method` with the others."""
-    start = ("student", 0, "supervised")
-    pairs = [(side, start) for side in sides if side[1] > 0]
+    """Which (network, stage, method, fraction) are compared: all with their common start, `method` with the others."""
+    pairs = [(side, ("student", 0, "supervised", side[3])) for side in sides if side[1] > 0]
     own = [side for side in sides if side[0] == "student" and side[2] == method]
-    return pairs + [(side, other) for side in own for other in sides if other[1] == side[1] and other != side]
+    return pairs + [(one, other) for one in own for other in sides if other != one and other[1::2] == one[1::2]]
 
 
-def _need_same_seeds(runs: Sequence[Run], cell: Sequence[str], own: tuple, other: tuple) -> None:
+def need_same_seeds(runs: Sequence[Run], cell: Sequence[str], own: tuple, other: tuple) -> None:
     """DataError where the runs of two cells do not pair."""
     seeds = [sorted(run.spec.seed for run in runs if tuple(map(run.spec.value, cell)) == side) for side in (own, other)]
     if seeds[0] != seeds[1]:

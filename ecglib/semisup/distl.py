@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ecglib.augment import Transform
-from ecglib.batches import Batch, CropBatches
+from ecglib.batches import Batch, CropBatches, check_apart, other_stream
 from ecglib.ema import average_of, momentum_at, momentum_for_steps, update_average
 from ecglib.errors import DataError
 from ecglib.records import Records
@@ -40,7 +40,10 @@ def soft_label_loss(logits: Tensor, answers: Tensor) -> Tensor:
 
 @dataclass
 class StageBatch(Batch):
-    """A batch of which all records are `labelled` or none: then its targets are `(batch, 0)`."""
+    """A batch of which all records are `labelled` or none: then its targets are `(batch, 0)`.
+
+    `indices` are positions in the records that the batches were made of.
+    """
 
     labelled: bool
 
@@ -60,30 +63,36 @@ class StageBatches:
         if not correction_every > 0:
             raise DataError(f"The labelled records cannot come after every {correction_every:g} unlabelled ones; "
                             "choose a number above 0.")  # fmt: skip
+        check_apart(records, labelled, unlabelled)
+        self.record_ids = records.table["record_id"].to_numpy()
         options = {"batch_size": batch_size, "crop_seconds": crop_seconds, "device": device}
         self.pools = {"labelled": CropBatches(records, labelled, seed=seed, **options)}
         # Steps without and with labels in one round; a pool's own steps are counted on through the rounds.
-        self.apart, self.together = 0, math.ceil(len(labelled) / batch_size)
+        self.without_labels, self.with_labels = 0, math.ceil(len(labelled) / batch_size)
         if len(unlabelled):
-            # A stream of its own: with the same seed two pools of one size would be shuffled and cropped alike.
-            other_seed = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
-            self.pools["unlabelled"] = CropBatches(records, unlabelled, seed=other_seed, **options)
-            self.apart = 1 if math.isinf(correction_every) else max(1, round(correction_every / batch_size))
-            self.together = 0 if math.isinf(correction_every) else self.together
+            self.pools["unlabelled"] = CropBatches(records, unlabelled, seed=other_stream(seed), **options)
+            self.without_labels = 1 if math.isinf(correction_every) else max(1, round(correction_every / batch_size))
+            self.with_labels = 0 if math.isinf(correction_every) else self.with_labels
 
     def unlabelled_steps(self, steps: int) -> int:
         """How many of `steps` have an unlabelled batch."""
-        rounds, rest = divmod(steps, self.apart + self.together)
-        return rounds * self.apart + min(rest, self.apart)
+        rounds, rest = divmod(steps, self.without_labels + self.with_labels)
+        return rounds * self.without_labels + min(rest, self.without_labels)
 
     def __call__(self, step: int) -> StageBatch:
         """The batch of one step, the same whenever it is asked for."""
-        rounds, place = divmod(step, self.apart + self.together)
-        labelled = place >= self.apart
-        own = rounds * self.together + place - self.apart if labelled else rounds * self.apart + place
-        batch = self.pools["labelled" if labelled else "unlabelled"](own)
+        rounds, place = divmod(step, self.without_labels + self.with_labels)
+        labelled = place >= self.without_labels
+        own = (
+            rounds * self.with_labels + place - self.without_labels
+            if labelled
+            else rounds * self.without_labels + place
+        )
+        pool = self.pools["labelled" if labelled else "unlabelled"]
+        batch = pool(own)
         targets = batch.targets if labelled else batch.targets[:, :0]
-        return StageBatch(batch.signals, targets, batch.indices, batch.generator, labelled)
+        indices = torch.from_numpy(pool.indices).to(batch.indices.device)[batch.indices]
+        return StageBatch(batch.signals, targets, indices, batch.generator, labelled)
 
 
 class DISTL(nn.Module):
@@ -121,7 +130,8 @@ class DISTL(nn.Module):
         """Scalar loss of one batch."""
         self.labelled = batch.labelled
         whole = (batch.signals, torch.zeros_like(batch.indices))
-        views = [whole, *random_views(batch.signals, self.shares, batch.generator, self.transforms, self.patch)]
+        shares = self.shares if self.pretext else self.shares[:1]
+        views = [whole, *random_views(batch.signals, shares, batch.generator, self.transforms, self.patch)]
         # Views of one length go through together, and each network sees a view once, for both losses.
         used = [views[:1], views[1:2], views[2:]] if self.pretext else [[], views[1:2]] if self.noised else [views[:1]]
         features = [encode_views(self.network.encoder, group) if group else None for group in used]

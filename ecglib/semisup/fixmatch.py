@@ -8,12 +8,13 @@ weights `(n, classes)` between 0 and 1, and learns from them while it is in trai
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ecglib.augment import cutmix, strong_view, weak_view
+from ecglib.augment import Transform, apply, cutmix, strong_view, weak_view
 from ecglib.batches import SemiBatch, need_unlabelled
 from ecglib.errors import DataError
 from ecglib.processes import gathered
@@ -152,16 +153,17 @@ class FixMatch(nn.Module):
     """`network` maps signals `(n, leads, time)` to logits `(n, classes)`; `thresholds` is one of the three above.
 
     One forward pass sees labelled, weak and strong views together, so that batch norm knows one distribution.
-    `weak_noise` and `strong_noise` are shares of each lead's standard deviation.
+    `weak_noise` and `strong_noise` are shares of each lead's standard deviation. With `transforms` labelled and strong
+    views are made by these and the weak view is the clean crop, for comparisons with methods that have the same noise.
     """
 
     def __init__(self, network: nn.Module, thresholds: nn.Module, *, weight: float = 1.0, weak_noise: float = 0.05,
-                 strong_noise: float = 0.5) -> None:  # fmt: skip
+                 strong_noise: float = 0.5, transforms: Sequence[Transform] | None = None) -> None:  # fmt: skip
         super().__init__()
         if not 0.0 <= weight < math.inf:
             raise DataError(f"The unlabelled part of the loss cannot have weight {weight}; choose 0 or more.")
         self.network, self.thresholds, self.weight = network, thresholds, weight
-        self.weak_noise, self.strong_noise = weak_noise, strong_noise
+        self.weak_noise, self.strong_noise, self.transforms = weak_noise, strong_noise, transforms
         # Weight and number of all decisions since the last report, then of the positive ones; float64 counts exactly.
         self.register_buffer("tally", torch.zeros(4, dtype=torch.float64))
 
@@ -173,9 +175,7 @@ class FixMatch(nn.Module):
         DataError for a batch without unlabelled records, and where network and thresholds differ in their classes.
         """
         need_unlabelled(batch, "FixMatch")
-        labelled, targets = cutmix(batch.signals, batch.targets, batch.generator)
-        views = [labelled, weak_view(batch.unlabelled, batch.generator, self.weak_noise),
-                 strong_view(batch.unlabelled, batch.generator, self.strong_noise)]  # fmt: skip
+        views, targets = self._views(batch)
         # float32 from here on: around a threshold of 0.95 bfloat16 knows probabilities only in steps of 0.004.
         told, weak, strong = self.network(torch.cat(views)).float().split([len(view) for view in views])
         self._check_classes(told.shape[1])
@@ -185,6 +185,16 @@ class FixMatch(nn.Module):
             self._count(weights, probabilities > 0.5)
         supervised = F.binary_cross_entropy_with_logits(told, targets)
         return supervised + self.weight * pseudo_label_loss(strong, probabilities, weights)
+
+    def _views(self, batch: SemiBatch) -> tuple[list[Tensor], Tensor]:
+        """Labelled, weak and strong views, and the labelled ones' targets."""
+        if self.transforms is not None:
+            labelled, strong = (apply(self.transforms, signals, batch.generator)
+                                for signals in (batch.signals, batch.unlabelled))  # fmt: skip
+            return [labelled, batch.unlabelled, strong], batch.targets
+        labelled, targets = cutmix(batch.signals, batch.targets, batch.generator)
+        weak = weak_view(batch.unlabelled, batch.generator, self.weak_noise)
+        return [labelled, weak, strong_view(batch.unlabelled, batch.generator, self.strong_noise)], targets
 
     def _check_classes(self, outputs: int) -> None:
         """DataError where the network decides about other classes than the thresholds."""

@@ -1,7 +1,8 @@
 """Self-evolving training in stages: at T = 0 a few labelled records, at T = 1, 2, 3 more and more unlabelled ones.
 
 Every arm goes on at each stage from its own network of the stage before, and all from the same one of T = 0, with as
-many steps. A run is one arm, stage and label subset; it names the run that it goes on from.
+many steps (not as much computation: the pretext shows a record several times). A run is one arm, stage and label
+subset; it names the run that it goes on from.
 """
 
 import copy
@@ -47,7 +48,10 @@ def stage_pools(records: Records, fraction: float, seed: int, stages: int = 3,
     Whole patients, nested; what arrives at each stage has the same size, 30 % three times after 10 %. DataError where
     a stage brings no record.
     """
-    shares = [fraction + (1.0 - fraction) * stage / stages for stage in range(stages + 1)]
+    if stages < 1:
+        raise DataError(f"Records without labels cannot arrive in {stages} stages; choose 1 or more.")
+    # Counted down from the whole, so that the last share is 1 and not what rounding makes of it.
+    shares = [fraction, *(1.0 - (1.0 - fraction) * (stages - stage) / stages for stage in range(1, stages + 1))]
     subsets = label_subsets(records, shares, seed, folds)
     pools = [subsets[share] for share in shares]
     for stage in range(1, stages + 1):
@@ -72,6 +76,8 @@ def stage_spec(records: Records, arm: str, stage: int, fraction: float, seed: in
 def evolve(records: Records, arms: Sequence[str], fraction: float, seeds: int, settings: Mapping,
            results: str | Path, device: str = "cpu", workers: int = 1) -> list[Run]:  # fmt: skip
     """Every stage of every arm for some label subsets, computing what is missing, one stage after the other."""
+    for seed in range(seeds):
+        stage_pools(records, fraction, seed, settings["stages"])  # an empty fold is told once, not once a run
     runs, function = [], self_evolving_run(records, results, device)
     for stage in range(settings["stages"] + 1):
         present = arms if stage else ["supervised"]
@@ -99,14 +105,18 @@ def self_evolving_run(records: Records, results: str | Path,
             own = {name: value for name, value in before.items() if name.startswith("network.")}
             nn.ModuleDict({"network": network}).load_state_dict(own)
         seed = spec.seed + 1000 * stage  # each stage draws its own batches
-        data, rest = (records, labelled, unlabelled, seed, settings), (workspace, device)
-        objective, history = _train(arm, network, before, *data, *rest)
+        first = "" if stage else "first_"
+        steps, rate = settings[f"{first}steps"], settings[f"{first}learning_rate"]
+        half = steps // 2  # the pretext alone, then fine-tuning: together as many steps as any other arm
+        budget = (half, rate) if arm == "dino" else (steps, rate)
+        objective, history = _train(arm, network, before, records, labelled, unlabelled, seed, settings, budget,
+                                    workspace, device)  # fmt: skip
         final = network
         if arm == "dino":
             final = copy.deepcopy(network)
-            history += _train("supervised", final, {}, records, labelled, unlabelled[:0], seed, settings, None, device)[
-                1
-            ]
+            _, more = _train("supervised", final, {}, records, labelled, unlabelled[:0], seed, settings,
+                             (steps - half, rate), None, device)  # fmt: skip
+            history += [{**row, "seconds": row["seconds"] + history[-1]["seconds"]} for row in more]
         return _scored(objective, final, arm, records, labelled, settings, history, device)
 
     return run
@@ -131,25 +141,26 @@ def _split_pool(arm: str, pools: Sequence[np.ndarray], stage: int) -> tuple[np.n
 
 
 def _train(arm: str, network: Classifier, before: Mapping[str, torch.Tensor], records: Records, labelled: np.ndarray,
-           unlabelled: np.ndarray, seed: int, settings: Mapping, folder: Path | None,
+           unlabelled: np.ndarray, seed: int, settings: Mapping, budget: tuple[int, float], folder: Path | None,
            device: str) -> tuple[nn.Module, list[dict]]:  # fmt: skip
-    """The objective after one stage's training of `network` in place, and the history."""
+    """The objective after training `network` in place with a `budget` of steps and their rate, and the history."""
     torch.manual_seed(seed)
-    first = "" if before else "first_"
-    steps, rate = settings[f"{first}steps"], settings[f"{first}learning_rate"]
+    steps, rate = budget
+    transforms = [] if arm == "distl_without_noise" else named_transforms(settings["transforms"])
     if arm == "fixmatch":
         batches = SemiBatches(records, labelled, unlabelled, settings["batch_size"] // 2, 1,
                               settings["crop_seconds"], seed, device)  # fmt: skip
-        objective = FixMatch(network, FixedThreshold(len(records.classes), settings["threshold"]))
+        # Its own strong view shuffles leads and turns time round; here every arm has the same noise.
+        objective = FixMatch(network, FixedThreshold(len(records.classes), settings["threshold"]),
+                             transforms=transforms)  # fmt: skip
     else:
         every = float("inf") if arm == "distl_without_correction" else settings["correction_every"]
         batches = StageBatches(records, labelled, unlabelled, settings["batch_size"], settings["crop_seconds"], every,
                                seed, device)  # fmt: skip
-        transforms = [] if arm == "distl_without_noise" else named_transforms(settings["transforms"])
         objective = DISTL(network, transforms, unlabelled_steps=batches.unlabelled_steps(steps),
                           **{**settings["options"], **ARMS[arm]})  # fmt: skip
-        # Teacher, heads and centre of the stage before, but each stage has a progress of its own.
-        objective.load_state_dict({name: value for name, value in before.items() if name != "progress"}, strict=False)
+        if "center" in before:  # teacher, heads and centre too; but each stage has a progress of its own
+            objective.load_state_dict({**before, "progress": objective.progress})
     history = fit(objective.to(device), batches, steps, learning_rate=rate,
                   weight_decay=settings["weight_decay"], seed=seed, folder=folder)  # fmt: skip
     return objective, history.to_dict("records")
@@ -170,7 +181,8 @@ def _scored(objective: nn.Module, final: Classifier, arm: str, records: Records,
     result = results["student"]
     if "teacher" in results:
         result.metrics += results["teacher"].metrics
-        result.predictions |= {f"teacher/{name}": values for name, values in results["teacher"].predictions.items()}
+        result.predictions |= {f"teacher/{name}": values for name, values in results["teacher"].predictions.items()
+                               if name != "labelled"}  # fmt: skip
     # A stage without a teacher leaves its student alone.
     result.model = objective if arm in WITH_TEACHER or arm == "dino" else nn.ModuleDict({"network": final})
     return result
@@ -190,15 +202,15 @@ def stage_summary(runs: Sequence[Run], records: Records, split: str = "test") ->
     Every arm has the common start as its stage 0.
     """
     taught = [run for run in runs if f"teacher/{split}/probabilities" in run.predictions()]
-    cell = ("method", "stage", "data", "labels", "fraction")
+    cell, key = ("method", "stage", "data", "labels", "fraction"), ["method", "network", "stage", "fraction"]
     frames = [seed_summary(runs, records, split, cell).assign(network="student")]
     if taught:
         frames.append(seed_summary(taught, records, split, cell, "teacher").assign(network="teacher"))
     table = pd.concat(frames, ignore_index=True)
     errors = pd.DataFrame([row for run in runs for row in run.rows() if row["split"] == split])
     errors = errors[errors["metric"] == "expected_calibration_error"]
-    errors = errors.groupby(["method", "network", "stage"], as_index=False)["value"].mean()
-    table = table.merge(errors.rename(columns={"value": "calibration_error"}), on=["method", "network", "stage"])
+    errors = errors.groupby(key, as_index=False)["value"].mean()
+    table = table.merge(errors.rename(columns={"value": "calibration_error"}), on=key)
     start = table[table["stage"] == 0]
     arms = table.loc[table["stage"] > 0, ["method", "network"]].drop_duplicates()
     starts = [start.assign(method=arm.method, network=arm.network) for arm in arms.itertuples()]
