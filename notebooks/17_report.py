@@ -176,7 +176,8 @@ cells.style.set_caption(f"Macro AUROC on fold 10 at each T, {stages['fraction'].
 
 # %%
 evolving = pd.read_csv(found["self_evolving_gains"])
-last = evolving[(evolving["stage"] == evolving["stage"].max()) & (evolving["network"] == "student")]
+students = (evolving["network"] == "student") & (evolving["against_network"] == "student")
+last = evolving[students & (evolving["stage"] == evolving["stage"].max())]
 for row in last[(last["method"] == "distl") & (last["metric"] == "macro_auroc")].itertuples():
     word = "above" if row.low > 0 else "below" if row.high < 0 else "no finding against"
     print(f"DISTL at T = {row.stage}: {word} {row.against} at T = {row.against_stage}, {row.gain:+.3f} "
