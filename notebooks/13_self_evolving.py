@@ -8,8 +8,8 @@
 #
 # **What it needs.** The records of notebook 00. Notebooks 07 (teacher and student) and 12 (FixMatch) are good to know.
 #
-# **How long.** The `laptop` profile takes about 10 minutes on two CPU cores, 25 with `--data`. Finished runs are kept
-# and opened again.
+# **How long.** The `laptop` profile takes about 14 minutes on two CPU cores, 28 with `--data` and with it all arms.
+# Finished runs are kept and opened again.
 
 # %% tags=["parameters"]
 results = "../results/laptop"  # where notebook 00 left the records, and where results go
