@@ -356,7 +356,7 @@ def plot_token_weights(weights: pd.DataFrame, title: str | None = None) -> Figur
 
 
 def plot_stages(summary: pd.DataFrame, title: str | None = None) -> Figure:
-    """Macro AUROC (left, with intervals) and calibration error (right) over the stages T, a line an arm.
+    """Macro AUROC (left, with the students' intervals) and calibration error (right) over the stages T, a line an arm.
 
     summary has method, network, stage, value, low, high, calibration_error (see `semisup.stages.stage_summary`). Dashed
     is the teacher of an arm, black the control with the same labels, grey the one that knows all labels.
@@ -374,12 +374,14 @@ def plot_stages(summary: pd.DataFrame, title: str | None = None) -> Figure:
         rows, shift = rows.sort_values("stage"), 0.025 * (place - (len(arms) - 1) / 2)
         look = {"color": colours[method], "linestyle": "--" if network == "teacher" else "-", "marker": "o",
                 "markersize": 4, "linewidth": 1.4}  # fmt: skip
-        bars = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None)
         name = _method_name(method) + (", teacher" if network == "teacher" else "")
-        left.errorbar(rows["stage"] + shift, rows["value"], bars, **look, label=name, elinewidth=0.7, capsize=1.5)
+        left.plot(rows["stage"] + shift, rows["value"], **look, label=name)
+        if network == "student":  # a teacher's interval is as wide as its student's, and the start is the same for all
+            barred = rows if place == 0 else rows[rows["stage"] > 0]
+            left.vlines(barred["stage"] + shift, barred["low"], barred["high"], color=colours[method], linewidth=0.7)
         right.plot(rows["stage"], rows["calibration_error"], **look)
     stages = sorted(summary["stage"].unique())
-    for axes, label in ((left, "Macro AUROC (mean over subsets, 95 % interval)"), (right, "Calibration error")):
+    for axes, label in ((left, "Macro AUROC, 95 % interval"), (right, "Calibration error")):
         axes.set(xlabel="Stage T", ylabel=label, xticks=stages)
         axes.grid(axis="y", color="0.9")
     right.set_ylim(0, None)
