@@ -130,7 +130,7 @@ class FusionNetwork(_Fused):
         parts = zip(self.project, features.split(self.sizes, dim=2), strict=True)
         return self.norm(torch.stack([layer(part) for layer, part in parts], dim=2)) + self.names
 
-    def weights(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+    def mixing_weights(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """How much each token (row) takes from each other, `(models, n, heads, members, members)`; rows sum to 1.
 
         With a gate, the weight of each token `(models, n, members)`. Tokens out of `keep` `(n, members)` get none.
@@ -150,7 +150,7 @@ class FusionNetwork(_Fused):
 
     def mixed(self, tokens: Tensor, keep: Tensor | None, generator: Generator | None) -> Tensor:
         """Tokens that know of each other, as they were in shape."""
-        weights = self.weights(tokens, keep)
+        weights = self.mixing_weights(tokens, keep)
         if self.mixing == "gate":
             return tokens * weights[..., None] * len(self.sizes)
         weights = drop(weights, self.dropout * self.training, generator)
@@ -305,7 +305,7 @@ def token_weights(network: FusionNetwork, features: Tensor, targets: Tensor) -> 
     network.eval()
     features = features.detach().requires_grad_()
     having = targets.float() / targets.sum(dim=1, keepdim=True).clamp_min(1)
-    weights = network.weights(network.tokens(features))
+    weights = network.mixing_weights(network.tokens(features))
     received = weights if network.mixing == "gate" else weights.mean(dim=(2, 3))
     logits, shares = network(features), []
     for column in range(targets.shape[2]):

@@ -152,7 +152,7 @@ assert fitted < 0.9995
 # ## The arms
 #
 # All go on from one and the same network of T = 0, trained on the labelled recordings alone, and take as many steps at
-# each stage; a step with the pretext costs about three times as much, for it shows more pieces. *Supervised* goes on
+# each stage; a step with the pretext costs two to three times as much, for it shows more pieces. *Supervised* goes on
 # with the labels alone; the *oracle* is told all labels of what has arrived. *Noisy student* is DISTL without the
 # pretext ($\lambda = 0$), *dino* the pretext alone ($\lambda = 1$) for half of the steps and fine-tuning on the labels
 # for the other half. Two more take away the correction, and the student's noise. And FixMatch, of notebook 12, here

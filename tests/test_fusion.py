@@ -113,7 +113,7 @@ def test_a_gate_gives_the_weights_of_dropped_tokens_to_the_others():
 
 def test_a_gate_weighs_whole_tokens():
     model, x = network(mixing="gate").eval(), draw()
-    gates = model.weights(model.tokens(x))
+    gates = model.mixing_weights(model.tokens(x))
     torch.testing.assert_close(gates.sum(dim=2), torch.ones(1, 4))
     model.gate.weight.data.zero_()
     torch.testing.assert_close(model.mixed(model.tokens(x), None, None), model.tokens(x))
@@ -122,7 +122,7 @@ def test_a_gate_weighs_whole_tokens():
 def test_attention_rows_sum_to_one_and_dropped_tokens_get_none():
     model, x = network(), draw()
     keep = torch.tensor([[True, False, True]]).expand(4, -1)
-    weights = model.weights(model.tokens(x), keep)
+    weights = model.mixing_weights(model.tokens(x), keep)
     torch.testing.assert_close(weights.sum(dim=4), torch.ones(weights.shape[:4]))
     assert (weights[..., 1] == 0).all()
     changed = x.clone()

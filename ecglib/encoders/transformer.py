@@ -76,7 +76,10 @@ def sinusoidal_positions(tokens: int, width: int) -> Tensor:
 
 
 def set_drop_path(encoder: nn.Module, largest: float) -> None:
-    """Give an encoder's blocks stochastic depth that rises linearly from 0 to `largest`, first block to last."""
+    """Give an encoder's blocks stochastic depth that rises linearly from 0 to `largest`, first block to last.
+
+    An encoder without such blocks stays as it is.
+    """
     paths = [module for module in encoder.modules() if isinstance(module, DropPath)]
     for place, path in enumerate(paths):
         path.p = largest * place / max(len(paths) - 1, 1)

@@ -6,7 +6,7 @@ The size follows DISTL's and DINO's small transformers; a patch of 20 samples at
 import torch
 from torch import Tensor, nn
 
-from ecglib.encoders.transformer import TransformerBlock
+from ecglib.encoders.transformer import TransformerBlock, set_drop_path
 from ecglib.errors import DataError
 
 
@@ -33,9 +33,8 @@ class ViT1d(nn.Module):
         self.embed = nn.Linear(leads * patch, width)
         self.class_token = nn.Parameter(torch.zeros(width))
         self.positions = nn.Parameter(torch.zeros(length // patch, width))
-        self.blocks = nn.ModuleList(
-            TransformerBlock(width, heads, drop_path=drop_path * i / max(depth - 1, 1)) for i in range(depth)
-        )
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth))
+        set_drop_path(self, drop_path)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.feature_size = width * (class_blocks + 1)
         for layer in self.modules():
