@@ -218,7 +218,8 @@ def start_and_wait(root: Path) -> subprocess.Popen:
     started = root / "results" / "smoke" / "started"
     started.unlink(missing_ok=True)
     code = (
-        "import sys; from functools import partial; from pathlib import Path; from ecglib import study\n"
+        "import signal, sys; from functools import partial; from pathlib import Path; from ecglib import study\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "study.run_study = partial(study.run_study, root=Path(sys.argv[1])); sys.exit(study.main(['smoke']))"
     )
     environment = os.environ | {"PYTHONPATH": str(study.ROOT), "TMPDIR": str(root)}  # SIGKILL leaves a folder there
