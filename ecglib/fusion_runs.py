@@ -26,12 +26,11 @@ from ecglib.fusion import (
     token_weights,
     train_stack,
 )
-from ecglib.labels import label_subsets, split_indices
+from ecglib.labels import label_subsets, split_indices, split_truth
 from ecglib.probe import PENALTIES, chosen_probes, feature_scale, standardise, unit_length
 from ecglib.records import Records
-from ecglib.runs import MODEL, Result, Run, RunSpec, run_grid, run_or_load, seed_scores
+from ecglib.runs import MODEL, Result, Run, RunSpec, need_same_seeds, run_grid, run_or_load, seed_scores
 from ecglib.selfsup.pretrain import encode_records, encode_run, pretraining_spec
-from ecglib.semisup.compare import need_same_seeds
 from ecglib.semisup.starts import start_weights
 from ecglib.supervised import classifier_result, scored_result, train_classifier
 from ecglib.train import load_state, parameter_groups
@@ -410,8 +409,7 @@ def fusion_gains(runs: Sequence[Run], records: Records, split: str = "test") -> 
     Both sides are means over the same seeds; DVME without a member or with other members is a control like any other.
     DataError where the seeds differ.
     """
-    positions = split_indices(records)[split]
-    targets, patients = records.targets[positions], records.table["patient_id"].to_numpy()[positions]
+    targets, patients = split_truth(records, split)
     ours = next(run.spec.settings["members"] for run in runs if run.spec.method == "dvme")
     cells, rows = seed_scores(runs, split, CELL), []
     for (method, members, protocol, fraction), scores in sorted(cells.items()):

@@ -39,6 +39,12 @@ def split_indices(records: Records) -> dict[str, np.ndarray]:
     return split
 
 
+def split_truth(records: Records, split: str = "test") -> tuple[np.ndarray, np.ndarray]:
+    """Targets `(n, classes)` and patients `(n,)` of the records of a split, in the order of a run's probabilities."""
+    positions = split_indices(records)[split]
+    return records.targets[positions], records.table["patient_id"].to_numpy()[positions]
+
+
 def patients_shared(records: Records, test_share: float = 0.1) -> tuple[float, float]:
     """What a random split by record leaks: patients on both sides, and share of test records whose patient trains.
 

@@ -20,10 +20,10 @@ import torch
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
-from ecglib.errors import StorageError, explain_storage
+from ecglib.errors import DataError, StorageError, explain_storage
 from ecglib.evaluate import bootstrap_interval, macro_auroc
 from ecglib.files import read_json, replace_folder, short_hash, write_json
-from ecglib.labels import split_indices
+from ecglib.labels import split_truth
 from ecglib.records import Records
 from ecglib.train import load_tensors, save_tensors
 
@@ -232,8 +232,7 @@ def seed_summary(runs: Iterable[Run], records: Records, split: str = "test", cel
     kept, such as "teacher". Patients are drawn once for all seeds of a
     cell, so the interval speaks of the test patients; `sd_seeds` tells how far the label subsets and starts differ.
     """
-    positions = split_indices(records)[split]
-    targets, patients = records.targets[positions], records.table["patient_id"].to_numpy()[positions]
+    targets, patients = split_truth(records, split)
     rows = []
     for values, scores in sorted(seed_scores(runs, split, cell, network).items()):
         interval = bootstrap_interval(targets, scores, patients, classes=records.classes)
@@ -253,3 +252,11 @@ def seed_scores(runs: Iterable[Run], split: str = "test", cell: Sequence[str] = 
         cells.setdefault(tuple(map(run.spec.value, cell)), []).append(run)
     return {values: np.stack([run.predictions()[name] for run in members])
             for values, members in cells.items()}  # fmt: skip
+
+
+def need_same_seeds(runs: Sequence[Run], cell: Sequence[str], own: tuple, other: tuple) -> None:
+    """DataError where the runs of two cells do not pair."""
+    seeds = [sorted(run.spec.seed for run in runs if tuple(map(run.spec.value, cell)) == side) for side in (own, other)]
+    if seeds[0] != seeds[1]:
+        names = [" ".join(map(str, side)) for side in (own, other)]
+        raise DataError(f"{names[0]} and {names[1]} were not run with the same seeds; run the missing ones.")

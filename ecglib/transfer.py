@@ -14,7 +14,7 @@ import torch
 from ecglib.errors import DataError
 from ecglib.evaluate import labels_needed, macro_auroc, paired_difference
 from ecglib.files import read_json
-from ecglib.labels import label_subsets, split_indices
+from ecglib.labels import label_subsets, split_indices, split_truth
 from ecglib.probe import probe_layer, probe_subsets
 from ecglib.records import Records
 from ecglib.runs import MODEL, Result, Run, RunSpec, open_run, seed_scores
@@ -142,8 +142,7 @@ def paired_gains(runs: Sequence[Run], records: Records, split: str = "test") -> 
     A row an arm, fraction and control (`over`: supervised, or random for frozen arms): gain with its paired
     patient-bootstrap interval, both sides as means over seeds.
     """
-    positions = split_indices(records)[split]
-    targets, patients = records.targets[positions], records.table["patient_id"].to_numpy()[positions]
+    targets, patients = split_truth(records, split)
     cells, rows = seed_scores(runs, split, ("method", "encoder", "protocol", "fraction")), []
     for (method, encoder, protocol, fraction), scores in sorted(cells.items()):
         controls = {"supervised": ("supervised", encoder, "supervised", fraction)}
@@ -178,7 +177,7 @@ def labels_needed_table(runs: Sequence[Run], records: Records, draws: int = 1000
     `records` that this share means.
     """
     split = split_indices(records)
-    targets, patients = records.targets[split["test"]], records.table["patient_id"].to_numpy()[split["test"]]
+    targets, patients = split_truth(records)
     arms: dict[tuple, dict[float, np.ndarray]] = {}
     for (*arm, fraction), scores in seed_scores(runs, "test", ("method", "encoder", "protocol", "fraction")).items():
         arms.setdefault(tuple(arm), {})[fraction] = scores

@@ -34,13 +34,6 @@ tuned_batch_size = 64
 tuned_learning_rates = [0.0001, 0.001]  # of the fusion at these fractions, chosen on fold 9
 encoder_factor = 0.1  # the encoders' learning rate, in that of the fusion
 weight_decay = 0.01  # of the encoders
-transforms = {  # the augmentation of notebook 09
-    "random_resized_crop": {"low": 0.8},
-    "channel_resize": {"low": 0.7, "high": 1.4},
-    "gaussian_noise": {"scale": 0.03},
-    "baseline_wander": {"largest": 0.05},
-    "time_out": {"low": 0.0, "high": 0.4},
-}
 workers = 2  # trainings side by side, one thread each; 1 on a GPU
 
 # %%
@@ -73,13 +66,13 @@ from ecglib.transfer import grid_subsets, transfer_runs
 device = default_device()
 seeds = {fraction: seeds_few if fraction <= 0.1 else seeds_many for fraction in fractions}
 cells = list(grid_subsets(records, fractions, seeds))
+trained = transfer_runs(results, records)  # of notebook 09
 learnt = {name: as_member(run, records, results, device) for name, run in pretrained.items()}
 crop_seconds = max(run.spec.settings["crop_seconds"] for run in pretrained.values())
 control = pretraining_spec("random", records, 0, {"encoder": supervised_encoder, "crop_seconds": crop_seconds})
 members = {
     **learnt, "random": run_or_load(control, encode_run(records, device), results),
-    "supervised": supervised_member(transfer_runs(results, records), records, cells, results, supervised_encoder,
-                                    device, workers),
+    "supervised": supervised_member(trained, records, cells, results, supervised_encoder, device, workers),
 }  # fmt: skip
 data = FusionData(records, fractions, seeds, members)
 pd.DataFrame({"features": {name: values.shape[2] for name, values in data.features.items()},
@@ -323,12 +316,14 @@ figure
 #
 # From 10 % of the labels on, the encoders are trained too, starting from the frozen fusion of the same labels, with
 # `encoder_factor` times its learning rate. The control is the best fine-tuned encoder of notebook 09, chosen on fold
-# 9; its steps were more, as printed, for a step of the fusion trains all encoders.
+# 9; its steps were more, as printed, for a step of the fusion trains all encoders. The augmentation is that of notebook
+# 09.
 
 # %%
 from ecglib.fusion_runs import finetuned_fusion_run, fusion_spec
 from ecglib.runs import run_grid
 
+transforms = next(run.spec.settings["transforms"] for run in trained if "transforms" in run.spec.settings)
 training = {"steps": tuned_steps, "batch_size": tuned_batch_size, "encoder_factor": encoder_factor,
             "weight_decay": weight_decay, "crop_seconds": crop_seconds, "transforms": transforms}  # fmt: skip
 rates = dict(zip(tuned_fractions, tuned_learning_rates, strict=True))
@@ -341,12 +336,13 @@ tuned = run_grid(specs, finetuned_fusion_run(data, list(frozen.values()), device
 
 # %%
 from ecglib.evaluate import paired_difference
+from ecglib.labels import split_truth
 from ecglib.runs import seed_scores
 
-singles = [run for run in transfer_runs(results, records) if run.spec.value("protocol") == "fine-tuned"]
+singles = [run for run in trained if run.spec.value("protocol") == "fine-tuned"]
 of_singles = seed_summary(singles, records, "validation", ("method", "fraction")).sort_values("value")
 scores = {"DVME": seed_scores(tuned, cell=("fraction",)), "frozen": seed_scores(frozen.values(), cell=("fraction",))}
-targets, patients = (values[data.split["test"]] for values in (records.targets, records.table["patient_id"].to_numpy()))
+targets, patients = split_truth(records)
 for (fraction,), ours in sorted(scores["DVME"].items()):
     top = of_singles[of_singles["fraction"] == fraction].iloc[-1]["method"]
     single = seed_scores(singles, cell=("method", "fraction"))[top, fraction]

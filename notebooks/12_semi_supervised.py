@@ -256,8 +256,8 @@ passed.groupby(["method", "fraction"]).mean().style.format("{:.0%}").set_caption
 # ## Where should the backbone come from?
 #
 # Three starts for the same network: random, self-supervised on this study's training signals, and trained with the
-# labels of simulated patients (or of `backbone_data` in notebook 11). And a fourth question: what does the simulated backbone know of these records without
-# one of their labels?
+# labels of simulated patients (or of `backbone_data` in notebook 11). And a fourth question: what does the simulated
+# backbone know of these records without one of their labels?
 
 # %%
 others = [name for name in ("random", *starts) if name != start]
@@ -271,12 +271,13 @@ shown.rename(columns="{:.0%}".format).style.set_caption(f"Macro AUROC: {note}")
 
 # %%
 from ecglib.evaluate import bootstrap_interval
+from ecglib.labels import split_truth
 from ecglib.semisup.starts import without_real_labels
 
-patients = records.table["patient_id"].to_numpy()[split["test"]]
+truth, patients = split_truth(records)
 try:
     told = without_real_labels(starts["simulated"], records, split["test"])
-    none = bootstrap_interval(records.targets[split["test"]], told, patients, classes=records.classes)
+    none = bootstrap_interval(truth, told, patients, classes=records.classes)
     print(f"without any label of these records: {none.value:.3f} [{none.low:.3f}, {none.high:.3f}]")
 except DataError as error:
     print(error)

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_byol import TRANSFORMS
-from test_runs import labelled_records
 
 from ecglib.batches import step_generator
 from ecglib.ema import average_of
@@ -48,13 +47,6 @@ SETTINGS = {
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def records() -> Records:
-    found = labelled_records()
-    found.about["task"] = "ab"
-    return found
 
 
 def tiny_network() -> Classifier:

@@ -241,18 +241,6 @@ def test_cka_is_the_slow_form_and_knows_no_turn_or_scale():
         linear_cka(x, np.ones((30, 2)))
 
 
-@pytest.fixture(scope="module")
-def records() -> Records:
-    found = labelled_records()
-    found.about["task"] = "ab"
-    return found
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("results")
-
-
 def member(records: Records, folder: Path, name: str, seed: int, noise: float) -> Run:
     """A run with features that tell the class B through noise."""
     generator = np.random.default_rng(seed)
@@ -359,7 +347,6 @@ def test_bad_members_are_named(data, records, folder):
     ):
         FusionData(others, FRACTIONS, SEEDS, data.members)
     moved = labelled_records()
-    moved.about["task"] = "ab"
     moved.table["fold"] = 1 + (moved.table["fold"] + 3) % 10
     with pytest.raises(DataError, match="^p: .*another split"):
         FusionData(moved, FRACTIONS, SEEDS, data.members)

@@ -29,7 +29,10 @@ def labelled_records(count: int = 120) -> Records:
     signals = generator.normal(size=(count, 12, 200)) * (0.7 + 0.4 * labels)[:, None, None]
     names = [f"{i:03d}" for i in range(count)]
     place = {"record_id": names, "patient_id": names, "fold": 1 + np.arange(count) % 10, "source": "test"}
-    return Records.from_millivolts(signals, 100, pd.DataFrame(place), np.stack([1 - labels, labels], 1), ("A", "B"))
+    targets = np.stack([1 - labels, labels], 1)
+    records = Records.from_millivolts(signals, 100, pd.DataFrame(place), targets, ("A", "B"))
+    records.about["task"] = "ab"
+    return records
 
 
 def spec(records: Records, seed: int = 0, **changes) -> RunSpec:

@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 import torch
 from test_pretrain import pretrain
-from test_runs import labelled_records
 
 from ecglib.encoders import make_encoder
 from ecglib.errors import DataError
@@ -36,18 +35,6 @@ FRACTIONS, SEEDS = [0.2, 1.0], {0.2: 2, 1.0: 1}
 TRAINING = {"encoder": "xresnet1d_narrow", "steps": 4, "batch_size": 8, "crop_seconds": 1.0, "learning_rate": 0.003,
             "weight_decay": 0.01, "dropout": 0.0, "transforms": {}, "layer_factor": 0.5}  # fmt: skip
 ENCODERS = ["xresnet1d_narrow", "xresnet1d50", "cpc_lstm_small", "s4_small", "vit1d_small"]
-
-
-@pytest.fixture(scope="module")
-def records() -> Records:
-    found = labelled_records()
-    found.about["task"] = "ab"
-    return found
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("results")
 
 
 @pytest.fixture(scope="module")

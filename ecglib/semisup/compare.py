@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from ecglib.errors import DataError
 from ecglib.evaluate import (
     AbsentClassWarning,
     choose_thresholds,
@@ -14,9 +13,10 @@ from ecglib.evaluate import (
     paired_difference,
     paired_f2,
 )
-from ecglib.labels import split_indices
+from ecglib.labels import split_truth
 from ecglib.records import Records
-from ecglib.runs import Run, seed_scores
+from ecglib.runs import Run, need_same_seeds, seed_scores
+from ecglib.semisup.stages import with_teacher
 
 MEASURES = {"macro_auroc": "auroc", "mean_average_precision": "average_precision"}
 CELL = ("start", "fraction", "method")
@@ -31,8 +31,7 @@ def gains_over(runs: Sequence[Run], records: Records, method: str = "ce_ssl", sp
     one for each model and class; a class without a positive record there has none and is left out of F2.
     DataError where two methods do not have the same seeds.
     """
-    positions = split_indices(records)[split]
-    targets, patients = records.targets[positions], records.table["patient_id"].to_numpy()[positions]
+    targets, patients = split_truth(records, split)
     scores, known = seed_scores(runs, split, CELL), seed_scores(runs, "validation", CELL)
     decisions = {cell: _decisions(known[cell], scores[cell], records) for cell in scores}
     rows = []
@@ -60,11 +59,10 @@ def stage_gains(runs: Sequence[Run], records: Records, method: str = "distl", sp
     patient-bootstrap interval, both sides as means over the same seeds. A calibration error that falls is a gain below
     zero. DataError where two sides do not have the same seeds.
     """
-    taught = [run for run in runs if f"teacher/{split}/probabilities" in run.predictions()]
+    taught = with_teacher(runs)
     sides = {("student", *cell): scores for cell, scores in seed_scores(runs, split, STAGE).items()}
     sides |= {("teacher", *cell): scores for cell, scores in seed_scores(taught, split, STAGE, "teacher").items()}
-    positions = split_indices(records)[split]
-    targets, patients = records.targets[positions], records.table["patient_id"].to_numpy()[positions]
+    targets, patients = split_truth(records, split)
     rows = []
     for own, other in _stage_pairs(list(sides), method):
         need_same_seeds(runs, STAGE, own[1:], other[1:])
@@ -86,20 +84,12 @@ def _stage_pairs(sides: Sequence[tuple], method: str) -> list[tuple[tuple, tuple
     return pairs + [(one, other) for one in own for other in sides if other != one and other[1::2] == one[1::2]]
 
 
-def need_same_seeds(runs: Sequence[Run], cell: Sequence[str], own: tuple, other: tuple) -> None:
-    """DataError where the runs of two cells do not pair."""
-    seeds = [sorted(run.spec.seed for run in runs if tuple(map(run.spec.value, cell)) == side) for side in (own, other)]
-    if seeds[0] != seeds[1]:
-        names = [" ".join(map(str, side)) for side in (own, other)]
-        raise DataError(f"{names[0]} and {names[1]} were not run with the same seeds; run the missing ones.")
-
-
 def _decisions(known: np.ndarray, scores: np.ndarray, records: Records) -> np.ndarray:
     """1 where a model says yes, 0 where it says no, NaN where it has no threshold, `(seeds, n, classes)`.
 
     known are its probabilities for validation, from which its thresholds come, scores those that are decided.
     """
-    truth = records.targets[split_indices(records)["validation"]]
+    truth, _ = split_truth(records, "validation")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AbsentClassWarning)  # named once, when the run was scored
         thresholds = np.stack([choose_thresholds(truth, one) for one in known])[:, None]

@@ -133,24 +133,25 @@ class DISTL(nn.Module):
         shares = self.shares if self.pretext else self.shares[:1]
         views = [whole, *random_views(batch.signals, shares, batch.generator, self.transforms, self.patch)]
         # Views of one length go through together, and each network sees a view once, for both losses.
-        used = [views[:1], views[1:2], views[2:]] if self.pretext else [[], views[1:2]] if self.noised else [views[:1]]
-        features = [encode_views(self.network.encoder, group) if group else None for group in used]
+        groups, classified = [views[:1], views[1:2], views[2:]], int(self.noised)
+        seen = range(3) if self.pretext else [classified]
+        features = {place: encode_views(self.network.encoder, groups[place]) for place in seen if groups[place]}
+        asked = 2 if self.pretext else int(not batch.labelled)  # the teacher is asked of the first views
         with torch.no_grad():
-            asked = views[:2] if self.pretext else [] if batch.labelled else views[:1]
-            answers = [encode_views(self.teacher.encoder, [view]) for view in asked]
+            answers = [encode_views(self.teacher.encoder, [view]) for view in views[:asked]]
         loss = batch.signals.new_zeros(())
         if self.pretext:
-            loss = loss + self.pretext * self._pretext(features, answers, len(views))
+            loss = loss + self.pretext * self._pretext(torch.cat(list(features.values())), answers, len(views))
         if self.pretext < 1:
-            logits = self.network.head(features[1 if self.noised else 0])
+            logits = self.network.head(features[classified])
             loss = loss + (1 - self.pretext) * self._classes(batch, logits, answers)
         return loss
 
-    def _pretext(self, features: list[Tensor | None], answers: list[Tensor], views: int) -> Tensor:
+    def _pretext(self, features: Tensor, answers: list[Tensor], views: int) -> Tensor:
         """DINO's loss, with the clean crop and the noised piece as the teacher's views."""
         with torch.no_grad():
             teacher = self.teacher_head(torch.cat(answers)).chunk(2)
-        student = self.network_head(torch.cat([group for group in features if group is not None])).chunk(views)
+        student = self.network_head(features).chunk(views)
         loss = dino_loss(student, teacher, self.center)
         if self.training:
             self.center.copy_(next_center(self.center, teacher))

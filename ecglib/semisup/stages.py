@@ -196,12 +196,17 @@ def _calibration_rows(records: Records, probabilities: Mapping[str, np.ndarray],
              "n_records": len(labelled), "n_patients": patients} for name in ("validation", "test")]  # fmt: skip
 
 
+def with_teacher(runs: Sequence[Run]) -> list[Run]:
+    """Those of the runs that kept a teacher's scores as well."""
+    return [run for run in runs if any(row["network"] == "teacher" for row in run.about["metrics"])]
+
+
 def stage_summary(runs: Sequence[Run], records: Records, split: str = "test") -> pd.DataFrame:
     """Macro AUROC with its interval and calibration error, means over seeds: a row a method, network and stage.
 
     Every arm has the common start as its stage 0.
     """
-    taught = [run for run in runs if f"teacher/{split}/probabilities" in run.predictions()]
+    taught = with_teacher(runs)
     cell, key = ("method", "stage", "data", "labels", "fraction"), ["method", "network", "stage", "fraction"]
     frames = [seed_summary(runs, records, split, cell).assign(network="student")]
     if taught:
