@@ -31,6 +31,7 @@ TABLE_COLUMNS = ("method", "data", "labels", "fraction", "seed", "split", "metri
                  "n_records", "n_patients", "seconds")  # fmt: skip
 PACKAGES = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "safetensors")
 RESULT, PREDICTIONS, MODEL = "run.json", "predictions.safetensors", "model.safetensors"
+LISTS = "run_lists"  # below a results folder
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,22 @@ def _try_run(spec: RunSpec, function: Callable[[RunSpec, Path], Result], folder:
         path = Path(folder) / "runs" / f".{spec.name}.partial" / "error.txt"
         path.write_text(traceback.format_exc())
         return f"{spec.name} ({type(error).__name__}: {error})"
+
+
+def keep_list(runs: Iterable[Run], name: str, results: str | Path) -> None:
+    """Note below `results` which runs are behind the table `name`; later notebooks ask these and no older ones."""
+    write_json(Path(results) / LISTS / f"{name}.json", {"runs": [run.folder.name for run in runs]})
+
+
+def listed_runs(name: str, results: str | Path, records: Records, notebook: str) -> list[Run]:
+    """The runs noted as `name`; DataError where the list or a run is missing, or was made on other records."""
+    path = Path(results) / LISTS / f"{name}.json"
+    if not path.exists():
+        raise DataError(f"{path}: is missing; run notebook {notebook} first.")
+    runs = [open_run(Path(results) / "runs" / run) for run in read_json(path)["runs"]]
+    if any(run.spec.data_key != records.fingerprint for run in runs):
+        raise DataError(f"{path}: lists runs on other records; run notebook {notebook} again.")
+    return runs
 
 
 def table(folder: str | Path) -> pd.DataFrame:

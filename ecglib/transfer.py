@@ -11,13 +11,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ecglib.errors import DataError
 from ecglib.evaluate import labels_needed, macro_auroc, paired_difference
-from ecglib.files import read_json
 from ecglib.labels import label_subsets, split_indices, split_truth
 from ecglib.probe import probe_layer, probe_subsets
 from ecglib.records import Records
-from ecglib.runs import MODEL, Result, Run, RunSpec, open_run, seed_scores
+from ecglib.runs import MODEL, Result, Run, RunSpec, listed_runs, seed_scores
 from ecglib.supervised import Classifier, classifier_result, new_classifier, scored_result, train_classifier
 from ecglib.train import load_state, parameter_groups
 
@@ -157,17 +155,8 @@ def paired_gains(runs: Sequence[Run], records: Records, split: str = "test") -> 
 
 
 def transfer_runs(results: str | Path, records: Records) -> list[Run]:
-    """The runs behind `label_efficiency.csv`: those of notebook 09 that `results/transfer.json` lists.
-
-    DataError where the list or a run is missing, or was made on other records.
-    """
-    path = Path(results) / "transfer.json"
-    if not path.exists():
-        raise DataError(f"{path}: is missing; run notebook 09_probe_and_fine_tune first.")
-    runs = [open_run(Path(results) / "runs" / name) for name in read_json(path)["runs"]]
-    if any(run.spec.data_key != records.fingerprint for run in runs):
-        raise DataError(f"{path}: lists runs on other records; run notebook 09_probe_and_fine_tune again.")
-    return runs
+    """The runs behind `label_efficiency.csv`, see `runs.listed_runs`."""
+    return listed_runs("label_efficiency", results, records, "09_probe_and_fine_tune")
 
 
 def labels_needed_table(runs: Sequence[Run], records: Records, draws: int = 1000) -> pd.DataFrame:

@@ -203,11 +203,11 @@ for start in pretrained.values():
 # and `protocol` (frozen, fine-tuned, or supervised from scratch).
 
 # %%
-from ecglib.files import atomic_file, write_json
-from ecglib.runs import tidy
+from ecglib.files import atomic_file
+from ecglib.runs import keep_list, tidy
 
 runs = frozen + trained
-write_json(Path(results) / "transfer.json", {"runs": [run.folder.name for run in runs]})  # for notebook 14
+keep_list(runs, "label_efficiency", results)  # for the notebooks that follow
 rows = tidy((row for run in runs for row in run.rows()), extra=("encoder", "protocol"))
 summary = seed_summary(runs, records, cell=CELL)
 for filename, frame in {"label_efficiency": rows, "label_efficiency_summary": summary}.items():

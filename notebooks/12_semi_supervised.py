@@ -283,8 +283,9 @@ except DataError as error:
     print(error)
 
 # %%
-from ecglib.runs import tidy
+from ecglib.runs import keep_list, tidy
 
+keep_list(runs + from_starts, "semi_supervised", results)  # for the notebooks that follow
 rows = tidy((row for run in runs + from_starts for row in run.rows()), extra=("backbone", "start"))
 every = seed_summary(runs + from_starts, records, cell=CELL)
 for filename, frame in {"semi_supervised": rows, "semi_supervised_summary": every}.items():

@@ -179,10 +179,11 @@ runs = evolve(records, arms, fraction, seeds, settings, results, default_device(
 # %%
 from ecglib.files import atomic_file
 from ecglib.plots import plot_stages, save_figure
-from ecglib.runs import tidy
+from ecglib.runs import keep_list, tidy
 from ecglib.semisup.compare import stage_gains
 from ecglib.semisup.stages import stage_summary
 
+keep_list(runs, "self_evolving", results)  # for the notebooks that follow
 summary, gains = stage_summary(runs, records), stage_gains(runs, records)
 rows = tidy((row for run in runs for row in run.rows()), extra=("network", "stage"))
 for name, frame in {"": rows, "_summary": summary, "_gains": gains}.items():

@@ -1,6 +1,5 @@
 """Frozen and fine-tuned use of a pretrained encoder: fair starts, layer-wise rates, paired gains, labels needed."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from ecglib.evaluate import encode_windows, first_reached, labels_needed, macro_
 from ecglib.labels import label_subsets, split_indices
 from ecglib.probe import probe_layer, probe_subsets
 from ecglib.records import Records
-from ecglib.runs import Run, RunSpec, run_grid, seed_summary, tidy
+from ecglib.runs import Run, RunSpec, keep_list, run_grid, seed_summary, tidy
 from ecglib.selfsup.pretrain import encode_run, pretraining_spec
 from ecglib.supervised import Classifier, supervised_run
 from ecglib.train import fit
@@ -170,7 +169,7 @@ def test_the_table_of_labels_needed_has_its_control(runs, records):
 def test_listed_runs_are_found_and_what_is_wrong_is_named(tmp_path, folder, runs, records):
     with pytest.raises(DataError, match="run notebook 09_probe_and_fine_tune first"):
         transfer_runs(tmp_path, records)
-    (folder / "transfer.json").write_text(json.dumps({"runs": [run.folder.name for run in runs]}))
+    keep_list(runs, "label_efficiency", folder)
     assert [run.spec.key for run in transfer_runs(folder, records)] == [run.spec.key for run in runs]
     with pytest.raises(DataError, match="lists runs on other records"):
         transfer_runs(folder, records.select(np.arange(50)))

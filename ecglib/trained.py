@@ -1,0 +1,88 @@
+"""The network behind a finished run, so that noise and saliency ask the very network that was scored."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ecglib.encoders import make_encoder
+from ecglib.errors import DataError
+from ecglib.labels import split_indices
+from ecglib.probe import chosen_probes, feature_scale, standardise, unit_length
+from ecglib.records import Records
+from ecglib.runs import MODEL, Run, open_run
+from ecglib.semisup.methods import make_network
+from ecglib.supervised import new_classifier
+from ecglib.train import load_state
+
+
+class ProbedEncoder(nn.Module):
+    """A frozen encoder and its linear probe as one network: `(batch, leads, time)` mV -> logits `(batch, classes)`.
+
+    It answers for a window; the frozen run itself probes the mean features of a record's windows.
+    """
+
+    def __init__(self, encoder: nn.Module, reference: Tensor, weights: Tensor, bias: Tensor) -> None:
+        """`reference (n, d)` are the features by whose mean and deviation the probe's were standardised."""
+        super().__init__()
+        self.encoder = encoder
+        mean, deviation = feature_scale(reference)
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("deviation", deviation.float())
+        self.head = nn.Linear(encoder.feature_size, len(bias))
+        with torch.no_grad():
+            self.head.weight.copy_(weights)
+            self.head.bias.copy_(bias)
+
+    def forward(self, signals: Tensor) -> Tensor:
+        return self.head(unit_length((self.encoder(signals).float() - self.mean) / self.deviation))
+
+
+def trained_classifier(run: Run, records: Records, results: str | Path) -> tuple[nn.Module, float]:
+    """The network that `run` kept, in evaluation mode, and the seconds of its windows.
+
+    It maps `(batch, leads, time)` mV to logits `(batch, classes)` of `records`, those that the run was made on. A
+    frozen run's network is put together from its pretraining below `results` and its probe. DataError where the run
+    keeps no network, or is about other records.
+    """
+    settings = run.spec.settings
+    if run.spec.data_key != records.fingerprint:
+        raise DataError(f"{run.folder.name}: was made on other records; open the records of its study.")
+    if "pretraining" in settings and settings.get("protocol") == "frozen":
+        return _probed(run, records, results)
+    if not (run.folder / MODEL).exists() or not {"backbone", "encoder"} & set(settings):
+        raise DataError(f"{run.folder.name}: keeps no network of its own; choose a run of an encoder that was trained.")
+    weights = run.weights()
+    if "backbone" in settings:
+        network = make_network(settings["backbone"], len(records.classes), run.spec.seed)
+    else:
+        network = new_classifier(records, run.spec.seed, settings)
+        if "stage" in settings:
+            if run.spec.method == "dino" and settings["stage"]:
+                raise DataError(f"{run.folder.name}: keeps what goes on to the next stage, not the network that was "
+                                "fine-tuned to be scored; choose another arm.")  # fmt: skip
+            # Beside the student it keeps what the next stage goes on from.
+            weights = {name.removeprefix("network."): value for name, value in weights.items()
+                       if name.startswith("network.")}  # fmt: skip
+    load_state(network, weights, run.folder / MODEL)
+    return network.eval(), settings["crop_seconds"]
+
+
+def _probed(run: Run, records: Records, results: str | Path) -> tuple[nn.Module, float]:
+    """Encoder and probe of a frozen run. The probe is fitted again, which takes less than keeping it would."""
+    key = run.spec.settings["pretraining"]
+    found = sorted((Path(results) / "runs").glob(f"[!.]*-{key}"))
+    if not found:
+        raise DataError(
+            f"{run.folder.name}: its pretraining {key} is gone; run the notebook of {run.spec.method} again."
+        )
+    pretrained = open_run(found[0])
+    encoder = make_encoder(pretrained.spec.settings["encoder"])
+    load_state(encoder, pretrained.weights(), pretrained.folder / MODEL)
+    features = torch.from_numpy(pretrained.predictions()["features"]).double()
+    split = split_indices(records)
+    reference = features[split["train"]]
+    prepared, labelled = unit_length(standardise(features, reference)), run.predictions()["labelled"]
+    probes, chosen = chosen_probes(prepared, records.targets, {"its own": labelled}, split, classes=records.classes)
+    network = ProbedEncoder(encoder, reference, probes.weights[0, chosen[0]], probes.bias[0, chosen[0]])
+    return network.eval(), pretrained.spec.settings["crop_seconds"]
