@@ -27,10 +27,11 @@ READY = "study-ready"  # file in .venv, written last: what it was made from
 UNFINISHED = "study-unfinished"  # file in .venv while packages are being installed
 DISK_NEEDED = 2e9  # bytes; the packages without a GPU take 1.6 GB
 
-PROFILES = ("smoke", "laptop", "paper")
+PROFILES = ("smoke", "laptop", "reference", "paper")
 HELP = """commands:
   smoke               every notebook on a few hundred simulated records: does everything run?
   laptop              every notebook on about 3,000 simulated records: real trends without a download (the default)
+  reference           every arm and label fraction: the run behind the tables in reference/
   paper               the published data sets and settings; needs a GPU
   test [ARGUMENTS]    the tests; ARGUMENTS go to pytest, for instance: test -k records
   pair [--check]      write every NN_name.ipynb anew from its NN_name.py, or only check that they agree
@@ -69,7 +70,7 @@ def read_command(arguments: list[str]) -> argparse.Namespace:
     if command.check and command.command != "pair":
         parser.error("--check belongs to pair")
     if command.command == "pair" and (command.data or command.fresh):
-        parser.error("--data and --fresh belong to smoke, laptop and paper")
+        parser.error("--data and --fresh belong to the profiles")
     return command
 
 

@@ -1,6 +1,6 @@
 """Runs the study: the notebooks of one profile in order, skipping what is done and unchanged.
 
-`python -m ecglib.study [smoke|laptop|paper|test|pair]`; `run_all.sh` starts it with the right interpreter.
+`python -m ecglib.study [smoke|laptop|reference|paper|test|pair]`; `run_all.sh` starts it with the right interpreter.
 """
 
 import fcntl

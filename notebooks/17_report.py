@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 17 · The report
 #
-# **What you will learn.** What the study has found so far, in tables, each beside the figures that papers have printed
-# where such figures exist.
+# **What you will learn.** What the study has found, in tables, beside the figures that papers have printed where such
+# figures exist: which claims agree, which do not, and which could not be told.
 #
 # **What it needs.** The tables of the notebooks before it. A missing table is named with the notebook that makes it.
 #
@@ -31,28 +31,23 @@ print(f"{about['source']}, label set {about['task']!r}: {kind}")
 # A part that has not been run is not filled in: its row says which notebook to run.
 
 # %%
-parts = {
-    "classes": "00_prepare_data", "left_out": "00_prepare_data", "supervised_summary": "02_supervised_baseline",
-    "label_efficiency_summary": "09_probe_and_fine_tune", "label_efficiency_gains": "09_probe_and_fine_tune",
-    "fusion_summary": "10_fusion", "fusion_gains": "10_fusion", "labels_needed": "14_label_efficiency",
-    "semi_supervised_summary": "12_semi_supervised", "semi_supervised_gains": "12_semi_supervised",
-    "adaptation_cost": "12_semi_supervised", "self_evolving_summary": "13_self_evolving",
-    "self_evolving_gains": "13_self_evolving",
-}  # fmt: skip
-found = {name: Path(results) / "tables" / f"{name}.csv" for name in parts}
-state = {name: "there" if path.exists() else f"run {parts[name]}" for name, path in found.items()}
-status = pd.DataFrame([{"table": name, "notebook": parts[name], "state": state[name]} for name in parts])
+from ecglib.findings import PARTS, report_tables
+
+there = {name: (Path(results) / "tables" / f"{name}.csv").exists() for name in PARTS}
+status = pd.DataFrame({"table": list(PARTS), "notebook": list(PARTS.values()),
+                       "state": ["there" if there[name] else f"run {PARTS[name]}" for name in PARTS]})  # fmt: skip
 status
 
 # %%
-missing = status[status["state"] != "there"]
-assert missing.empty, f"missing: {', '.join(missing['table'])}; run {', '.join(missing['notebook'].unique())} first"
+tables = report_tables(results)  # stops here with the notebooks to run, where a table is missing
+origin = "simulated" if about["simulated"] else "reproduced on the subset" if about.get("subset") else "measured"
+print(f"{len(tables)} tables; figures of this run are {origin}")
 
 # %% [markdown]
 # ## What was read and what was left out
 
 # %%
-left_out = pd.read_csv(found["left_out"], dtype=str)
+left_out = tables["left_out"]
 left_out.groupby(["fault", "action"], as_index=False).size() if len(left_out) else "Every recording was read as it was."
 
 # %% [markdown]
@@ -61,10 +56,7 @@ left_out.groupby(["fault", "action"], as_index=False).size() if len(left_out) el
 # Mean over seeds on fold 10, with the patient-bootstrap interval of that mean.
 
 # %%
-supervised = pd.read_csv(found["supervised_summary"])
-supervised["origin"] = (
-    "simulated" if about["simulated"] else "measured on the subset" if about.get("subset") else "measured"
-)
+supervised = tables["supervised_summary"].assign(origin=origin)
 shown = supervised[["method", "data", "labels", "fraction", "value", "low", "high", "seeds", "origin"]]
 shown.style.format(precision=3).set_caption(f"Macro AUROC on fold 10: {kind}")
 
@@ -82,29 +74,64 @@ print(f"from {100 * curve['fraction'].iloc[0]:g} % to {100 * curve['fraction'].i
       f"{curve['value'].iloc[0]:.3f} to {curve['value'].iloc[-1]:.3f}")  # fmt: skip
 
 # %% [markdown]
+# ## Every system of the study
+#
+# One row each, at the fraction of its part that is nearest to 10 % of the labels. Networks, starts and pretraining data
+# differ between the parts: within a part rows are comparable, across parts they tell what a whole recipe reaches.
+
+# %%
+from ecglib.findings import systems
+
+rows = systems(tables).assign(origin=origin)
+with atomic_file(Path(results) / "tables" / "systems.csv") as path:
+    rows.to_csv(path, index=False)
+rows.style.format(precision=3).format("{:.0%}", subset=["fraction"]).hide(axis="index").set_caption(
+    f"Macro AUROC on fold 10: {kind}"
+)
+
+# %% [markdown]
+# ## Claims, and what was found
+#
+# A claim of a paper is a gain of one arm over another. Beside each published gain stands the gain here, with the
+# paired interval. Data, classes and sizes differ, so only the sign can agree: `agrees` where the interval lies above
+# zero, `the opposite` where it lies below, `no finding` where it holds zero. Claims without a published figure are the
+# study's own.
+
+# %%
+from ecglib.findings import findings, shown_findings
+
+claims = findings(tables, published, origin)
+with atomic_file(Path(results) / "tables" / "findings.csv") as path:
+    claims.to_csv(path, index=False)
+shown_findings(claims).style.hide(axis="index").set_caption(f"Published gains, and gains here: {kind}")
+
+# %% [markdown]
+# What did not replicate, and what was not found:
+
+# %%
+for row in claims[claims["verdict"] != "agrees"].itertuples():
+    printed = "" if pd.isna(row.published) else f", published {row.published:+.3f}"
+    print(f"{row.verdict}: {row.system}, {row.claim}, {row.labels:.0%} of the labels: {row.here:+.3f} "
+          f"[{row.low:+.3f}, {row.high:+.3f}]{printed}")  # fmt: skip
+known = claims[claims["published"].notna()]
+agreeing = (known["verdict"] == "agrees").sum()
+print(f"\n{agreeing} of {len(known)} claims with a published figure agree in sign beyond the interval; of the "
+      f"{len(claims) - len(known)} others {(claims['verdict'] == 'agrees').sum() - agreeing} are found")  # fmt: skip
+
+# %% [markdown]
 # ## Self-supervised pretraining
 #
 # Every encoder learnt from the signals of folds 1–8 without labels. *Frozen*: a linear probe on its features;
 # *fine-tuned*: trained on from there. The controls are the same encoders from scratch and never trained.
 
 # %%
-efficiency = pd.read_csv(found["label_efficiency_summary"])
+efficiency = tables["label_efficiency_summary"]
 cells = efficiency.assign(score=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in efficiency.itertuples()])
 cells = cells.pivot(index=["protocol", "encoder", "method"], columns="fraction", values="score")
 cells.rename(columns="{:.0%}".format).style.set_caption(f"Macro AUROC on fold 10, mean over label subsets: {kind}")
 
-# %% [markdown]
-# What did not help is a finding as well: these arms do not beat the same encoder trained from scratch, or never
-# trained, by more than the paired interval.
-
 # %%
-gains = pd.read_csv(found["label_efficiency_gains"])
-unsure = gains[gains["low"] <= 0]
-print(f"{len(gains) - len(unsure)} of {len(gains)} comparisons show a gain whose interval excludes zero; not so:")
-unsure.pivot_table(index=["method", "protocol", "over"], columns="fraction", values="gain").round(3)
-
-# %%
-needed = pd.read_csv(found["labels_needed"])
+needed = tables["labels_needed"]
 needed.style.format(precision=3).hide(axis="index").set_caption(
     f"Share of the labels with which an arm reaches the same encoder trained from scratch with all labels: {kind}"
 )
@@ -117,7 +144,7 @@ needed.style.format(precision=3).hide(axis="index").set_caption(
 # gains of pretraining over supervised starts; what the fusion itself adds could not be recovered from it.
 
 # %%
-fused = pd.read_csv(found["fusion_gains"])
+fused = tables["fusion_gains"]
 fused = fused[(fused["protocol"] == "frozen") & fused["over"].isin(["best_single", "concatenation"])]
 fused["cell"] = [f"{row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in fused.itertuples()]
 for fraction, rows in fused.groupby("fraction"):
@@ -145,17 +172,12 @@ printed.assign(origin="published")[["encoder", "pretraining", "protocol", "metri
 # backbone of 9.5 million weights pretrained on CODE. Again orientation, not a comparison.
 
 # %%
-semi_supervised = pd.read_csv(found["semi_supervised_summary"])
+semi_supervised = tables["semi_supervised_summary"]
 cells = [f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in semi_supervised.itertuples()]
 cells = semi_supervised.assign(score=cells).pivot(index=["start", "method"], columns="fraction", values="score")
 cells.rename(columns="{:.0%}".format).style.set_caption(f"Macro AUROC on fold 10, mean over label subsets: {kind}")
 
 # %%
-against = pd.read_csv(found["semi_supervised_gains"])
-against = against.assign(sure=(against["low"] > 0) | (against["high"] < 0))
-for metric, rows in against.groupby("metric"):
-    print(f"{metric}: {(rows['sure'] & (rows['gain'] > 0)).sum()} of {len(rows)} comparisons favour CE-SSL beyond the "
-          f"interval, {(rows['sure'] & (rows['gain'] < 0)).sum()} the other method")  # fmt: skip
 paper = pd.read_csv(Path(published) / "ce-ssl.csv")
 paper = paper[paper["table"].isin(["S8", "S11"]) & (paper["dataset"] == "PTB-XL")]
 paper = paper[paper["metric"].isin(["macro AUC", "MAP", "macro F2", "time/iter", "params"])]
@@ -168,23 +190,33 @@ paper.pivot(index=["table", "method"], columns="metric", values="mean").assign(o
 # scores. Beside it what the paper prints, for X-rays of the chest: orientation, not a comparison.
 
 # %%
-stages = pd.read_csv(found["self_evolving_summary"])
+stages = tables["self_evolving_summary"]
 stages = stages[stages["network"] == "student"]
 cells = [f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in stages.itertuples()]
 cells = stages.assign(score=cells).pivot(index="method", columns="stage", values="score")
 cells.style.set_caption(f"Macro AUROC on fold 10 at each T, {stages['fraction'].iloc[0]:.0%} of the labels: {kind}")
 
 # %%
-evolving = pd.read_csv(found["self_evolving_gains"])
-students = (evolving["network"] == "student") & (evolving["against_network"] == "student")
-last = evolving[students & (evolving["stage"] == evolving["stage"].max())]
-for row in last[(last["method"] == "distl") & (last["metric"] == "macro_auroc")].itertuples():
-    word = "above" if row.low > 0 else "below" if row.high < 0 else "no finding against"
-    print(f"DISTL at T = {row.stage}: {word} {row.against} at T = {row.against_stage}, {row.gain:+.3f} "
-          f"[{row.low:+.3f}, {row.high:+.3f}]")  # fmt: skip
 paper = pd.read_csv(Path(published) / "distl-echoclr-dvme.csv")
 paper = paper[(paper["paper"] == "DISTL") & (paper["metric"] == "AUROC")]
 paper.pivot(index="task", columns="setting", values="value").assign(origin="published")
+
+# %% [markdown]
+# ## The encoders, to take away
+#
+# Weights, settings and a *model card* for each pretrained encoder: what it was trained on, what it is worth beside its
+# controls, what it must not be used for, and the lines that open it.
+
+# %%
+from ecglib.model_cards import release_encoders
+from ecglib.records import Records
+from ecglib.selfsup.pretrain import pretrained_runs
+
+everything = Records.load(Path(results) / "records")
+records = everything.select(everything.targets.any(axis=1))
+released = release_encoders(pretrained_runs(results, records), tables["label_efficiency_summary"], records,
+                            Path(results) / "encoders")  # fmt: skip
+print((released[0] / "README.md").read_text().split("## Limits")[0])
 
 # %% [markdown]
 # ## Exercise
@@ -199,8 +231,9 @@ print(f"the interval reaches {full:.3f} from {100 * enough:g} % of the labels on
 # %% [markdown]
 # ## What was seen
 #
-# The tables that exist, each with its origin. The parts of the study that follow add their rows to the first table of
-# this notebook. Written: `tables/report_parts.csv`.
+# Every system with its row, every claim with its verdict, each figure with its origin: published, reproduced on a
+# subset, or simulated. Written: `tables/report_parts.csv`, `tables/systems.csv`, `tables/findings.csv`, and a folder
+# with weights and model card for each encoder in `encoders/`.
 
 # %%
 with atomic_file(Path(results) / "tables" / "report_parts.csv") as path:

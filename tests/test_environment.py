@@ -120,7 +120,7 @@ def test_help_and_wrong_command_lines(tmp_path: Path) -> None:
         ("smoke", "--data", "nowhere"): "nowhere does not exist",
         ("smoke", "--data", "file"): "file is not a folder",
         ("smoke", "--quick"): "unrecognized arguments: --quick",
-        ("pair", "--fresh"): "belong to smoke, laptop and paper",
+        ("pair", "--fresh"): "belong to the profiles",
     }.items():
         result = run_all(*arguments, cwd=tmp_path)
         assert result.returncode == 2 and sentence in result.stderr and result.stderr.count("\n") == 1, result.stderr
