@@ -36,8 +36,9 @@ HELP = """commands:
   test [ARGUMENTS]    the tests; ARGUMENTS go to pytest, for instance: test -k records
   pair [--check]      write every NN_name.ipynb anew from its NN_name.py, or only check that they agree
 
-Results go to results/PROFILE: tables, figures and the executed copy of each notebook. A second start skips the
-notebooks that are done and unchanged. Where this Python lacks the packages, .venv is made from requirements.lock."""
+Results go to results/PROFILE: tables, figures, the executed copy of each notebook, and report/index.html, which shows
+them all in a browser. A second start skips the notebooks that are done and unchanged. Where this Python
+lacks the packages, .venv is made from requirements.lock."""
 
 
 class _Parser(argparse.ArgumentParser):

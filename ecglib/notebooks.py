@@ -84,11 +84,11 @@ def parameter_names(source: str | Path) -> tuple[str, ...]:
     return tuple(target.id for target in targets if isinstance(target, ast.Name))
 
 
-def execute(source: Path, parameters: dict, executed: Path, title: str) -> None:
+def execute(source: Path, parameters: dict, executed: Path, title: str, bar: bool = True) -> None:
     """Run a notebook with these parameters in its own folder and keep the executed copy, also of a failing one.
 
-    Shows `title`, the cells done and the time. Raises NotebookFailure, or StorageError where the copy cannot be
-    written.
+    Shows `title`, the cells done and the time; without a `bar` also on a terminal as two lines. Raises NotebookFailure,
+    or StorageError where the copy cannot be written.
     """
     import papermill
 
@@ -97,7 +97,7 @@ def execute(source: Path, parameters: dict, executed: Path, title: str) -> None:
     failure = f"{source.stem} failed: {{}}\nExecuted copy: {shown(executed)}"
     with explain_storage(executed):
         executed.parent.mkdir(parents=True, exist_ok=True)
-        with same_interpreter(), progress(title, cells + bool(parameters)) as cell_done:  # papermill adds a cell
+        with same_interpreter(), progress(title, cells + bool(parameters), bar) as cell_done:  # papermill adds a cell
             try:
                 papermill.execute_notebook(
                     _with_papermill_metadata(notebook), re.sub(r"([{}])", r"\1\1", str(executed)), parameters,
@@ -147,7 +147,7 @@ def same_interpreter() -> Iterator[None]:
 
 
 @contextmanager
-def progress(title: str, cells: int) -> Iterator:
+def progress(title: str, cells: int, bar: bool = True) -> Iterator:
     """Show a notebook's progress: a bar that ticks each second on a terminal, else a line at the start and the end.
 
     Yields the function to call after each cell.
@@ -155,20 +155,20 @@ def progress(title: str, cells: int) -> Iterator:
     from tqdm import tqdm
 
     start, finished = time.monotonic(), threading.Event()
-    terminal = sys.stderr.isatty()
+    terminal = bar and sys.stderr.isatty()
     if not terminal:
         print(f"{title} ({cells} cells) ...", file=sys.stderr, flush=True)
     form = "{desc}: cell {n_fmt}/{total_fmt} |{bar:20}| {elapsed}"
     columns, lines = shutil.get_terminal_size()  # 80 x 24 where a terminal tells none; tqdm would then draw nothing
-    with tqdm(total=cells, desc=title, disable=not terminal, bar_format=form, ncols=columns, nrows=lines) as bar:
+    with tqdm(total=cells, desc=title, disable=not terminal, bar_format=form, ncols=columns, nrows=lines) as shown_bar:
 
         def tick() -> None:
             while not finished.wait(1.0):
-                bar.refresh()
+                shown_bar.refresh()
 
         threading.Thread(target=tick, daemon=True).start()
         try:
-            yield lambda **_: bar.update()
+            yield lambda **_: shown_bar.update()
         finally:
             finished.set()
     if not terminal:

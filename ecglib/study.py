@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -19,10 +19,14 @@ from pathlib import Path
 
 from ecglib.environment import ROOT, read_command, say
 from ecglib.errors import DataError, StorageError, explain_storage
+from ecglib.exercises import write_exercises
 from ecglib.files import atomic_file, read_json, short_hash, write_json
 from ecglib.notebooks import NotebookFailure, execute, minutes, notebook_sources, parameter_names, shown, write_pairs
+from ecglib.report import write_report
+from ecglib.side_by_side import Job, execute_together
 
-NOT_MEASURED = {"environment.py", "notebooks.py", "study.py"}  # these start the cells and cannot change a result
+# These start the cells or show what came out of them, and cannot change a result.
+NOT_MEASURED = {"environment.py", "notebooks.py", "study.py", "report.py", "exercises.py", "side_by_side.py"}
 NUMERICAL_PACKAGES = ("torch", "numpy", "pandas", "scipy", "scikit-learn")
 STATE = "study.json"
 LISTING = "files.txt"
@@ -48,7 +52,8 @@ def run_study(profile: str, data: Path | None = None, fresh: bool = False, root:
     """Run the notebooks of `root` up to `last` (default: all) with `configs/<profile>.yaml`; returns the results.
 
     Results go to `root/results/<profile>` or to `results`. Raises DataError or StorageError before or between
-    notebooks and NotebookFailure where one fails; what was finished before stays finished.
+    notebooks and NotebookFailure where one fails; what was finished before stays finished. After the last notebook of
+    all comes the report; a run that ends before it writes none.
     """
     results = Path(results or root / "results" / profile)
     config = read_config(root / "configs" / f"{profile}.yaml")
@@ -56,25 +61,39 @@ def run_study(profile: str, data: Path | None = None, fresh: bool = False, root:
         raise DataError("The profile paper needs --data FOLDER with PTB-XL; `python -m ecglib.sources.download ptb-xl "
                         "FOLDER` fetches it.")  # fmt: skip
     steps = plan(root, config, data, results)
+    names = [step.name for step in steps]
     if last is not None:
-        steps = steps[: [step.name for step in steps].index(last) + 1]
-    with alone(results):
+        steps = steps[: names.index(last) + 1]
+    with alone(results) as lock:
         origin = f"ECGs of {data}" if data else "simulated ECGs (no --data folder was given)"
         say(f"Profile {profile}: {config['about']}. {len(steps)} notebooks, {origin}; results go to {shown(results)}.")
         if fresh and results.exists():
             say(f"--fresh: deleting {shown(results)} first.")
             with explain_storage(results):
                 shutil.rmtree(results)
-        for position, step in enumerate(steps, start=1):
-            run_step(step, results, f"[{position}/{len(steps)}] {step.name}")
+        titles = {step.name: f"[{place}/{len(steps)}] {step.name}" for place, step in enumerate(steps, start=1)}
+        for turn in in_turns(steps, config.get("side_by_side", [])):
+            run_turn(turn, results, titles, lock)
+        report = make_report(results, names, profile, config["about"], root) if len(steps) == len(names) else ""
         list_files(results)
+        if report:
+            say(report)
     return results
 
 
-def read_config(path: Path) -> dict:
-    """A profile's mapping: `about` (a sentence), `common` and one mapping of parameters a notebook, and `with_data`.
+def make_report(results: Path, names: list[str], profile: str, about: str, root: Path) -> str:
+    """Write the report where something in it has changed; returns the line that tells the reader of it."""
+    start = time.monotonic()
+    written = write_report(results, names, profile, about, root)
+    how = f"written in {time.monotonic() - start:.0f} s" if written else "there already, nothing in it has changed"
+    return f"\nThe report, {how}; open it in a browser: {shown(results / 'report' / 'index.html')}"
 
-    `with_data` holds mappings of the same names, which take precedence where real ECGs are given.
+
+def read_config(path: Path) -> dict:
+    """A profile's mapping: `about` (a sentence), `common` and one mapping of parameters a notebook, and two more.
+
+    `with_data` holds mappings of the same names, which take precedence where real ECGs are given. `side_by_side` lists
+    groups of notebooks that need nothing of each other and may run at the same time.
     """
     import yaml
 
@@ -87,7 +106,7 @@ def read_config(path: Path) -> dict:
     if not isinstance(config, dict) or not isinstance(config.get("about"), str):
         raise DataError(f"{path}: must be a mapping with a sentence `about`; see the other profiles.")
     for name, value in config.items():
-        if name != "about" and not isinstance(value, dict | None):
+        if name not in ("about", "side_by_side") and not isinstance(value, dict | None):
             raise DataError(f"{path}: `{name}` must be a mapping of parameters, not {value!r}; correct it.")
     return {name: {} if value is None else value for name, value in config.items()}
 
@@ -96,8 +115,11 @@ def plan(root: Path, config: dict, data: Path | None, results: Path) -> list[Ste
     """The steps of a run with their parameters and keys; a key of the config that no notebook has is a DataError."""
     sources = notebook_sources(root / "notebooks")
     known = {source.stem: parameter_names(source) for source in sources}
-    special = config.get("with_data", {})
-    config = {name: part for name, part in config.items() if name not in ("about", "with_data")}
+    special, groups = config.get("with_data", {}), config.get("side_by_side", [])
+    config = {name: part for name, part in config.items() if name not in ("about", "with_data", "side_by_side")}
+    unknown = [name for group in groups for name in group if name not in known]
+    if unknown:
+        raise DataError(f"The config's `side_by_side` names a notebook `{unknown[0]}` that does not exist; correct it.")
     for part in (config, special):
         check_config(part, known)
     if data is not None:
@@ -158,29 +180,72 @@ def size_and_time(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def run_step(step: Step, results: Path, title: str) -> None:
-    """Execute a notebook unless it is done, unchanged and its files are still there; note it when it succeeded."""
-    state_file, executed = results / STATE, results / "executed" / f"{step.name}.ipynb"
-    state = read_json(state_file) if state_file.exists() else {}
+def in_turns(steps: Sequence[Step], groups: Sequence[Sequence[str]]) -> list[list[Step]]:
+    """The steps in the order in which they run; those of a group together, when its first one is reached."""
+    turns: dict[str, list[Step]] = {}
+    for step in steps:
+        place = next((position for position, group in enumerate(groups) if step.name in group), step.name)
+        turns.setdefault(str(place), []).append(step)
+    return list(turns.values())
+
+
+def run_turn(turn: Sequence[Step], results: Path, titles: Mapping[str, str], lock: int | None = None) -> None:
+    """Execute those of the steps that are not done, side by side where there are several, and note what succeeded."""
+    todo = [step for step in turn if not is_done(step, results, titles[step.name])]
+    before = written_files(results)
+    if len(todo) == 1:
+        start, step = time.monotonic(), todo[0]
+        execute(step.source, step.parameters, executed_copy(step, results), titles[step.name])
+        note_done(step, results, time.monotonic() - start, before)
+        return
+    by_title = {titles[step.name]: step for step in todo}
+    jobs = [Job(str(step.source), step.parameters, str(executed_copy(step, results)), title)
+            for title, step in by_title.items()]  # fmt: skip
+    for job, seconds in execute_together(jobs, lock):
+        note_done(by_title[job.title], results, seconds, before)
+
+
+def executed_copy(step: Step, results: Path) -> Path:
+    """Where the executed copy of a step's notebook lies."""
+    return results / "executed" / f"{step.name}.ipynb"
+
+
+def is_done(step: Step, results: Path, title: str) -> bool:
+    """Whether a step is done, unchanged and its files are still there, which is said; what is not is forgotten."""
+    state = read_state(results)
     done = state.pop(step.name, None)
-    whole = done and executed.exists() and all((results / name).exists() for name in done["files"])
+    whole = done and executed_copy(step, results).exists() and all((results / name).exists() for name in done["files"])
     if whole and done["key"] == step.key:
         say(f"{title}: done before and unchanged, skipped (it took {minutes(done['seconds'])})")
-        return
+        return True
     if done:
-        write_json(state_file, state)
-    start, before = time.monotonic(), written_files(results)
-    execute(step.source, step.parameters, executed, title)
+        write_json(results / STATE, state)
+    return False
+
+
+def note_done(step: Step, results: Path, seconds: float, before: Mapping[str, tuple[int, int]]) -> None:
+    """Note that a step succeeded, and the files that are new since `before`, those of a step beside it included."""
     files = [name for name, stamp in written_files(results).items() if before.get(name) != stamp]
     files = [name for name in files if not name.startswith("executed/")]
-    write_json(state_file, state | {step.name: {"key": step.key, "seconds": time.monotonic() - start, "files": files}})
+    entry = {"key": step.key, "seconds": seconds, "files": files}
+    write_json(results / STATE, read_state(results) | {step.name: entry})
+
+
+def read_state(results: Path) -> dict:
+    """What is known of the steps that are done."""
+    return read_json(results / STATE) if (results / STATE).exists() else {}
 
 
 def written_files(results: Path) -> dict[str, tuple[int, int]]:
     """Size and time of every result by its name below `results`, but for hidden files and this module's own."""
-    names = [path.relative_to(results) for path in sorted(results.rglob("*")) if path.is_file()]
-    names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-    return {str(name): size_and_time(results / name) for name in names if str(name) not in (STATE, LISTING)}
+    stamps = {}
+    for folder, inner, files in os.walk(results):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))  # what is half written lies in these
+        for name in sorted(name for name in files if not name.startswith(".")):
+            path = Path(folder, name)
+            if path.relative_to(results).as_posix() not in (STATE, LISTING) and path.exists():
+                stamps[path.relative_to(results).as_posix()] = size_and_time(path)
+    return dict(sorted(stamps.items()))
 
 
 def list_files(results: Path) -> None:
@@ -201,8 +266,11 @@ def list_files(results: Path) -> None:
 
 
 @contextmanager
-def alone(results: Path) -> Iterator[None]:
-    """Hold the results folder; a second run in it raises DataError. The system frees it even after SIGKILL."""
+def alone(results: Path) -> Iterator[int]:
+    """Hold the results folder; a second run in it raises DataError. The system frees it even after SIGKILL.
+
+    Yields the number of the open file that is the lock.
+    """
     with explain_storage(results):
         results.parent.mkdir(parents=True, exist_ok=True)
         file = open(results.with_name(f".{results.name}.lock"), "w")
@@ -213,7 +281,7 @@ def alone(results: Path) -> Iterator[None]:
             raise DataError(f"{shown(results)}: another run is writing there; wait until it has ended.") from None
         with explain_storage(results):
             results.mkdir(exist_ok=True)
-        yield
+        yield file.fileno()
 
 
 def run_tests(arguments: list[str]) -> int:
@@ -225,8 +293,8 @@ def run_tests(arguments: list[str]) -> int:
 
 
 def pair(check: bool) -> int:
-    """Write the `.ipynb` pairs anew, or check them; returns 1 where a checked pair differs."""
-    differing = write_pairs(ROOT / "notebooks", check)
+    """Write the `.ipynb` pairs and the exercises anew, or check them; returns 1 where a checked one differs."""
+    differing = write_pairs(ROOT / "notebooks", check) + write_exercises(ROOT / "notebooks", check)
     for path in differing:
         say(f"{shown(path)} {'differs from its .py; run `./run_all.sh pair`' if check else 'written'}")
     return 1 if check and differing else 0

@@ -210,15 +210,32 @@ for name, frame in tables.items():
 # %% [markdown]
 # ## Exercise
 #
-# How much would a split by *recording* leak? Shuffle the recordings, take a tenth of them as test set, and count the
-# share of test recordings whose patient is also trained on.
+# How much would a split by *recording* leak? Shuffle the recordings and take a tenth of them, rounded down, as test
+# set. Put the positions of the two parts into `test` and `train`, and the share of test recordings whose patient is
+# also trained on into `leaking`.
+
+# %% tags=["given"]
+again = Records.load(Path(results) / "records")
+patients = again.table["patient_id"]
 
 # %% tags=["solution"]
-generator = np.random.default_rng(seed)
-shuffled = generator.permutation(len(records))
-test, train = shuffled[: len(records) // 10], shuffled[len(records) // 10 :]
+shuffled = np.random.default_rng(seed).permutation(len(patients))
+test, train = np.split(shuffled, [len(patients) // 10])
 leaking = patients.iloc[test].isin(set(patients.iloc[train])).mean()
 print(f"{leaking:.1%} of the test recordings would have a twin in training")
+
+# %% tags=["check"]
+from ecglib.exercises import number, numbers
+
+tenth, twins = len(patients) // 10, patients.value_counts()
+tested, known = numbers(test, (tenth,)), numbers(train, (len(patients) - tenth,))
+whole = np.array_equal(np.sort(np.concatenate([tested, known])), np.arange(len(patients)))
+assert whole, "`test` must hold a tenth of the positions and `train` all others, each position once"
+assert (np.diff(tested) != 1).any(), "the recordings are still in their order: shuffle them first"
+inside = patients.iloc[tested.astype(int)].value_counts()
+strangers = inside[inside == twins[inside.index]].sum()  # all their recordings lie in the test set
+assert abs(number(leaking) - (1 - strangers / tenth)) < 1e-9, "`leaking` is not that share of the test recordings"
+print("right")
 
 # %% [markdown]
 # ## What was seen

@@ -185,16 +185,39 @@ assert after > 0.005, "channel resize should break Einthoven's law"
 # ## Exercise
 #
 # Sokolow and Lyon: hypertrophy of the left ventricle is likely where the S wave of V1 and the larger R wave of V5 and
-# V6 together exceed 3.5 mV. Compute this voltage for the recordings above and compare hypertrophy with the rest.
+# V6 together exceed 3.5 mV. Waves are measured from the baseline, for which the median of a lead will do. Write
+# `sokolow_lyon`, which returns this voltage for each recording, and compare hypertrophy with the rest.
+
+# %% tags=["given"]
+some = np.arange(min(len(records), records_looked_at))
+signals = np.nan_to_num(records.millivolts(some))
 
 # %% tags=["solution"]
-centred = signals - np.median(signals, axis=2, keepdims=True)
-deep_s = -np.quantile(centred[:, LEADS.index("V1")], 0.005, axis=1)
-tall_r = np.quantile(centred[:, LEADS.index("V5") : LEADS.index("V6") + 1], 0.995, axis=2).max(axis=1)
-voltage = pd.Series(deep_s + tall_r, name="voltage (mV)")
+def sokolow_lyon(signals: np.ndarray) -> np.ndarray:
+    """S of V1 plus the larger R of V5 and V6 in mV, `(records,)`, from signals in mV, `(records, leads, time)`."""
+    centred = signals - np.median(signals, axis=2, keepdims=True)
+    deep_s = -np.quantile(centred[:, LEADS.index("V1")], 0.005, axis=1)
+    tall_r = np.quantile(centred[:, LEADS.index("V5") : LEADS.index("V6") + 1], 0.995, axis=2).max(axis=1)
+    return deep_s + tall_r
+
+
+voltage = pd.Series(sokolow_lyon(signals), name="voltage (mV)")
 labels = pd.Series(np.where(records.targets[some, records.classes.index("HYP")] == 1, "HYP", "other")
                    if "HYP" in records.classes else "all", name="class")  # fmt: skip
 voltage.groupby(labels).describe()[["count", "25%", "50%", "75%"]].round(2)
+
+# %% tags=["check"]
+from ecglib.exercises import numbers
+
+drawn, beat = np.zeros((3, 12, 1000)), np.arange(1000) % 100  # three recordings, a beat a second
+for name, depths, when in (("V1", [-1.2, -0.5, -1.2], 10), ("V5", [2.0, 3.0, 0.4], 20), ("V6", [2.5, 1.0, 0.3], 20),
+                           ("V1", [0.9] * 3, 30), ("V2", [-3.0] * 3, 10), ("V5", [-0.8] * 3, 40)):  # fmt: skip
+    drawn[:, LEADS.index(name), (beat >= when) & (beat < when + 4)] = np.array(depths)[:, None]
+baselines = np.linspace(-1, 1, 12)[:, None]
+found, shifted = numbers(sokolow_lyon(drawn), (3,)), numbers(sokolow_lyon(drawn + baselines), (3,))
+assert np.allclose(found, [3.7, 3.5, 1.6], atol=0.05), "S waves of 1.2, 0.5, 1.2 mV with R waves of 2.5, 3.0, 0.4 mV"
+assert np.allclose(shifted, found, atol=0.05), "the leads' baselines change the voltage: measure from the medians"
+print("right")
 
 # %% [markdown]
 # ## What was seen

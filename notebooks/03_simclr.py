@@ -7,14 +7,14 @@
 #
 # **What it needs.** The records of notebook 00. Only the signals of folds 1–8 are learnt from.
 #
-# **How long.** The `laptop` profile takes about 2 minutes on two CPU cores, seconds to minutes on a GPU.
+# **How long.** About a minute on two CPU cores, seconds on a GPU; longer for real ECGs and larger profiles.
 
 # %% tags=["parameters"]
 results = "../results/laptop"  # where notebook 00 left the records, and where results go
 fractions = [0.01, 0.1, 1.0]  # shares of the training labels, for the probes at the end
 probe_seeds = 5  # label subsets of each probe
 encoder = "xresnet1d_narrow"  # or xresnet1d50, the paper's
-steps = 600  # the same for every objective
+steps = 250  # the same for every objective
 batch_size = 128
 crop_seconds = 2.5
 learning_rate = 0.003
@@ -175,14 +175,35 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"M
 # %% [markdown]
 # ## Exercise
 #
-# The temperature decides how much the loss cares for the hardest negatives. Compute the share of the gradient that goes
-# to the ten most similar of the negatives of one view, at $T = 0.5$ and $T = 0.05$.
+# The temperature decides how much the loss cares for the hardest negatives: each pushes its view away in proportion to
+# $\exp(s_{ik}/T)$. Write `hardest_share`: of what all negatives of view 0 push, the share of the few most similar ones.
+# Compare $T = 0.5$ with $T = 0.05$ for these `z`.
+
+# %% tags=["given"]
+z = torch.nn.functional.normalize(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), dim=1)
 
 # %% tags=["solution"]
-similarity = (z @ z[0])[torch.arange(len(z)) % 32 != 0]
+def hardest_share(z: torch.Tensor, temperature: float, hardest: int = 10) -> torch.Tensor:
+    """Share of the `hardest` negatives of view 0; `z` `(2N, size)` holds unit vectors, partners lie N rows apart."""
+    similarity = (z @ z[0])[torch.arange(len(z)) % (len(z) // 2) != 0]
+    return torch.softmax(similarity / temperature, dim=0).topk(hardest).values.sum()
+
+
 for temperature in (0.5, 0.05):
-    weight = torch.softmax(similarity / temperature, dim=0).sort(descending=True).values
-    print(f"T = {temperature}: {weight[:10].sum():.0%} of the gradient goes to 10 of {len(weight)} negatives")
+    share = hardest_share(z, temperature)
+    print(f"T = {temperature}: {share:.0%} of the push comes from 10 of {len(z) - 2} negatives")
+
+# %% tags=["check"]
+from ecglib.exercises import number
+
+apart = torch.eye(32).repeat(2, 1)  # partners are equal, all others at right angles
+twin = apart.clone()
+twin[40] = twin[0]  # one negative of view 0 is equal to it
+for tried in (0.5, 0.05):
+    even, one = number(hardest_share(apart, tried)), number(hardest_share(twin, tried, 1))
+    assert abs(even - 10 / 62) < 1e-5, "64 views, all negatives equally far: 10 of 62, without the view and its partner"
+    assert abs(one - 1 / (1 + 61 * math.exp(-1 / tried))) < 1e-5, f"one equal negative among 62 at T = {tried}"
+print("right")
 
 # %% [markdown]
 # ## What was seen

@@ -14,7 +14,7 @@ results = "../results/laptop"  # where notebook 00 left the records, and where r
 fractions = [0.01, 0.1, 1.0]  # shares of the training labels, for the probes at the end
 probe_seeds = 5  # label subsets of each probe
 encoder = "xresnet1d_narrow"  # or xresnet1d50, the paper's
-steps = 600  # the same for every objective
+steps = 250  # the same for every objective
 batch_size = 128
 crop_seconds = 2.5
 learning_rate = 0.003
@@ -204,30 +204,59 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"M
 # %% [markdown]
 # ## Exercise
 #
-# Make it collapse. Write a BYOL without a predictor in which the gradient reaches both views, train it for 20 steps and
-# compare it with the real one: the loss, and the mean cosine between projections of *different* records.
+# Make it collapse. Write `Meeting`, a BYOL without a predictor in which the gradient reaches both views. Train it for
+# 20 steps with `after_20_steps` and compare it with the real one.
+
+# %% tags=["given"]
+from ecglib.train import default_device, fit
+
+device = default_device()
+
+
+def after_20_steps(objective: type[BYOL]) -> tuple[float, float]:
+    """The loss after 20 steps, and the mean cosine between projections of *different* records."""
+    torch.manual_seed(seed)
+    tried = objective(make_encoder(encoder), named_transforms(transforms), **options).to(device)
+    batches = CropBatches(records, split["train"], 32, crop_seconds, seed, device)
+    final = fit(tried, batches, 20, learning_rate=learning_rate, log_every=5)["loss"].iloc[-1]
+    with torch.no_grad():
+        z = torch.nn.functional.normalize(tried.projector(tried.encoder(batches(20).signals)), dim=1)
+    return float(final), (z @ z.T)[~torch.eye(32, dtype=torch.bool)].mean().item()
+
 
 # %% tags=["solution"]
-from ecglib.train import fit
-
-
 class Meeting(BYOL):
     """Both views go through the online network, nothing is predicted, and the gradient reaches both."""
 
     def loss(self, batch: Batch) -> torch.Tensor:
+        """The loss of a batch, 0 where both views have the same direction in every record."""
         views = torch.cat([apply(self.transforms, batch.signals, batch.generator) for _ in range(2)])
         z1, z2 = self.projector(self.encoder(views)).chunk(2)
         return 4.0 - 4.0 * torch.nn.functional.cosine_similarity(z1, z2).mean()
 
 
-batches = CropBatches(records, split["train"], 32, crop_seconds, seed, device)
 for objective in (BYOL, Meeting):
-    torch.manual_seed(seed)
-    tried = objective(make_encoder(encoder), named_transforms(transforms), **options).to(device)
-    loss = fit(tried, batches, 20, learning_rate=learning_rate, log_every=5)["loss"].iloc[-1]
-    z = torch.nn.functional.normalize(tried.projector(tried.encoder(batches(20).signals)), dim=1)
-    others = (z @ z.T)[~torch.eye(32, dtype=torch.bool)].mean()
-    print(f"{objective.__name__}: loss {loss:.4f}, mean cosine of different records {others:.3f}")
+    loss, alike = after_20_steps(objective)
+    print(f"{objective.__name__}: loss {loss:.4f}, mean cosine of different records {alike:.3f}")
+
+# %% tags=["check"]
+from ecglib.exercises import number
+
+torch.manual_seed(seed)
+first_batches = CropBatches(records, split["train"], 32, crop_seconds, seed)
+fresh = Meeting(make_encoder(encoder), named_transforms(transforms), **options)
+value = fresh.loss(first_batches(0))
+assert number(value) > 0 and getattr(value, "requires_grad", False), "`Meeting.loss` must return a loss with a gradient"
+value.backward()
+idle = [weight.grad is None for weight in fresh.predictor.parameters()]
+assert all(idle), "the predictor still takes part"
+assert all(weight.grad is not None for weight in fresh.projector.parameters()), "the gradient reaches no projection"
+for weight in [*fresh.target_encoder.parameters(), *fresh.target_projector.parameters()]:
+    weight.data.zero_()
+assert number(fresh.loss(first_batches(0))) == number(value), "the slow copy still takes part"
+left, cosine = after_20_steps(Meeting)
+assert left < 0.2 and cosine > 0.95, f"no collapse: loss {left:.2f}, mean cosine of different records {cosine:.2f}"
+print("right")
 
 # %% [markdown]
 # ## What was seen

@@ -7,14 +7,14 @@
 #
 # **What it needs.** The records of notebook 00. Only the signals of folds 1–8 are learnt from.
 #
-# **How long.** The `laptop` profile takes about 2 minutes on two CPU cores, seconds to minutes on a GPU.
+# **How long.** About a minute on two CPU cores, seconds on a GPU; longer for real ECGs and larger profiles.
 
 # %% tags=["parameters"]
 results = "../results/laptop"  # where notebook 00 left the records, and where results go
 fractions = [0.01, 0.1, 1.0]  # shares of the training labels, for the probes at the end
 probe_seeds = 5  # label subsets of each probe
 encoder = "xresnet1d_narrow"  # or xresnet1d50, the paper's
-steps = 600  # the same for every objective
+steps = 250  # the same for every objective
 batch_size = 128
 crop_seconds = 2.5
 learning_rate = 0.003
@@ -214,15 +214,38 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"M
 # %% [markdown]
 # ## Exercise
 #
-# The $\epsilon$ decides how sharp codes are. For 0.5, 0.05 and 0.01, compute over how many prototypes a code spreads
-# (the exponential of its entropy), and how full the fullest prototype is after three rounds, in equal shares.
+# The $\epsilon$ decides how sharp codes are. Write two measures of codes: `spread_of`, over how many prototypes a code
+# spreads (the exponential of its entropy, as a mean over records), and `fullest_of`, how much the fullest prototype
+# holds, in equal shares. Compare $\epsilon$ of 0.5, 0.05 and 0.01 after three rounds.
 
 # %% tags=["solution"]
+def spread_of(codes: torch.Tensor) -> torch.Tensor:
+    """Over how many prototypes a code `(records, prototypes)` spreads, as a mean over records."""
+    return torch.special.entr(codes).sum(dim=1).exp().mean()
+
+
+def fullest_of(codes: torch.Tensor) -> torch.Tensor:
+    """What the fullest prototype holds of all records, in the share that each would get if all got the same."""
+    return codes.sum(dim=0).max() * codes.shape[1] / len(codes)
+
+
 for epsilon in (0.5, 0.05, 0.01):
     tried = sinkhorn(scores, epsilon, iterations=3)
-    spread = torch.special.entr(tried).sum(dim=1).exp().mean()
-    fullest = tried.sum(dim=0).max() * scores.shape[1] / len(scores)
-    print(f"epsilon = {epsilon}: a code spreads over {spread:.1f} prototypes; the fullest holds {fullest:.2f} shares")
+    print(f"epsilon = {epsilon}: a code spreads over {spread_of(tried):.1f} prototypes; "
+          f"the fullest holds {fullest_of(tried):.2f} shares")  # fmt: skip
+
+# %% tags=["check"]
+from ecglib.exercises import number
+
+single, halves = torch.eye(4).repeat(3, 1), torch.tensor([[0.5, 0.5, 0, 0]]).repeat(12, 1)
+mixed = torch.cat([single, torch.full((12, 4), 0.25)])
+known = ((single, 1, 1), (halves, 2, 2), (torch.full((12, 4), 0.25), 4, 1), (mixed, 2.5, 1))  # spread, fullest
+for made, wide, full in known:
+    assert abs(number(spread_of(made)) - wide) < 1e-5, f"these codes spread over {wide} of 4 prototypes:\n{made}"
+    assert abs(number(fullest_of(made)) - full) < 1e-5, f"the fullest prototype holds {full} equal shares:\n{made}"
+sharp, soft = (number(spread_of(sinkhorn(scores, softness, iterations=3))) for softness in (0.01, 0.5))
+assert 1 <= sharp < soft <= scores.shape[1] + 1e-3, "a small epsilon must give sharper codes"
+print("right")
 
 # %% [markdown]
 # ## What was seen

@@ -14,7 +14,7 @@ results = "../results/laptop"  # where notebook 00 left the records, and where r
 fractions = [0.01, 0.1, 1.0]  # shares of the training labels, for the probes at the end
 probe_seeds = 5  # label subsets of each probe
 encoder = "xresnet1d_narrow"  # as in notebooks 03 to 05; or vit1d_small, or vit1d, the paper's transformer
-steps = 600  # the same for every objective
+steps = 250  # the same for every objective
 batch_size = 128
 crop_seconds = 2.5
 learning_rate = 0.003
@@ -208,14 +208,30 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"M
 # ## Exercise
 #
 # Short pieces make DINO cheap for a transformer. A piece has one token more than it is cut into, `[CLS]`, and attention
-# compares each token with each. Take a record of 10 s in tokens of 0.2 s. Compute how many tokens student and teacher
-# read of it and how many comparisons a block makes; then the same for a student whose pieces are all long.
+# compares each token with each, itself included. Take a record of 10 s in tokens of 0.2 s. Write `cost_of`: how many
+# tokens student and teacher read of it, and how many comparisons a block makes. Then compare `model.shares` with a
+# student whose pieces are all long.
 
 # %% tags=["solution"]
-whole = round(10.0 / 0.2)
+def cost_of(shares: tuple[float, ...]) -> tuple[int, int]:
+    """Tokens and comparisons; `shares` of the record are the student's pieces, the teacher sees the first two."""
+    whole = round(10.0 / 0.2)
+    counts = [1 + round(share * whole) for share in (*shares, *shares[:2])]
+    return sum(counts), sum(count**2 for count in counts)
+
+
 for name, shares in {"long and short": model.shares, "all long": model.shares[:1] * len(model.shares)}.items():
-    counts = [1 + round(share * whole) for share in (*shares, *shares[:2])]  # the last two are the teacher's
-    print(f"{name}: {sum(counts)} tokens, {sum(count**2 for count in counts):,} comparisons")
+    tokens, comparisons = cost_of(shares)
+    print(f"{name}: {tokens} tokens, {comparisons:,} comparisons")
+
+# %% tags=["check"]
+from ecglib.exercises import numbers
+
+for tried, known in {(1.0, 1.0): [204, 10404], (0.8, 0.8, 0.4): [185, 7165]}.items():
+    read, compared = numbers(cost_of(tried), (2,)) == known
+    assert read, f"student and teacher read {known[0]} tokens of pieces {tried}, [CLS] included"
+    assert compared, f"a block compares {known[1]:,} pairs of tokens of pieces {tried}, each piece by itself"
+print("right")
 
 # %% [markdown]
 # ## What was seen

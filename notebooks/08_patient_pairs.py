@@ -15,7 +15,7 @@ results = "../results/laptop"  # where notebook 00 left the records, and where r
 fractions = [0.01, 0.1, 1.0]  # shares of the training labels, for the probes at the end
 probe_seeds = 5  # label subsets of each probe
 encoder = "xresnet1d_narrow"  # or xresnet1d50, the paper's
-steps = 600  # the same for every objective
+steps = 250  # the same for every objective
 batch_size = 128  # pairs
 crop_seconds = 2.5  # at most half a record: most pairs are two pieces of one
 learning_rate = 0.003
@@ -28,7 +28,7 @@ transforms = {  # the same views for every objective, see notebook 01
     "time_out": {"low": 0.0, "high": 0.4},
 }
 options = {"temperature": 0.2, "order_weight": 0.1, "segments": 4}  # the method's own settings
-probe_steps = 200  # of each network that looks for a shortcut
+probe_steps = 100  # of each network that looks for a shortcut
 
 # %%
 from pathlib import Path
@@ -278,15 +278,36 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"M
 # %% [markdown]
 # ## Exercise
 #
-# Why the gaps and the taper? Cut the crops into segments that touch and leave their ends as they are. For each segment,
-# guess as its successor the one that begins closest to where it ends. How often is that right?
+# Why the gaps and the taper? `touching` are the crops cut into segments that touch, with their ends as they are. For
+# each segment, guess as its successor the one that begins closest to where it ends: the mean distance over leads. Write
+# `guess_successors`, and put how often the guess is right into `found`; the last segment has no successor.
+
+# %% tags=["given"]
+window, segments = batch.signals.shape[2], options.get("segments", 4)
+touching = batch.signals[..., : window // segments * segments].unflatten(2, (segments, -1)).transpose(1, 2)
 
 # %% tags=["solution"]
-touching = batch.signals[..., : window // segments * segments].unflatten(2, (segments, -1)).transpose(1, 2)
-jumps = (touching[:, None, ..., 0] - touching[:, :, None, ..., -1]).abs().mean(dim=3)  # (crop, end of, beginning of)
-guess = jumps.masked_fill(torch.eye(segments, dtype=torch.bool), torch.inf).argmin(dim=2)[:, :-1]
-found = (guess == torch.arange(1, segments)).float().mean()
+def guess_successors(pieces: torch.Tensor) -> torch.Tensor:
+    """For each of the segments `(crops, segments, leads, samples)` the position of another one, `(crops, segments)`."""
+    jumps = (pieces[:, None, ..., 0] - pieces[:, :, None, ..., -1]).abs().mean(dim=3)  # (crop, end of, beginning of)
+    return jumps.masked_fill(torch.eye(pieces.shape[1], dtype=torch.bool), torch.inf).argmin(dim=2)
+
+
+found = (guess_successors(touching)[:, :-1] == torch.arange(1, segments)).float().mean()
 print(f"{found:.0%} of the successors found by the smallest jump; chance is {1 / (segments - 1):.0%}")
+
+# %% tags=["check"]
+from ecglib.exercises import number, numbers
+
+ramp = torch.arange(40.0).reshape(4, 1, 10).expand(2, 4, 12, 10)  # a line that rises, cut into four
+told = numbers(guess_successors(ramp[:, [2, 0, 3, 1]]), (2, 4))  # in another order: the third begins, the fourth ends
+assert (told[:, [0, 1, 3]] == [2, 3, 0]).all(), "on a straight line each successor must be found, in any order"
+level = torch.tensor([0.0, 1.0, 3.0, 6.0]).reshape(1, 4, 1, 1).expand(2, 4, 12, 10)
+assert (numbers(guess_successors(level), (2, 4))[0] == [1, 0, 1, 2]).all(), "a segment cannot be its own successor"
+hits = sum(int(row[place] == place + 1) for row in guess_successors(touching) for place in range(segments - 1))
+share_found = hits / (len(touching) * (segments - 1))
+assert abs(number(found) - share_found) < 1e-6, "`found` is not that share of all segments but the last ones"
+print("right")
 
 # %% [markdown]
 # ## What was seen

@@ -8,7 +8,7 @@
 #
 # **What it needs.** The records of notebook 00. Fold 10 is not used. Notebook 12 starts from the backbones.
 #
-# **How long.** The `laptop` profile takes about 4 minutes on two CPU cores, seconds to minutes on a GPU.
+# **How long.** The `laptop` profile takes about 2 minutes on two CPU cores, seconds to minutes on a GPU.
 
 # %% tags=["parameters"]
 results = "../results/laptop"  # where notebook 00 left the records, and where results go
@@ -16,11 +16,11 @@ fractions = [0.01, 0.1, 1.0]  # shares of the training labels, for the probes
 probe_seeds = 5  # label subsets of each probe
 backbone = "conv_transformer_small"  # or conv_transformer, the paper's
 backbone_data = ""  # folder of CODE-15 %, which the paper pretrains on; empty: simulate a cohort
-cohort_patients = 4000  # simulated, each of them labelled for nothing
+cohort_patients = 2000  # simulated, each of them labelled for nothing
 cohort_seed = 1  # the study's own simulated records have the seed 0
-backbone_steps = 1500  # on the simulated cohort
+backbone_steps = 500  # on the simulated cohort
 backbone_batch = 64
-swav_steps = 600  # on the study's own signals
+swav_steps = 250  # on the study's own signals
 swav_batch = 128
 crop_seconds = 2.5
 learning_rate = 0.003
@@ -511,15 +511,29 @@ print(refused)
 # ## Exercise
 #
 # A pair is not always smaller than its matrix, as the table of sizes has shown. From which rank on does the pair of the
-# first shortcut hold more numbers than the matrix itself? And from which rank on can it be any difference whatever?
+# first `shortcut` hold more numbers than the matrix itself? Put it into `larger`. And from which rank on can the pair
+# be any difference whatever? Put that into `anything`.
+
+# %% tags=["given"]
+shortcut = adaptable_layers(make_network(backbone, len(records.classes), seed))["blocks.0.shortcut"].weight
+print(f"weight {tuple(shortcut.shape)}: (outputs, inputs, places of the kernel)")
 
 # %% tags=["solution"]
-shortcut = adaptable_layers(make_network(backbone, len(records.classes), seed))["blocks.0.shortcut"].weight
 m, n = len(shortcut), shortcut[0].numel()
-larger = m * n // (m + n) + 1
-assert larger * (m + n) > m * n >= (larger - 1) * (m + n)
+larger, anything = m * n // (m + n) + 1, min(m, n)
 print(f"{m} x {n} is {m * n} numbers, a pair has {m + n} for each rank: more from rank {larger} on; "
-      f"any difference from rank {min(m, n)} on")  # fmt: skip
+      f"any difference from rank {anything} on")  # fmt: skip
+
+# %% tags=["check"]
+from ecglib.exercises import number
+
+matrix = shortcut.detach().flatten(1)
+sizes = [shared * sum(matrix.shape) for shared in range(1, matrix.numel() + 2)]  # of a pair, from rank 1 on
+expected = next(shared for shared, size in enumerate(sizes, start=1) if size > matrix.numel())
+assert number(larger) == expected, "`larger` is not the first rank whose pair outweighs the matrix"
+full = torch.linalg.matrix_rank(torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0))).item()
+assert number(anything) == full, "`anything` is not the rank that a matrix of this shape can have"
+print("right")
 
 # %% [markdown]
 # ## What was seen

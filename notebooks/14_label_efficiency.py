@@ -118,12 +118,34 @@ print(" ⊂ ".join(f"{len(kept[fraction])} records" for fraction in fractions))
 # %% [markdown]
 # ## Exercise
 #
-# A colleague can pay for 5 % of the labels. What does the choice of method and protocol cost or gain in macro AUROC?
+# A colleague can pay for 5 % of the labels. What does the choice of method and protocol gain or cost? Put the largest
+# fraction up to 5 %, or the smallest there is, into `affordable`. At this fraction, put what each arm has over the same
+# encoder trained from scratch, in macro AUROC, into `gain`, by `(method, encoder, protocol)`; and how many arms lie
+# below it into `below`.
 
 # %% tags=["solution"]
 affordable = max(fraction for fraction in fractions if fraction <= 0.05 or fraction == fractions[0])
-choice = summary[summary["fraction"] == affordable].sort_values("value", ascending=False)
-choice[["method", "encoder", "protocol", "value", "low", "high"]].head(8).round(3)
+choice = summary[summary["fraction"] == affordable].set_index(["method", "encoder", "protocol"])["value"]
+scratch = choice.xs("supervised", level="protocol").droplevel("method")
+pretrained = choice.drop(index="supervised", level="protocol")
+gain = (pretrained - scratch.reindex(pretrained.index, level="encoder")).sort_values(ascending=False)
+below = int((gain < 0).sum())
+print(f"{100 * affordable:g} % of the labels: {below} of {len(gain)} arms lie below training from scratch")
+gain.head(8).round(3)
+
+# %% tags=["check"]
+from ecglib.exercises import number
+
+within = [share for share in fractions if share <= 0.05] or fractions[:1]
+assert number(affordable) == within[-1], "`affordable` is not the largest fraction that 5 % of the labels pay for"
+paired = pd.read_csv(Path(results) / "tables" / "label_efficiency_gains.csv")
+paired = paired[(paired["over"] == "supervised") & (paired["fraction"] == within[-1])]
+told = dict(gain) if hasattr(gain, "keys") else {}
+for line in paired.itertuples():
+    own = number(told.get((line.method, line.encoder, line.protocol)))
+    assert abs(own - line.gain) < 1e-6, f"`gain` is wrong or missing for {line.method}, {line.encoder}, {line.protocol}"
+assert number(below) == (paired["gain"] < 0).sum(), "`below` is not the number of arms below training from scratch"
+print("right")
 
 # %% [markdown]
 # ## What was seen

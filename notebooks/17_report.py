@@ -221,12 +221,25 @@ print((released[0] / "README.md").read_text().split("## Limits")[0])
 # %% [markdown]
 # ## Exercise
 #
-# From the supervised summary, find the smallest fraction whose interval reaches the mean at all labels.
+# With how few labels could supervised training be as good as with all? From `curve`, put the smallest fraction whose
+# interval reaches the mean at all labels into `enough`.
+
+# %% tags=["given"]
+curve = pd.read_csv(Path(results) / "tables" / "supervised_summary.csv").sort_values("fraction")
 
 # %% tags=["solution"]
 full = curve["value"].iloc[-1]
 enough = curve[curve["high"] >= full]["fraction"].min()
 print(f"the interval reaches {full:.3f} from {100 * enough:g} % of the labels on")
+
+# %% tags=["check"]
+from ecglib.exercises import number
+
+reaching = {line.fraction: line.high >= curve["value"].iat[-1] for line in curve.itertuples()}
+assert number(enough) in reaching, "`enough` is none of the measured fractions"
+assert reaching[number(enough)], "the interval of this fraction does not reach the mean at all labels"
+assert not any(there for share, there in reaching.items() if share < number(enough)), "a smaller fraction reaches it"
+print("right")
 
 # %% [markdown]
 # ## What was seen

@@ -166,6 +166,7 @@ def test_fresh_says_so_and_deletes_the_old_results(root: Path, capfd: pytest.Cap
         (CONFIG.replace("bad", "colour"), "`colour`, a parameter that 01_second does not have"),
         (CONFIG.replace("number", "colour"), "`colour`, a parameter that no notebook has"),
         (CONFIG + "00_first: 5\n", "must be a mapping of parameters"),
+        (CONFIG + "side_by_side: [[01_second, 02_third]]\n", "`side_by_side` names a notebook `02_third`"),
         ("common: {}\n", "a sentence `about`"),
         ("about: [", "not valid YAML"),
     ],
@@ -213,9 +214,9 @@ def test_a_second_run_in_the_same_folder_is_refused(root: Path) -> None:
     assert not any(results.iterdir())
 
 
-def start_and_wait(root: Path) -> subprocess.Popen:
-    """Start a run in a process of its own and wait until its second notebook is at work."""
-    started = root / "results" / "smoke" / "started"
+def start_and_wait(root: Path, name: str = "started") -> subprocess.Popen:
+    """Start a run in a process of its own and wait until a notebook at work has written the file `name`."""
+    started = root / "results" / "smoke" / name
     started.unlink(missing_ok=True)
     code = (
         "import signal, sys; from functools import partial; from pathlib import Path; from ecglib import study\n"
@@ -253,6 +254,83 @@ def test_a_stopped_run_goes_on_where_it_was(root: Path, capfd: pytest.CaptureFix
     results = study.run_study("smoke", root=root)
     assert "00_first: done before" in capfd.readouterr().err
     assert (results / "tables" / "second.csv").read_text() == "3"
+
+
+MEETING = """# %% [markdown]
+# # A notebook that meets another
+
+# %% tags=["parameters"]
+results = "../results/smoke"
+own = "a"
+other = "b"
+seconds = 60
+
+# %%
+import time
+from pathlib import Path
+
+folder = Path(results)
+(folder / own).touch()
+for _ in range(10 * seconds):
+    if (folder / other).exists():
+        break
+    time.sleep(0.1)
+assert (folder / other).exists(), "nobody came"
+"""
+TOGETHER = """about: a meeting
+side_by_side:
+  - [01_second, 02_third]
+01_second: {own: a, other: b}
+02_third: {own: b, other: a}
+"""
+
+
+@pytest.fixture
+def meeting(root: Path) -> Path:
+    """A repository whose second and third notebook each wait until the other is at work."""
+    for name in ("01_second", "02_third"):
+        (root / "notebooks" / f"{name}.py").write_text(MEETING)
+    configure(root, TOGETHER)
+    return root
+
+
+def test_notebooks_of_a_group_run_at_the_same_time(meeting: Path, capfd: pytest.CaptureFixture) -> None:
+    results = study.run_study("smoke", root=meeting)
+    state = json.loads((results / "study.json").read_text())
+    assert set(state) == {"00_first", "01_second", "02_third"}
+    assert {"a", "b"} == {*state["01_second"]["files"], *state["02_third"]["files"]} - {"tables/first.csv"}
+    capfd.readouterr()
+    study.run_study("smoke", root=meeting)
+    assert capfd.readouterr().err.count("done before and unchanged") == 3
+
+
+def test_a_failing_notebook_leaves_the_one_beside_it_alone(meeting: Path, capfd: pytest.CaptureFixture) -> None:
+    configure(meeting, TOGETHER.replace("other: b}", "other: nowhere, seconds: 1}"))
+    with pytest.raises(NotebookFailure, match=r"These failed, as told above: \[2/3\] 01_second"):
+        study.run_study("smoke", root=meeting)
+    assert "AssertionError: nobody came" in capfd.readouterr().err
+    assert set(json.loads((meeting / "results" / "smoke" / "study.json").read_text())) == {"00_first", "02_third"}
+    (meeting / "results" / "smoke" / "nowhere").touch()
+    study.run_study("smoke", root=meeting)
+    assert "02_third: done before" in capfd.readouterr().err
+
+
+def test_a_stopped_group_leaves_no_process_behind(meeting: Path) -> None:
+    configure(meeting, TOGETHER.replace("other: a}", "other: nowhere}").replace("other: b}", "other: nowhere}"))
+    process = start_and_wait(meeting, "b")
+    children = descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Start again to go on" in shown and "Traceback" not in shown
+    assert len(children) >= 4, "two notebooks with a kernel each"
+    assert not [child for child in children if Path("/proc", child).exists()]
+
+
+def descendants(process: int | str) -> list[str]:
+    """All processes below one."""
+    tasks = Path(f"/proc/{process}/task").glob("*/children")
+    own = [child for task in tasks for child in task.read_text().split()]
+    return own + [below for child in own for below in descendants(child)]
 
 
 def test_the_command_line_answers_with_one_sentence(
