@@ -34,7 +34,7 @@ HELP = """commands:
   reference           every arm and label fraction: the run behind the tables in reference/
   paper               the published data sets and settings; needs a GPU
   test [ARGUMENTS]    the tests; ARGUMENTS go to pytest, for instance: test -k records
-  pair [--check]      write every NN_name.ipynb anew from its NN_name.py, or only check that they agree
+  pair [--check]      write every notebook and exercise anew from its NN_name.py, or only check that they agree
 
 Results go to results/PROFILE: tables, figures, the executed copy of each notebook, and report/index.html, which shows
 them all in a browser. A second start skips the notebooks that are done and unchanged. Where this Python

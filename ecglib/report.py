@@ -35,6 +35,11 @@ CAPTIONS = {
     "encoder_similarity": "How alike the frozen encoders' features are.",
     "token_weights": "How much each encoder's token counts in the fusion.",
     "self_evolving": "Score and calibration while recordings without labels arrive in stages.",
+    "robustness": "How the score falls as noise grows.",
+    "noise_kinds": "The kinds of noise that are added.",
+    "saliency_enrichment": "How much of the attribution falls on the waves that a class is read from.",
+    "saliency_randomisation": "How the maps change when the weights are made random: a check that they can fail.",
+    "saliency_examples": "Where the network looks in single recordings.",
 }
 STYLE = """
 * { box-sizing: border-box; }
@@ -386,13 +391,18 @@ def lesson_item(lesson: Lesson) -> str:
 
 
 def file_makers(lessons: list[Lesson], copied: set[str]) -> dict[str, str]:
-    """The notebook that wrote each copied file: as the run has noted, else the first whose cells name it."""
-    noted = {file: lesson.name for lesson in lessons for file in lesson.files}
+    """The notebook that wrote each copied file, empty where none is known.
+
+    The first that has noted it and names it in a cell (those that ran side by side have noted each other's files), else
+    the first that has noted it, else the first that names it.
+    """
     sources = {lesson.name: "\n".join(cell.source for cell in lesson.notebook.cells) for lesson in lessons}
     makers = {}
     for file in sorted(copied):
-        naming = (name for name, source in sources.items() if Path(file).name in source)
-        makers[file] = noted.get(file) or next(naming, "")
+        noting = [lesson.name for lesson in lessons if file in lesson.files]
+        naming = [name for name, source in sources.items() if Path(file).name in source]
+        both = [name for name in noting if name in naming]
+        makers[file] = (both + noting + naming + [""])[0]
     return makers
 
 

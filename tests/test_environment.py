@@ -20,7 +20,8 @@ from ecglib.environment import LOCK, ROOT, required_packages
 from ecglib.errors import DataError, StorageError
 
 TRAINING = {"torch", "numpy", "pandas", "scipy", "scikit-learn", "tqdm", "safetensors"}
-NOT_TRAINING = {"plots", "study", "notebooks"}  # modules of the package that draw figures or start notebooks
+# Modules of the package that draw figures or start notebooks.
+NOT_TRAINING = {"plots", "study", "side_by_side", "notebooks"}
 CONDA_NAMES = {"pytorch": "torch"}
 GPU_LIBRARIES = re.compile(r"nvidia|cuda|triton")  # torch pins these itself, on the machines where it needs them
 

@@ -173,12 +173,21 @@ def test_pages_links_and_formulas_hold_in_a_moved_folder(results: Path, tmp_path
     assert "notebook 42" in pages["09_probe.html"].text and not any("42" in address for address in links)
 
 
+def test_a_file_belongs_to_the_notebook_that_names_it(results: Path) -> None:
+    """Notebooks that ran side by side have each noted the files of both."""
+    both = {name: {"files": ["figures/small.svg", "tables/small.csv"]} for name in ("00_first", "09_probe")}
+    (results / "study.json").write_text(json.dumps(both))
+    lessons = [report.read_lesson(results, name, "smoke", both.get(name, {})) for name in NAMES]
+    makers = report.file_makers(lessons, {"figures/small.svg", "tables/small.csv", "tables/other.csv"})
+    assert makers == {"figures/small.svg": "00_first", "tables/other.csv": "", "tables/small.csv": "09_probe"}
+
+
 def test_index_tells_the_run_and_shows_its_figures_and_tables(results: Path) -> None:
     write(results)
     index = Page(results / "report" / "index.html")
     for words in ("smoke: a few seconds", "30 of 12 leads at 100 Hz; classes A, B", "A processor, 2 cores",
-                  "torch 2.13.0", "2026-01-17 10:00 UTC", "1:01 minutes for 1 of 3 notebooks", "61 s", "Main", "What 09_probe asks",
-                  "Too large for this folder, in the results: tables/large.csv"):  # fmt: skip
+                  "torch 2.13.0", "2026-01-17 10:00 UTC", "1:01 minutes for 1 of 3 notebooks", "61 s", "Main",
+                  "What 09_probe asks", "Too large for this folder, in the results: tables/large.csv"):  # fmt: skip
         assert words in index.text, words
     assert "Commitnot recorded" in index.text  # the folder is no git repository
     assert {"figures/small.svg", "tables/small.csv"} <= set(index.addresses) and "table" in index.tags
