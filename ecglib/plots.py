@@ -551,3 +551,219 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
         figure.savefig(temporary, format="svg", metadata={"Date": None})
     plt.close(figure)
     return path
+
+
+NOISE_NAMES = {"lead_loss": "lost leads", "powerline": "mains hum", "white": "white noise", "muscle": "muscle noise"}
+TWINS = {"frozen": ":", "fine-tuned": "-", "supervised": "-"}  # line styles; "--" for other protocols
+
+
+def _noise_name(kind: str) -> str:
+    """A kind of noise in a figure."""
+    return NOISE_NAMES.get(kind, kind.replace("_", " "))
+
+
+def plot_noise_kinds(clean: np.ndarray, noisy: dict[str, np.ndarray], sampling_rate: float,
+                     title: str | None = None) -> Figure:  # fmt: skip
+    """The worst hit lead of an ECG under each kind of noise (left), the spectrum of what was added (right).
+
+    clean and each of `noisy` are `(12, time)` in mV; the spectra are Welch's, of all leads together, in dB, grey the
+    clean ECG's.
+    """
+    from scipy.signal import welch
+
+    clean, clock = np.nan_to_num(clean), np.arange(clean.shape[1]) / sampling_rate
+    figure, grid = plt.subplots(len(noisy), 2, figsize=(12, 1.25 * len(noisy) + 0.8), sharex="col", squeeze=False,
+                                width_ratios=(3, 1), layout="constrained")  # fmt: skip
+    pieces = min(clean.shape[1], round(4 * sampling_rate))
+
+    def spectrum(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        frequency, power = welch(values, sampling_rate, nperseg=pieces, detrend=False)
+        return frequency, 10 * np.log10(np.maximum(power.sum(axis=0), 1e-12))
+
+    colour = sns.color_palette("colorblind")[3]
+    for (trace, spectra), (kind, values) in zip(grid, noisy.items(), strict=True):
+        values = np.nan_to_num(values)
+        place = int(np.square(values - clean).sum(axis=1).argmax())
+        trace.plot(clock, values[place], color=colour, linewidth=0.7)
+        trace.plot(clock, clean[place], color="0.3", linewidth=0.7)
+        trace.set_ylabel("mV", fontsize=8)
+        trace.set_title(f"{_noise_name(kind)}, lead {LEADS[place]}", fontsize=9, loc="left", pad=2)
+        spectra.plot(*spectrum(clean), color="0.6", linewidth=1)
+        spectra.plot(*spectrum(values - clean), color=colour, linewidth=1)
+        spectra.set_ylim(-70, 10)
+        spectra.set_ylabel("dB", fontsize=8)
+        for axes in (trace, spectra):
+            axes.grid(color="0.92")
+            axes.tick_params(labelsize=8)
+    grid[-1, 0].set_xlabel("Time (s)")
+    grid[-1, 1].set_xlabel("Frequency (Hz)")
+    handles = [plt.Line2D([], [], color="0.3", label="clean"), plt.Line2D([], [], color=colour, label="with noise")]
+    figure.legend(handles=handles, frameon=False, ncols=2, loc="outside lower center")
+    figure.suptitle(title)
+    sns.despine(figure)
+    plt.close(figure)
+    return figure
+
+
+def plot_robustness(table: pd.DataFrame, title: str | None = None) -> Figure:
+    """Macro AUROC over the signal-to-noise ratio, a panel a kind of noise, a line an arm; clean stands on the right.
+
+    table has method, protocol, encoder, fraction, kind, snr_db (infinite: clean), auroc, see
+    `robustness.robustness_table`. Colours are methods (supervised black, random grey), dotted lines frozen encoders,
+    dashed ones arms with few labels; the markers tell encoders apart.
+    """
+    columns = ("method", "protocol", "encoder", "fraction", "kind", "snr_db", "auroc")
+    _require_columns(table, columns, "robustness table")
+    methods = [name for name in pd.unique(table["method"]) if name not in ("supervised", "random")]
+    shades = sns.color_palette("colorblind")
+    del shades[7]  # a grey
+    colours = {name: shades[place % len(shades)] for place, name in enumerate(methods)} | {
+        "supervised": "black",
+        "random": "0.6",
+    }
+    markers = dict(zip(sorted(pd.unique(table["encoder"])), MARKERS))
+    levels = sorted(pd.unique(table.loc[np.isfinite(table["snr_db"]), "snr_db"]))
+    gap = levels[-1] + (max(levels[-1] - levels[-2], 1) if len(levels) > 1 else 6)
+    kinds = list(pd.unique(table["kind"]))
+    rows = -(-(len(kinds) + 1) // 4)
+    figure, grid = plt.subplots(rows, 4, figsize=(15, 4.1 * rows + 0.4), sharex=True, sharey=True, squeeze=False,
+                                layout="constrained")  # fmt: skip
+    arms = list(table.groupby(["method", "protocol", "encoder", "fraction"], sort=False))
+    for axes, kind in zip(grid.flat, kinds):
+        for (method, protocol, encoder, fraction), all_kinds in arms:
+            own = all_kinds[all_kinds["kind"] == kind].sort_values("snr_db")
+            x = own["snr_db"].replace(np.inf, gap)
+            axes.plot(x, own["auroc"], color=colours[method], linestyle=TWINS.get(protocol, "--"), linewidth=1.2,
+                      marker=markers[encoder], markersize=3.2,
+                      label=f"{_arm(method, encoder)}, {_share(protocol, fraction)}")  # fmt: skip
+        axes.set_title(_noise_name(kind), fontsize=10)
+        axes.axhline(0.5, color="0.7", linewidth=0.8)
+        axes.grid(color="0.93")
+        axes.set_xticks([*levels, gap], [*(f"{level:g}" for level in levels), "clean"])
+        axes.tick_params(labelsize=8, labelbottom=True)
+    for axes in grid.flat[len(kinds) :]:
+        axes.axis("off")
+    grid[0, 0].invert_xaxis()
+    for axes in grid[:, 0]:
+        axes.set_ylabel("Macro AUROC")
+    figure.supxlabel("Signal-to-noise ratio (dB)", fontsize=10)
+    # There is always a panel left for it.
+    grid.flat[-1].legend(*grid[0, 0].get_legend_handles_labels(), frameon=False, fontsize=7.5, loc="center",
+                         handlelength=3)  # fmt: skip
+    figure.suptitle(title)
+    sns.despine(figure)
+    plt.close(figure)
+    return figure
+
+
+def _share(protocol: str, fraction: float) -> str:
+    """How an arm was trained, and with which share of the labels, in a legend."""
+    return f"{protocol}, {100 * fraction:g} %"
+
+
+def plot_enrichment(table: pd.DataFrame, title: str | None = None) -> Figure:
+    """Relevance mass over chance of each attribution, a panel a class, with the largest that is possible.
+
+    table has the columns class, attribution, value, low, high and ceiling, one row a point.
+    """
+    _require_columns(table, ("class", "attribution", "value", "low", "high", "ceiling"), "table of enrichments")
+    panels, names = list(pd.unique(table["class"])), list(pd.unique(table["attribution"]))[::-1]
+    colours = dict(zip(names[::-1], sns.color_palette("husl", len(names))))
+    figure, grid = plt.subplots(1, len(panels), figsize=(2.8 + 2.3 * len(panels), 1.3 + 0.32 * len(names)),
+                                sharey=True, squeeze=False, layout="constrained")  # fmt: skip
+    for axes, panel in zip(grid[0], panels, strict=True):
+        rows = table[table["class"] == panel]
+        axes.axvline(1, color="0.5", linewidth=1)
+        axes.axvline(rows["ceiling"].mean(), color="0.5", linewidth=1, linestyle=":")
+        for row in rows.itertuples():
+            height = names.index(row.attribution)
+            axes.plot([row.low, row.high], [height, height], color=colours[row.attribution], linewidth=1.6)
+            axes.plot(row.value, height, "o", color=colours[row.attribution], markersize=5)
+        axes.set_xscale("log")
+        ticks = [tick for tick in (0.5, 1, 2, 3, 5, 10, 20, 50) if tick <= 1.2 * rows["ceiling"].mean()]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+        axes.set_title(panel, fontsize=10)
+        axes.grid(axis="x", color="0.9")
+    grid[0, 0].set_yticks(range(len(names)), names)
+    figure.supxlabel("Mass in the region over chance (1: chance, dotted: the largest possible)", fontsize=9)
+    figure.suptitle("\n".join(textwrap.wrap(title or "", 100)), fontsize=11)
+    sns.despine(figure)
+    plt.close(figure)
+    return figure
+
+
+def plot_randomisation(table: pd.DataFrame, title: str | None = None) -> Figure:
+    """Rank correlation with the trained network's attribution as its layers lose what they learned, from the head down.
+
+    table has the columns layer (in order), attribution, signed (whether of a or of |a|) and value.
+    """
+    _require_columns(table, ("layer", "attribution", "signed", "value"), "table of randomisations")
+    layers, names = list(pd.unique(table["layer"])), list(pd.unique(table["attribution"]))
+    colours = dict(zip(names, sns.color_palette("colorblind", len(names))))
+    figure, grid = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
+    for axes, signed, name in ((grid[0], False, "|a|, where it points"), (grid[1], True, "a, with its sign")):
+        axes.axhspan(-0.1, 0.1, color="0.92")
+        for place, attribution in enumerate(names):
+            rows = table[(table["attribution"] == attribution) & (table["signed"] == signed)].set_index("layer")
+            axes.plot(range(len(layers)), rows["value"].reindex(layers), marker=MARKERS[place % len(MARKERS)],
+                      color=colours[attribution], markersize=4, label=attribution)  # fmt: skip
+        axes.set_xticks(range(len(layers)), layers, rotation=30, ha="right")
+        axes.set_title(name, fontsize=10)
+        axes.grid(axis="y", color="0.9")
+    grid[0].set_ylabel("Rank correlation (grey: below 0.1)")
+    grid[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+    figure.suptitle("\n".join(textwrap.wrap(title or "", 100)), fontsize=11)
+    figure.supxlabel("Randomised from the head down to", fontsize=9)
+    sns.despine(figure)
+    plt.close(figure)
+    return figure
+
+
+def plot_attributed_ecgs(
+    examples: Sequence[tuple[str, np.ndarray, np.ndarray]], sampling_rate: float, title: str | None = None,
+    seconds: float = 10.0,
+) -> Figure:  # fmt: skip
+    """ECGs on ECG paper, one below the other, each with the relevance of its samples as shade behind the traces.
+
+    examples are (text, signals `(12, time)` in mV, relevance of the same shape). A record's darkest shade is its 99.5 %
+    quantile of relevance, so shades compare within a record, not between records.
+    """
+    if not examples:
+        raise DataError("There is no example to draw; choose a record.")
+    sheets = [(text, *_segments(millivolts, sampling_rate, "standard", seconds), relevance)
+              for text, millivolts, relevance in examples]  # fmt: skip
+    stacked = [_stack_rows(segments, GAIN) for _, segments, _, _ in sheets]
+    left, room = MARGIN + 2 * PULSE_WIDTH, TITLE_LINE + 6
+    width = max(left + max(shown for _, _, shown, _ in sheets) * PAPER_SPEED + MARGIN, SMALLEST_WIDTH)
+    heads = textwrap.wrap(title or "", int((width - 2 * MARGIN) / TITLE_LETTER))
+    top = sum(height + room for height, _ in stacked) + TITLE_LINE * len(heads)
+    figure, axes = _paper(width, top)
+    axes.text(MARGIN, top - 2, "\n".join(heads), va="top", ha="left", fontsize=12)
+    floor = top - TITLE_LINE * len(heads)
+    for (text, segments, _, relevance), (height, baselines) in zip(sheets, stacked, strict=True):
+        floor -= height + room
+        axes.text(MARGIN, floor + height + 4, text, va="bottom", ha="left", fontsize=10)
+        largest = float(np.quantile(relevance, 0.995)) or 1.0
+        for row, baseline in zip(segments, baselines, strict=True):
+            axes.plot(*_pulse(floor + baseline, GAIN), color=TRACE_COLOUR, linewidth=0.8)
+            for segment in row:
+                _shade_segment(axes, segment, relevance, largest, sampling_rate, left, floor + baseline)
+                _draw_segment(axes, segment, left, floor + baseline, GAIN)
+    axes.text(MARGIN, 2, f"{PAPER_SPEED:g} mm/s   {GAIN:g} mm/mV", va="bottom", ha="left", fontsize=8)
+    axes.set(xlim=(0, width), ylim=(0, top))
+    plt.close(figure)
+    return figure
+
+
+def _shade_segment(axes: Axes, segment: _Segment, relevance: np.ndarray, largest: float, rate: float, left: float,
+                   baseline: float) -> None:  # fmt: skip
+    """The relevance of one lead's stretch as a band of shade as high as its trace."""
+    first = round(segment.time[0] * rate)
+    values = relevance[LEADS.index(segment.lead), first : first + len(segment.time)]
+    colours = np.zeros((1, len(values), 4))
+    colours[0, :, :3] = mpl.colors.to_rgb("#0072b2")
+    colours[0, :, 3] = 0.75 * np.clip(values / largest, 0, 1)
+    sides = left + PAPER_SPEED * (segment.time[[0, -1]] + np.array([-0.5, 0.5]) / rate)
+    low, high = baseline + min(segment.low * GAIN, -4) - 1, baseline + max(segment.high * GAIN, 4) + 1
+    axes.imshow(colours, extent=(*sides, low, high), aspect="auto", interpolation="nearest", zorder=1)

@@ -1,0 +1,398 @@
+"""What noise does to trained classifiers: macro AUROC over the signal-to-noise ratio, and where it begins to fall.
+
+Every classifier sees the same noise, drawn for each record from a seed, its record_id and the kind. Losses are paired:
+clean and noisy scores, and those of two classifiers, are measured on the same patient draws.
+"""
+
+import math
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from ecglib.batches import to_millivolts
+from ecglib.errors import DataError
+from ecglib.evaluate import draw_weights, rank_classes, weighted_auroc, window_starts
+from ecglib.labels import split_indices, split_truth
+from ecglib.noise import KINDS, FlatLeadWarning, prepare_noise, record_generator
+from ecglib.probe import unit_length
+from ecglib.records import MISSING, Records
+from ecglib.runs import RESULT, Result, Run, RunSpec, listed_runs, open_run, run_grid
+from ecglib.train import autocast
+from ecglib.trained import ProbedEncoder, trained_classifier
+
+SNRS = (24.0, 18.0, 12.0, 6.0, 0.0, -6.0)  # dB
+CLEAN = math.inf  # dB
+LIMIT = 0.05  # of macro AUROC, that a classifier may lose
+TOGETHER = 256  # records to which noise is added at once
+WINDOWS = 256  # scored at once
+STUDIES = {"label_efficiency": "09_probe_and_fine_tune", "semi_supervised": "12_semi_supervised",
+           "self_evolving": "13_self_evolving"}  # fmt: skip
+FEW_LABELS = {"semi_supervised": ("ce_ssl", "fixmatch", "supervised"), "self_evolving": ("distl", "supervised")}
+ARM = ("method", "protocol", "encoder", "fraction", "seed")
+# The augmentations that show a network a kind of noise.
+TAUGHT = {"gaussian_noise": "white", "baseline_wander": "baseline_wander", "powerline_noise": "powerline",
+          "muscle_noise": "white", "baseline_shift": "baseline_shift"}  # fmt: skip
+
+
+def noise_arms(results: str | Path, records: Records, fraction: float = 1.0, studies: Sequence[str] = tuple(STUDIES),
+               methods: Sequence[str] = ()) -> list[Run]:  # fmt: skip
+    """The runs to be scored under noise: all arms of notebook 09 at `fraction`, seed 0, and some with few labels.
+
+    Of notebook 12 these are ce_ssl, fixmatch and supervised from the simulated start, of notebook 13 distl and
+    supervised at the last stage, each at its study's largest fraction and smallest seed. `methods`, where given, leaves
+    others out. DataError where a study's list is missing or has no run at `fraction`.
+    """
+    unknown = [study for study in studies if study not in STUDIES]
+    if unknown:
+        raise DataError(f"There is no study {unknown[0]!r}; choose from {', '.join(STUDIES)}.")
+    arms = []
+    for study in studies:
+        runs = listed_runs(study, results, records, STUDIES[study])
+        arms += _all_methods(runs, fraction) if study == "label_efficiency" else _few_labels(runs, study)
+    chosen = [run for run in arms if not methods or run.spec.method in methods]
+    if not chosen:
+        raise DataError(f"No run of {', '.join(studies)} is by {', '.join(methods)}; choose other methods.")
+    return chosen
+
+
+def _all_methods(runs: Sequence[Run], fraction: float) -> list[Run]:
+    """The arms of notebook 09 at one fraction, seed 0."""
+    found = [run for run in runs if run.spec.fraction == fraction and run.spec.seed == 0]
+    if not found:
+        there = ", ".join(f"{value:g}" for value in sorted({run.spec.fraction for run in runs}))
+        raise DataError(f"No arm of notebook 09 was run at a fraction of {fraction:g}; choose one of {there}.")
+    return found
+
+
+def _few_labels(runs: Sequence[Run], study: str) -> list[Run]:
+    """One run a method of notebooks 12 and 13."""
+    runs = [run for run in runs if run.spec.value("start") in (None, "simulated")]
+    if study == "self_evolving":
+        last = max(run.spec.settings["stage"] for run in runs)
+        runs = [run for run in runs if run.spec.settings["stage"] == last]
+    chosen = []
+    for method in FEW_LABELS[study]:
+        own = [run for run in runs if run.spec.method == method]
+        chosen += sorted(own, key=lambda run: (-run.spec.fraction, run.spec.seed))[:1]
+    return chosen
+
+
+def arm_of(run: Run) -> dict:
+    """What tells an arm apart: method, protocol, encoder, fraction and seed of a run."""
+    start = run.spec.value("start")
+    return {"method": run.spec.method, "protocol": run.spec.value("protocol") or f"{start} start",
+            "encoder": run.spec.value("encoder") or run.spec.value("backbone"), "fraction": run.spec.fraction,
+            "seed": run.spec.seed}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NoisySignals:
+    """Signals of some records under every condition (kind, SNR in dB), the first of them clean, in a file.
+
+    `path` holds int16 counts `(conditions, n, 12, time)`, -32768 where a sample is missing; `scales` `(conditions, n)`
+    mV a count. A scale for each record leaves room for whatever noise does to it.
+    """
+
+    path: Path
+    scales: np.ndarray
+    conditions: list[tuple[str, float]]
+
+    def millivolts(self, condition: int, part: slice, device: str = "cpu") -> Tensor:
+        """Signals `(n, 12, time)` of one condition, missing samples 0."""
+        counts = torch.from_numpy(np.array(np.load(self.path, mmap_mode="r")[condition, part])).to(device)
+        scales = torch.from_numpy(self.scales[condition, part]).to(device)
+        return to_millivolts(counts, 1.0) * scales[:, None, None]
+
+
+def conditions_of(kinds: Sequence[str], snr_db: Sequence[float]) -> list[tuple[str, float]]:
+    """Clean, then every kind at every ratio."""
+    return [("clean", CLEAN), *((kind, float(snr)) for kind in kinds for snr in snr_db)]
+
+
+def make_noisy(records: Records, indices: np.ndarray, path: str | Path, kinds: Sequence[str] = KINDS,
+               snr_db: Sequence[float] = SNRS, seed: int = 0, mains: float = 50.0) -> NoisySignals:  # fmt: skip
+    """Write the records at `indices` under every condition to `path`. A kind's noise is drawn once for all ratios."""
+    conditions = conditions_of(kinds, snr_db)
+    shape = (len(conditions), len(indices), *records.signals.shape[1:])
+    file = np.lib.format.open_memmap(path, "w+", np.int16, shape)
+    scales = np.empty(shape[:2], np.float32)
+    ids = records.table["record_id"].astype(str).to_numpy()[indices]
+    for start in range(0, len(indices), TOGETHER):
+        part = slice(start, start + TOGETHER)
+        clean = torch.from_numpy(records.millivolts(indices[part]))
+        file[0, part], scales[0, part] = _counts(clean)
+        for place, kind in enumerate(kinds):
+            generators = [record_generator(seed, name, kind) for name in ids[part]]
+            with warnings.catch_warnings():  # the notebook says once how many records have a flat lead
+                warnings.simplefilter("ignore", FlatLeadWarning)
+                noise = prepare_noise(clean, kind, records.sampling_rate, generators, mains=mains)
+            for level, snr in enumerate(snr_db):
+                condition = 1 + place * len(snr_db) + level
+                file[condition, part], scales[condition, part] = _counts(noise.at(snr))
+    file.flush()
+    return NoisySignals(Path(path), scales, conditions)
+
+
+def _counts(signals: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Signals `(n, 12, time)` as int16 counts, and mV a count of each record, the smallest scale that holds it."""
+    values = signals.numpy()
+    largest = np.nan_to_num(np.abs(values)).max(axis=(1, 2))
+    scales = (np.maximum(largest, 1e-6) / 32767).astype(np.float32)
+    counts = np.rint(np.nan_to_num(values / scales[:, None, None], nan=0.0)).clip(-32767, 32767).astype(np.int16)
+    counts[np.isnan(values)] = MISSING
+    return counts, scales
+
+
+def window_scores(networks: Sequence[nn.Module], signals: Tensor, window: int) -> Tensor:
+    """Probabilities `(networks, n, classes)` of signals `(n, 12, time)`: means over windows that do not overlap.
+
+    Networks of frozen runs share one encoder; as in those runs, each probe reads the record's mean features.
+    """
+    starts = window_starts(signals.shape[2], window, window)
+    windows = torch.stack([signals[:, :, first : first + window] for first in starts], dim=1).flatten(0, 1)
+    if not isinstance(networks[0], ProbedEncoder):
+        each = [torch.sigmoid(network(windows).float()) for network in networks]
+        return torch.stack([scores.unflatten(0, (-1, len(starts))).mean(dim=1) for scores in each])
+    features = networks[0].encoder(windows).float().unflatten(0, (-1, len(starts))).mean(dim=1)
+    each = [network.head(unit_length((features - network.mean) / network.deviation)) for network in networks]
+    return torch.sigmoid(torch.stack(each).float())
+
+
+def score_conditions(networks: Sequence[nn.Module], noisy: NoisySignals, window: int, device: str = "cpu",
+                     dtype: str = "float32") -> np.ndarray:  # fmt: skip
+    """Probabilities `(networks, conditions, n, classes)` under every condition."""
+    count = noisy.scales.shape[1]
+    networks = [network.to(device).eval() for network in networks]
+    scores = []
+    with torch.inference_mode(), autocast(device, dtype):
+        for condition in range(len(noisy.conditions)):
+            parts = []
+            for start in range(0, count, max(1, WINDOWS // 4)):
+                signals = noisy.millivolts(condition, slice(start, start + max(1, WINDOWS // 4)), device)
+                parts.append(window_scores(networks, signals, window).cpu())
+            scores.append(torch.cat(parts, dim=1))
+    return torch.stack(scores, dim=1).numpy()
+
+
+def drawn_auroc(targets: np.ndarray, scores: np.ndarray, patients: Sequence, draws: int = 1000,
+                seed: int = 0) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Macro AUROC of scores `(conditions, n, classes)`, `(conditions,)` and on each patient draw `(conditions, draws)`.
+
+    The draws are those of `evaluate.bootstrap_interval`; a class absent in a draw leaves that draw's mean.
+    """
+    rankings = [rank_classes(targets, each) for each in scores]
+
+    def macro(weights: np.ndarray) -> np.ndarray:
+        each = np.array([[weighted_auroc(ranking, weights) for ranking in classes] for classes in rankings])
+        known = ~np.isnan(each)
+        with np.errstate(invalid="ignore"):
+            return np.where(known, each, 0).sum(axis=1) / known.sum(axis=1)
+
+    drawn = [macro(weights) for weights in draw_weights(patients, len(targets), draws, seed)]
+    return macro(np.ones((len(targets), 1)))[:, 0], np.concatenate(drawn, axis=1)
+
+
+def score_under_noise(arms: Sequence[Run], records: Records, results: str | Path, kinds: Sequence[str] = KINDS,
+                      snr_db: Sequence[float] = SNRS, *, seed: int = 0, mains: float = 50.0, draws: int = 1000,
+                      device: str = "cpu", dtype: str = "float32", workers: int = 1) -> "NoiseScores":  # fmt: skip
+    """Every arm under every condition on fold 10, kept as a run a network below `results`; a killed call goes on.
+
+    Frozen arms of one encoder share its features. `workers` processes of one thread take networks in turn.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in arms:
+        frozen = run.spec.value("protocol") == "frozen"
+        groups.setdefault(run.spec.settings["pretraining"] if frozen else run.spec.key, []).append(run)
+    settings = {"kinds": list(kinds), "snr_db": [float(snr) for snr in snr_db], "noise_seed": seed, "mains": mains,
+                "draws": draws, "dtype": dtype}  # fmt: skip
+    specs = {key: _noise_spec(group, settings) for key, group in groups.items()}
+    missing = [spec for spec in specs.values() if not (Path(results) / "runs" / spec.name / RESULT).exists()]
+    with tempfile.TemporaryDirectory() as folder:
+        noisy = None
+        if missing:
+            noisy = make_noisy(records, split_indices(records)["test"], Path(folder) / "noisy.npy", kinds, snr_db, seed,
+                               mains)  # fmt: skip
+        score = _scoring({specs[key].key: group for key, group in groups.items()}, records, results, noisy, device)
+        scored = run_grid(specs.values(), score, results, workers=workers)
+    kept = {run.spec.key: run.predictions() for run in scored}
+    own = {run.spec.key: kept[specs[key].key] for key, group in groups.items() for run in group}
+    values = np.stack([own[run.spec.key][f"{run.spec.key}/auroc"] for run in arms])
+    drawn = np.stack([own[run.spec.key][f"{run.spec.key}/drawn"] for run in arms])
+    return NoiseScores(list(arms), conditions_of(kinds, snr_db), values, drawn, len(split_indices(records)["test"]))
+
+
+def _noise_spec(group: Sequence[Run], settings: Mapping) -> RunSpec:
+    """What identifies the scores under noise of runs that share a network."""
+    first = group[0].spec
+    own = {**settings, "protocol": "noise", "scored": [run.spec.key for run in group]}
+    return RunSpec(first.method, first.data, first.data_key, first.labels, first.fraction, first.seed, own)
+
+
+def _scoring(groups: Mapping[str, list[Run]], records: Records, results: str | Path, noisy: NoisySignals | None,
+             device: str) -> Callable[[RunSpec, Path], Result]:  # fmt: skip
+    """The function for `runs.run_grid`: probabilities, macro AUROC and its draws of each run in a group."""
+
+    def run(spec: RunSpec, workspace: Path) -> Result:
+        started, kept = time.perf_counter(), {}
+        networks, seconds = zip(*(trained_classifier(run, records, results) for run in groups[spec.key]))
+        window = round(seconds[0] * records.sampling_rate)
+        targets, patients = split_truth(records)
+        scores = score_conditions(networks, noisy, window, device, spec.settings["dtype"])
+        for own, each in zip(groups[spec.key], scores, strict=True):
+            values, drawn = drawn_auroc(targets, each, patients, spec.settings["draws"])
+            kept |= {f"{own.spec.key}/probabilities": each, f"{own.spec.key}/auroc": values,
+                     f"{own.spec.key}/drawn": drawn.astype(np.float32)}  # fmt: skip
+        return Result([], kept, seconds=time.perf_counter() - started)
+
+    return run
+
+
+@dataclass(frozen=True)
+class NoiseScores:
+    """Macro AUROC of arms under conditions: `auroc` `(arms, conditions)`, on patient draws `(arms, conditions, draws)`.
+
+    `n` is the number of test records. The first condition is clean.
+    """
+
+    arms: list[Run]
+    conditions: list[tuple[str, float]]
+    auroc: np.ndarray
+    drawn: np.ndarray
+    n: int
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of noise, in order."""
+        return list(dict.fromkeys(kind for kind, _ in self.conditions[1:]))
+
+    def losses(self, arm: int, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """SNRs `(levels,)` from the highest on, the loss at each, and on each draw `(levels, draws)`."""
+        places = [place for place, (name, _) in enumerate(self.conditions) if name == kind]
+        places.sort(key=lambda place: -self.conditions[place][1])
+        values = self.auroc[arm, 0] - self.auroc[arm, places]
+        return (np.array([self.conditions[place][1] for place in places]), values,
+                self.drawn[arm, 0] - self.drawn[arm, places])  # fmt: skip
+
+
+def robustness_table(scores: NoiseScores) -> pd.DataFrame:
+    """A row an arm, kind and SNR (infinite: clean): auroc, and loss against clean with its paired interval."""
+    rows = []
+    for place, run in enumerate(scores.arms):
+        for kind in scores.kinds:
+            shared = {**arm_of(run), "kind": kind, "n": scores.n}
+            clean = float(scores.auroc[place, 0])
+            rows.append({**shared, "snr_db": CLEAN, "auroc": clean, "loss": 0.0, "low": 0.0, "high": 0.0})
+            for snr, loss, drawn in zip(*scores.losses(place, kind), strict=True):
+                low, high = _limits(drawn)
+                rows.append({**shared, "snr_db": snr, "auroc": clean - loss, "loss": loss, "low": low, "high": high})
+    columns = [*ARM, "kind", "snr_db", "auroc", "loss", "low", "high", "n"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def snr_where_lost(snr_db: Sequence[float], losses: Sequence[float], limit: float = LIMIT) -> float:
+    """The SNR at which the loss first reaches `limit` on the way down, on straight lines between the levels.
+
+    infinity: lost at the highest level already; minus infinity: not lost at the lowest.
+    """
+    for place, loss in enumerate(losses):
+        if loss >= limit:
+            if place == 0:
+                return math.inf
+            share = (limit - losses[place - 1]) / (loss - losses[place - 1])
+            return float(snr_db[place - 1] + share * (snr_db[place] - snr_db[place - 1]))
+    return -math.inf
+
+
+def threshold_table(scores: NoiseScores, limit: float = LIMIT, level: float = 0.95) -> pd.DataFrame:
+    """A row an arm and kind: `snr_db` at which `limit` of the macro AUROC is lost, its interval, and both in words.
+
+    The question is asked anew on every patient draw. See `snr_where_lost` for infinite values.
+    """
+    rows = []
+    for place, run in enumerate(scores.arms):
+        for kind in scores.kinds:
+            snr, losses, drawn = scores.losses(place, kind)
+            where = [snr_where_lost(snr, each, limit) for each in drawn.T]
+            # An infinite answer is an answer, so no interpolation between draws.
+            low, high = np.quantile(where, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+            found = snr_where_lost(snr, losses, limit)
+            rows.append({**arm_of(run), "kind": kind, "clean": scores.auroc[place, 0], "limit": limit, "snr_db": found,
+                         "low": low, "high": high, "told": _told(found, low, high, snr)})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _told(found: float, low: float, high: float, snr_db: np.ndarray) -> str:
+    """A threshold with its interval in words."""
+
+    def word(value: float) -> str:
+        if math.isinf(value):
+            return f"before {snr_db[0]:g} dB" if value > 0 else "never"
+        return f"{round(value)} dB"
+
+    return f"{word(found)} [{word(low)} to {word(high)}]"
+
+
+def taught_kinds(runs: Sequence[Run], results: str | Path) -> tuple[str, ...]:
+    """Kinds of noise that the augmentation of any of the runs, or of their pretraining, has shown to a network."""
+    names: set[str] = set()
+    for run in runs:
+        names |= set(run.spec.settings.get("transforms", {}))
+        if "pretraining" in run.spec.settings:
+            found = sorted((Path(results) / "runs").glob(f"[!.]*-{run.spec.settings['pretraining']}"))
+            names |= {name for folder in found for name in open_run(folder).spec.settings.get("transforms", {})}
+    return tuple(kind for kind in KINDS if kind in {TAUGHT[name] for name in names if name in TAUGHT})
+
+
+def loss_differences(scores: NoiseScores, families: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """How much more a pretrained arm loses than supervised training of the same encoder with the same labels.
+
+    A row an arm and family of kinds: difference of the losses, mean over the family's kinds and all ratios, with its
+    paired interval; below zero pretraining helps. Rows of the method "all" are the means over the arms of a protocol.
+    """
+    cells = {tuple(arm_of(run)[name] for name in ("method", "protocol", "encoder", "fraction")): place
+             for place, run in enumerate(scores.arms)}  # fmt: skip
+    pairs = [(cell, place, cells.get(("supervised", "supervised", *cell[2:]))) for cell, place in cells.items()
+             if cell[1] in ("frozen", "fine-tuned") and cell[0] != "random"]  # fmt: skip
+    rows = []
+    for family, kinds in families.items():
+        kinds = [kind for kind in kinds if kind in scores.kinds]
+        by_protocol: dict[str, list] = {}
+        for (method, protocol, encoder, fraction), place, control in pairs:
+            if control is None or not kinds:
+                continue
+            value, drawn = (own - other for own, other in zip(_mean_loss(scores, place, kinds),
+                                                              _mean_loss(scores, control, kinds)))  # fmt: skip
+            by_protocol.setdefault(protocol, []).append((value, drawn))
+            rows.append(_difference_row(family, method, protocol, encoder, fraction, value, drawn))
+        for protocol, each in by_protocol.items():
+            value, drawn = (np.mean(parts, axis=0) for parts in zip(*each))
+            rows.append(_difference_row(family, "all", protocol, "all", np.nan, value, drawn))
+    return pd.DataFrame(rows)
+
+
+def _mean_loss(scores: NoiseScores, arm: int, kinds: Sequence[str]) -> tuple[float, np.ndarray]:
+    """Mean loss over kinds and ratios, and on each draw `(draws,)`."""
+    each = [scores.losses(arm, kind)[1:] for kind in kinds]
+    return float(np.mean([values for values, _ in each])), np.mean([drawn for _, drawn in each], axis=(0, 1))
+
+
+def _difference_row(family: str, method: str, protocol: str, encoder: str, fraction: float, value: float,
+                    drawn: np.ndarray) -> dict:  # fmt: skip
+    low, high = _limits(drawn)
+    return {"family": family, "method": method, "protocol": protocol, "encoder": encoder, "fraction": fraction,
+            "difference": float(value), "low": low, "high": high}  # fmt: skip
+
+
+def _limits(drawn: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of draws; a draw without any measurable class has no say."""
+    known = drawn[~np.isnan(drawn)]
+    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
+    return float(low), float(high)

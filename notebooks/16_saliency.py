@@ -1,0 +1,524 @@
+# %% [markdown]
+# # 16 · Saliency that is measured
+#
+# **What you will learn.** What an attribution is, and how to find out whether it can be believed. A coloured ECG
+# convinces whoever looks at it; here every map must first beat chance, beat the mere height of the signal, depend on
+# what the network has learned, and point at a place that is known.
+#
+# **What it needs.** The runs of notebook 09. On real ECGs also LUDB, where cardiologists marked every wave.
+#
+# **How long.** The `laptop` profile takes about two and a half minutes of one CPU core. Nothing large is trained.
+
+# %% tags=["parameters"]
+results = "../results/laptop"  # where the earlier notebooks left records and networks
+data = ""  # folder with ECG files that notebook 00 read; LUDB is also looked for below and beside it
+ludb = ""  # LUDB's folder; empty: looked for beside the data
+records_per_class = 20  # true positives that are attributed, the first ones of each class
+records_few = 8  # where many networks or many patches are asked
+steps = 8  # of integrated gradients
+healthy_records = 300  # normal training records behind the healthy beats
+smoothings = [1, 5]  # samples over which relevance is averaged; chosen on fold 9
+cohort_patients = 400  # simulated patients of the height regressors
+cohort_steps = 300
+compared_fraction = 0.1  # share of the labels at which pretrained networks are compared with supervised ones
+draws = 1000  # patient samples behind each interval
+
+# %% [markdown]
+# ## The idea in ten lines
+#
+# How would the logit of a class change if one sample of one lead rose by 1 mV? Backpropagation answers for all 12,000
+# samples at once. This is the oldest attribution, and it must be what the package computes through captum.
+
+# %%
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ecglib.records import Records
+from ecglib.saliency import attribute
+from ecglib.trained import trained_classifier
+from ecglib.transfer import transfer_runs
+
+everything = Records.load(Path(results) / "records")
+records = everything.select(everything.targets.any(axis=1))
+runs = transfer_runs(results, records)
+trained = [run for run in runs if run.spec.value("protocol") in ("supervised", "fine-tuned")]
+encoder = Counter(run.spec.settings["encoder"] for run in trained).most_common(1)[0][0]  # the one that most arms share
+most = max(run.spec.fraction for run in trained)
+scored = next(run for run in trained if run.spec.method == "supervised" and run.spec.seed == 0
+              and run.spec.fraction == most and run.spec.settings["encoder"] == encoder)  # fmt: skip
+network, window = trained_classifier(scored, records, results)
+
+
+def gradient_of(network, signals, class_index):
+    """d logit / d sample."""
+    signals = signals.clone().requires_grad_()
+    network(signals)[:, class_index].sum().backward()
+    return signals.grad
+
+
+few = torch.from_numpy(np.nan_to_num(records.millivolts(np.arange(4)))[:, :, : round(window * records.sampling_rate)])
+difference = (gradient_of(network, few, 0) - attribute(network, few, 0, "gradient")).abs().max()
+assert difference < 1e-5, difference
+print(f"{scored.spec.method}, {encoder}, {most:.0%} of the labels; largest difference {difference:.1e}")
+
+# %% [markdown]
+# ## Where is the truth?
+#
+# A simulated record knows where the evidence for its diagnosis lies: leads, and from which mark to which. Real records
+# do not; there the test is LUDB, on which nothing was trained and where each wave of each lead is marked.
+
+# %%
+from ecglib.localisation import GROUPS, find_ludb, ground_truth, targets_truth
+
+truth = ground_truth(records, results, find_ludb(*filter(None, (ludb, data)), "../data"))
+caveat = records.caveat if truth.records.about.get("simulated") or not truth.note else f"; trained on {records.name}"
+note = f"{truth.name}{caveat}"
+rate = truth.records.sampling_rate
+groups = truth.groups("test")
+print(f"{note}: {len(truth.split['test'])} records. {truth.note}")
+print({group: len(truth.positions(group)) for group in groups})
+
+# %% [markdown]
+# Integrated gradients ask: on the way from a baseline to this record, what raised the logit? A *flat line* is the usual
+# baseline, since 0 mV is isoelectric. But a cardiologist compares with a healthy heart. So the second baseline is the
+# same record with the mean normal beat of the training folds put in the place of its own median beat.
+
+# %%
+from ecglib.labels import split_indices
+from ecglib.saliency import HealthyBeats, attribute_records, fitting_methods, relevance
+
+train, normal = split_indices(records)["train"], records.classes.index("NORM")
+alone = records.targets.sum(axis=1) == 1
+healthy = [place for place in train if records.targets[place, normal] and alone[place]][:healthy_records]
+bank = HealthyBeats.of(records, healthy)
+ARMS = {"gradient": "gradient", "integrated gradients": "integrated_gradients",
+        "integrated, from healthy": "integrated_gradients", "guided Grad-CAM": "guided_gradcam", "Grad-CAM": "gradcam",
+        "occlusion": "occlusion"}  # fmt: skip
+ARMS = {arm: method for arm, method in ARMS.items() if method in fitting_methods(network)}
+
+
+def attributed(arm, source, positions, class_index, network=network, window=window, bank=bank, stride=None):
+    """Attribution of one arm to whole records."""
+    method = ARMS.get(arm, arm)
+    options = {"steps": steps} if method == "integrated_gradients" else {}
+    if arm == "integrated, from healthy":
+        options["baseline"] = bank.baseline(source.millivolts(positions))
+    stride = window if method == "occlusion" else stride
+    return attribute_records(network, source, positions, class_index, method, window, stride, **options)
+
+
+print(f"{len(bank.beats)} healthy beats; methods that fit {encoder}: {', '.join(fitting_methods(network))}")
+
+# %% [markdown]
+# ## A gate before anything else: wave heights
+#
+# What does a classifier look at? Nobody knows. So first a network that is taught the *height* of one wave in one lead,
+# with a random gain on each lead so that no other lead can tell. If it has learned that (R² above 0.9 on patients it
+# never saw), the right place is known, and an attribution that does not point there is of no use.
+
+# %%
+import pandas as pd
+
+from ecglib import localisation
+from ecglib.sources.simulate import simulate_cohort
+
+cohort = simulate_cohort(cohort_patients, seed=1016, sampling_rate=rate)
+regressor, asked, r2 = localisation.height_regressor(cohort, steps=cohort_steps, seconds=2.5)
+asked, source = asked[: 2 * records_few], cohort.records
+normal_beats = HealthyBeats.of(source, np.flatnonzero(source.targets[:, source.classes.index("NORM")])[:50])
+rows = []
+for place, (output, (wave, lead)) in enumerate(localisation.HEIGHTS.items()):
+    mask, counted = localisation.wave_masks(cohort, asked, output), np.array([[[True]]])
+    maps = localisation.baseline_maps(source.millivolts(asked), rate)
+    maps |= {arm: relevance(attributed(arm, source, asked, place, regressor, 2.5, normal_beats, 2.5)) for arm in ARMS}
+    found = localisation.measure_rows(maps, mask, counted, source.table["patient_id"].iloc[asked], rate, draws=draws)
+    rows += [{"class": f"height of {output} in {lead}", "r2": r2[output], **row} for row in found]
+gate = pd.DataFrame(rows)
+for output, value in r2.items():
+    print(f"R2 of {output}: {value:.3f} {'(learned)' if value > 0.9 else 'FAILING: below 0.9, no gate for this wave'}")
+shown = gate[gate["measure"] == "enrichment"].pivot_table("low", "attribution", "class", sort=False)
+shown.style.format(precision=1).set_caption("Lower limit of mass over chance: SIMULATED patients, known place")
+
+# %%
+learned = [f"height of {output} in {lead}" for output, (_, lead) in localisation.HEIGHTS.items() if r2[output] > 0.9]
+passed = [arm for arm in ARMS if len(learned) and (shown.loc[arm, learned] > 1.5).all()]
+rejected = [arm for arm in ARMS if arm not in passed] if learned else []
+print(f"pass the gate (more than 1.5 times chance at every wave learned): {', '.join(passed) or 'none'}; "
+      f"FAIL: {', '.join(rejected) or 'none'}")  # fmt: skip
+usable = passed or list(ARMS)
+
+# %% [markdown]
+# ## The choice, on fold 9
+#
+# Methods differ, and so does what is scored: the size of the attribution or its positive part, which speaks *for* the
+# class, with or without a short average. All of this is chosen on fold 9. Where nothing is marked there (real records),
+# the choice follows deletion: whose most relevant patches does the network miss the most?
+
+# %%
+from ecglib.evaluate import choose_thresholds, predict_windows
+
+marked = len(truth.split["validation"]) > 0
+tuning = truth if marked else targets_truth(records)
+kinds = [(sign, smoothing) for sign in ("absolute", "positive") for smoothing in smoothings]
+bars = [group for group in ("infarction", "bundle branch block", "ST-T change") if group in groups] or list(groups)
+rows = []
+for group in [group for group in bars if group in tuning.groups("validation", 1)]:
+    positions = tuning.positions(group, "validation")[:records_per_class if marked else records_few]
+    mask, place = tuning.regions(group, positions), records.classes.index(GROUPS[group][0])
+    signals = tuning.records.millivolts(positions)
+    for arm in [arm for arm in usable if arm != "occlusion" or len(usable) == 1]:  # dear, and only scored below
+        found = attributed(arm, tuning.records, positions, place)
+        for sign, smoothing in kinds:
+            one = relevance(found, sign, smoothing)
+            value = (localisation.enrichment(one, mask) if mask.any() else
+                     localisation.deletion_area(network, signals, one, place, rate, window))  # fmt: skip
+            rows.append({"arm": arm, "sign": sign, "smoothing": smoothing, "group": group, "value": value.mean()})
+tuned = pd.DataFrame(rows).groupby(["arm", "sign", "smoothing"], sort=False)["value"].mean()
+best, sign, smoothing = tuned.idxmax()
+chosen = f"chosen: {best}, {sign}" + (f", mean of {smoothing}" if smoothing > 1 else "")
+print(f"{chosen} (by {'enrichment' if mask.any() else 'deletion'} on fold 9 of {tuning.name})")
+tuned.unstack(["sign", "smoothing"]).style.format(precision=2)
+
+# %% [markdown]
+# ## The measures, on records that no choice has seen
+#
+# For each class: true positives, the first ones in their order. Mass is the share of relevance inside the region;
+# divided by the region's own share of the record, it is 1 by chance and at most 1 / share. Random numbers, the size of
+# the signal itself and a detector of R peaks are scored alike: who does not beat them has explained nothing.
+
+# %%
+validation = split_indices(records)["validation"]
+thresholds = choose_thresholds(records.targets[validation], scored.predictions()["validation/probabilities"])
+test = truth.split["test"]
+probabilities = np.full((len(truth.records), len(records.classes)), np.nan)
+probabilities[test] = predict_windows(network, truth.records, test, window, window / 2)
+patients = truth.records.table["patient_id"].to_numpy()
+cases, scores = {}, []
+for group in groups:
+    place, positives = records.classes.index(GROUPS[group][0]), truth.positions(group)
+    hits = positives[probabilities[positives, place] > thresholds[place]]
+    positions = (hits if len(hits) >= 3 else positives)[:records_per_class]
+    mask, counted = truth.regions(group, positions), truth.marked(positions)
+    signals = truth.records.millivolts(positions)
+    kept = {arm: attributed(arm, truth.records, positions[:records_few] if arm == "occlusion" else positions, place)
+            for arm in ARMS}  # fmt: skip
+    maps = localisation.baseline_maps(signals, rate) | {
+        "|departure from healthy|": np.abs(signals - bank.baseline(signals))}  # fmt: skip
+    maps |= {arm: relevance(found) for arm, found in kept.items() if arm != "occlusion"}
+    maps[chosen] = relevance(kept[best], sign, smoothing)
+    cases[group] = (place, positions, mask, counted, signals, maps, kept)
+    shares = localisation.chance_mass(mask, counted)
+    rows = localisation.measure_rows(maps, mask, counted, patients[positions], rate, draws=draws)
+    if "occlusion" in ARMS:
+        part = {"occlusion": relevance(kept["occlusion"]), "|input|": maps["|input|"][:records_few]}
+        extra = localisation.measure_rows(part, mask[:records_few], counted[:records_few],
+                                          patients[positions[:records_few]], rate, draws=draws)  # fmt: skip
+        rows += [row for row in extra if row["attribution"] == "occlusion"]
+    ceiling = (1 / shares).mean()
+    scores += [{"class": group, "records": len(positions), "ceiling": ceiling, **row} for row in rows]
+    too_few = "" if len(hits) >= 3 else ", too few: all stated ones"
+    print(f"{group}: {len(hits)} of {len(positives)} found{too_few}; region {np.mean(shares):.1%} of the record")
+scores = pd.DataFrame(scores)
+
+# %%
+enriched = scores[scores["measure"] == "enrichment"]
+wide = enriched.assign(text=[f"{row.value:.2f} ({row.low:.2f}-{row.high:.2f})" for row in enriched.itertuples()])
+wide = wide.pivot_table("text", "attribution", "class", aggfunc="first", sort=False)
+wide.style.set_caption(f"Mass over chance: {note}")
+
+# %%
+from ecglib.plots import plot_enrichment, save_figure
+
+known = enriched if enriched["value"].notna().any() else gate.query("measure == 'enrichment'").assign(ceiling=80.0)
+place_known = note if known is enriched else "SIMULATED patients, heights of waves"
+figure = plot_enrichment(known, f"Does the attribution point at the evidence? {place_known}")
+save_figure(figure, Path(results) / "figures" / "saliency_enrichment.svg")
+figure
+
+# %% [markdown]
+# All other measures of the chosen method: largest relevance within 50 ms of the region, the |S| most relevant samples
+# in a region of that size, the ROC area, the leads, and how few samples carry the relevance (Gini).
+
+# %%
+own = scores[scores["attribution"] == chosen].copy()
+own["text"] = [f"{row.value:.2f} ({row.low:.2f}-{row.high:.2f})" for row in own.itertuples()]
+own.pivot_table("text", "measure", "class", aggfunc="first", sort=False)
+
+# %% [markdown]
+# ## True negatives
+#
+# The same region must not score as high where the disease is absent, else the map shows where hearts beat and not what
+# is wrong with this one. Each true positive gets a true negative of nearest heart rate; the region is laid over its
+# waves as if it had the other's statements.
+
+# %%
+from ecglib.saliency import find_r_peaks
+
+rates = {}
+for other, signal in zip(test, truth.records.millivolts(test)):
+    peaks = find_r_peaks(np.nan_to_num(signal), rate)
+    rates[other] = 60 * rate / np.median(np.diff(peaks)) if len(peaks) > 2 else 70.0
+rows = []
+for group, (place, positions, mask, counted, signals, maps, kept) in cases.items():
+    stated = truth.stated(group)
+    quiet = [other for other in test if not stated[other] and not probabilities[other, place] > thresholds[place]]
+    here = min(len(quiet), len(positions))
+    if not here:
+        continue
+    others = localisation.matched_negatives(rates, positions[:here], np.array(quiet))
+    absent = truth.regions(group, others, like=positions[:here])
+    found = relevance(attributed(best, truth.records, others, place), sign, smoothing)
+    difference = (localisation.enrichment(maps[chosen], mask, counted)[:here]
+                  - localisation.enrichment(found, absent, truth.marked(others)))  # fmt: skip
+    gap = localisation.mean_interval(difference, patients[positions[:here]], draws)
+    rows.append({"class": group, "records": here, "attribution": chosen, **gap._asdict(), "chance": 0.0,
+                 "measure": "enrichment over true negatives", "passes": gap.low > 0})  # fmt: skip
+against = pd.DataFrame(rows)
+against[["class", "records", "value", "low", "high", "passes"]].round(2)
+
+# %% [markdown]
+# ## Deletion: does the network use what is called relevant?
+#
+# Patches of one lead and 20 samples are bridged by straight lines, the most relevant first or the least relevant first.
+# The area between the two probability curves is 0 for random relevance. Zeros would not do as a fill: 0 mV is what the
+# signal shows between beats anyway.
+
+# %%
+rows = []
+for group in bars:
+    place, positions, _, _, signals, maps, kept = cases[group]
+    few, who = signals[:records_few], patients[positions[:records_few]]
+    areas = {name: localisation.deletion_area(network, few, one[:records_few], place, rate, window)
+             for name, one in maps.items() if name in (*ARMS, "random", "|input|", chosen)}  # fmt: skip
+    if "occlusion" in kept:
+        areas["occlusion"] = localisation.deletion_area(network, few, relevance(kept["occlusion"]), place, rate, window)
+    for name, area in areas.items():
+        over = localisation.mean_interval(area - areas["random"], who, draws)
+        rows.append({"class": group, "records": len(few), "attribution": name, "measure": "deletion area over random",
+                     **over._asdict(), "chance": 0.0,
+                     "passes": over.low > 0 if name != "random" else None})  # fmt: skip
+deleted = pd.DataFrame(rows)
+deleted.pivot_table("value", "attribution", "class", sort=False).style.format(precision=3)
+
+# %% [markdown]
+# ## Randomisation: does it depend on what was learned?
+#
+# The head's weights are drawn anew, then the last layer's too, and so on down to the input. A map that stays as it was
+# shows the signal, not the network. Integrated gradients carry the factor $x - b$, which no randomisation changes: |a|
+# stays small where nothing happens. The sign is then the fairer question, and both are shown.
+
+# %%
+from ecglib.plots import plot_randomisation
+
+rows, group = [], bars[0]
+place, positions, *_, kept = cases[group]
+for arm in [arm for arm in ARMS if arm != "occlusion"]:
+    first = attributed(arm, truth.records, positions[:records_few], place, stride=window)
+    for layer, copy in localisation.randomised_cascade(network):
+        again = attributed(arm, truth.records, positions[:records_few], place, copy, stride=window)
+        for signed in (False, True):
+            value = localisation.mean_interval(localisation.rank_correlation(first, again, signed),
+                                               patients[positions[:records_few]], draws)  # fmt: skip
+            rows.append({"layer": layer, "attribution": arm, "signed": signed, **value._asdict()})
+randomised = pd.DataFrame(rows)
+figure = plot_randomisation(randomised, f"Randomised weights, {group}: {note}")
+save_figure(figure, Path(results) / "figures" / "saliency_randomisation.svg")
+figure
+
+# %% [markdown]
+# ## Agreement: the same labels' share, other seeds
+#
+# Networks of equal score from other label subsets and starts: do they point at the same places? The chosen method on
+# the same records, at the share of the labels for which notebook 09 has several seeds. Published: 0.41 to 0.65.
+
+# %%
+fraction = min((run.spec.fraction for run in trained), key=lambda value: abs(value - compared_fraction))
+arms = {}
+for run in trained:
+    if run.spec.fraction == fraction and run.spec.settings["encoder"] == encoder:
+        arms.setdefault(run.spec.method, []).append(run)
+maps_of, rows = {}, []
+for method, members in arms.items():
+    for run in sorted(members, key=lambda run: run.spec.seed):
+        other, own_window = trained_classifier(run, records, results)
+        for group in bars:
+            positions = truth.positions(group)[:records_few]
+            maps_of[method, run.spec.seed, group] = attributed(best, truth.records, positions, cases[group][0], other,
+                                                               own_window, stride=own_window)  # fmt: skip
+for method, group in [(method, group) for method in arms for group in bars]:
+    several = [found for key, found in maps_of.items() if (key[0], key[2]) == (method, group)]
+    who = patients[truth.positions(group)[:records_few]]
+    if len(several) > 1:
+        agreed = localisation.mean_interval(localisation.agreement(several), who, draws)
+        rows.append({"method": method, "class": group, "seeds": len(several), "records": len(who),
+                     "measure": "agreement of seeds", **agreed._asdict(), "chance": 0.0})  # fmt: skip
+agreed = pd.DataFrame(rows)
+agreed.pivot_table("value", "method", "class", sort=False).style.format(precision=2) if len(agreed) else "one seed only"
+
+# %% [markdown]
+# ## Self-supervised against supervised, at matched AUROC
+#
+# Better classifiers localise better, so a gain in enrichment may be a gain in AUROC only. Each pretrained run is paired
+# with the supervised run of nearest macro AUROC on fold 9; difference of enrichment record by record, mean over pairs,
+# patients resampled. The hypothesis is that it is 0. The AUROC that is left unmatched stands beside it.
+
+# %%
+auroc = {(run.spec.method, run.spec.seed): next(row["value"] for row in run.rows() if row["split"] == "validation"
+         and row["metric"] == "macro_auroc") for members in arms.values() for run in members}  # fmt: skip
+controls, rows = [run.spec.seed for run in arms["supervised"]], []
+for method, group in [(method, group) for method in arms if method != "supervised" for group in bars]:
+    positions, pairs, gaps = truth.positions(group)[:records_few], [], []
+    mask, counted = truth.regions(group, positions), truth.marked(positions)
+    for run in arms[method]:
+        nearest = min(controls, key=lambda seed: abs(auroc["supervised", seed] - auroc[method, run.spec.seed]))
+        two = [localisation.enrichment(relevance(maps_of[key], sign, smoothing), mask, counted)
+               for key in ((method, run.spec.seed, group), ("supervised", nearest, group))]  # fmt: skip
+        pairs.append(two[0] - two[1])
+        gaps.append(auroc[method, run.spec.seed] - auroc["supervised", nearest])
+    gain = localisation.mean_interval(np.mean(pairs, axis=0), patients[positions], draws)
+    rows.append({"method": method, "class": group, "seeds": len(pairs), "records": len(positions), **gain._asdict(),
+                 "measure": "enrichment over supervised", "chance": 0.0, "auroc_left": np.mean(gaps),
+                 "passes": gain.low > 0})  # fmt: skip
+matched = pd.DataFrame(rows)
+matched[["method", "class", "seeds", "value", "low", "high", "auroc_left"]].round(3)
+
+# %% [markdown]
+# ## Attention is one method among the others
+#
+# Attention rollout says what a transformer mixes, from the very network that was scored (notebook 13's last stage). It
+# knows no classes and no leads, so it is scored like everything else.
+
+# %%
+from ecglib.runs import listed_runs
+
+rows = []
+if (Path(results) / "run_lists" / "self_evolving.json").exists():
+    stages = listed_runs("self_evolving", results, records, "13_self_evolving")
+    last = max((run for run in stages if run.spec.method == "distl"),
+               key=lambda run: (run.spec.settings["stage"], -run.spec.seed))  # fmt: skip
+    transformer, own_window = trained_classifier(last, records, results)
+    for group in bars if "attention_rollout" in fitting_methods(transformer) else []:
+        place, positions, mask, counted, signals, *_ = cases[group]
+        maps = {f"{method} ({last.spec.settings['encoder']})": relevance(
+            attributed(method, truth.records, positions, place, transformer, own_window))
+            for method in ("gradient", "attention_rollout")}  # fmt: skip
+        found = localisation.measure_rows(maps, mask, counted, patients[positions], rate, draws=draws)
+        rows += [{"class": group, "records": len(positions), "method": "distl", **row} for row in found]
+rolled = pd.DataFrame(rows)
+shown = rolled[rolled["measure"] == "enrichment"] if rows else rolled
+shown.reindex(columns=["class", "attribution", "value", "low", "high"]).round(2)
+
+# %% [markdown]
+# ## Only now, pictures
+#
+# The first true positive, false positive and false negative of the first class, in the records' order: no one has
+# picked them. The shade is the chosen relevance of the network that was scored.
+
+# %%
+from ecglib.plots import plot_attributed_ecgs
+
+group = bars[0]
+place, stated = cases[group][0], truth.stated(group)
+said, has = probabilities[:, place] > thresholds[place], np.array([bool(codes) for codes in stated])
+wanted = {"true positive": said & has, "false positive": said & ~has, "false negative": ~said & has}
+if truth.records.classes == records.classes:  # a false positive has no statement of the whole class
+    wanted["false positive"] &= truth.records.targets[:, place] == 0
+examples = []
+for kind, these in wanted.items():
+    found = [position for position in test if these[position]][:1]
+    if found:
+        shade = relevance(attributed(best, truth.records, np.array(found), place), sign, smoothing)[0]
+        record = truth.records.table["record_id"].iloc[found[0]]
+        text = f"{kind} for {GROUPS[group][0]}: record {record}, probability {probabilities[found[0], place]:.2f}"
+        examples.append((text, truth.records.millivolts(found)[0], shade))
+figure = plot_attributed_ecgs(examples, rate, f"{note}; relevance {chosen}", seconds=5.0)
+save_figure(figure, Path(results) / "figures" / "saliency_examples.svg")
+figure
+
+# %% [markdown]
+# ## Exercise
+#
+# How much of a map lies where the evidence is, compared with chance? Write `mass_over_chance`: the share of the
+# relevance inside the region, divided by the region's own share of the record, for each record.
+
+# %% tags=["solution"]
+def mass_over_chance(relevance: np.ndarray, region: np.ndarray) -> np.ndarray:
+    """One number a record, `(records,)`; relevance (0 or more) and region (boolean) are `(records, leads, time)`."""
+    inside = (relevance * region).sum(axis=(1, 2)) / relevance.sum(axis=(1, 2))
+    return inside / region.mean(axis=(1, 2))
+
+
+# %% tags=["check"]
+from ecglib.exercises import numbers
+
+painted = np.zeros((3, 2, 50), bool)
+painted[:, 0, 10:20] = True  # a tenth of a record
+painted[0, 1] = True  # in the first record six tenths
+drawn = np.stack([np.ones((2, 50)), 1.0 * painted[1], 1.0 - painted[2]])
+three = numbers(mass_over_chance(drawn, painted), (3,))
+assert np.allclose(three, [1, 10, 0]), "even relevance is 1, all of it inside a tenth of the record 10, none inside 0"
+louder = numbers(mass_over_chance(drawn * [[[1]], [[5]], [[0.2]]], painted), (3,))
+assert np.allclose(louder, three), "how large the numbers of a map are must not count, nor what other records have"
+print("right")
+
+# %% [markdown]
+# On the first class, paired: does |a| of integrated gradients from a flat line lie there more than the signal's own
+# size?
+
+# %%
+group = bars[0]
+_, positions, mask, counted, _, maps, _ = cases[group]
+two = [localisation.enrichment(maps[name], mask, counted) for name in ("integrated gradients", "|input|")]
+localisation.mean_interval(two[0] - two[1], patients[positions], draws)
+
+# %% [markdown]
+# ## What was seen
+
+# %%
+from ecglib.files import atomic_file
+
+about = {"truth": truth.name, "method": "supervised", "fraction": most, "seeds": 1}
+full = randomised[randomised["layer"] == randomised["layer"].iloc[-1]]
+parts = [gate.assign(truth="simulated heights", method="regressor"), scores.assign(**about), against.assign(**about),
+         deleted.assign(**about), agreed.assign(truth=truth.name, fraction=fraction),
+         matched.assign(truth=truth.name, fraction=fraction, attribution=chosen), rolled.assign(truth=truth.name),
+         full.assign(**about, measure=np.where(full["signed"], "randomised, signed", "randomised"), chance=0.0,
+                     passes=full["value"].abs() < 0.1, **{"class": bars[0]})]  # fmt: skip
+columns = ["truth", "method", "fraction", "seeds", "class", "records", "attribution", "measure", "value", "low", "high",
+           "chance", "passes", "ceiling", "r2", "auroc_left"]  # fmt: skip
+table = pd.concat([part.reindex(columns=columns).astype(object) for part in parts if len(part)], ignore_index=True)
+with atomic_file(Path(results) / "tables" / "saliency.csv") as path:
+    table.to_csv(path, index=False)
+
+
+def bar(sentence, met):
+    """One bar of the study with its verdict."""
+    print(f"{'met' if met else 'FAILING'}: {sentence}")
+
+
+simulated = bool(truth.records.about.get("simulated"))
+judged = bars if simulated else [group for group in bars if group == "bundle branch block" and known is enriched]
+for group in judged:
+    mine = scores[(scores["class"] == group) & (scores["attribution"] == chosen)].set_index("measure")
+    value, plain, over = (mine.loc[name] for name in ("enrichment", "mass over chance", "enrichment over |input|"))
+    goal = 3.0 if simulated else 1.5
+    bar(f"{group}: {value['value']:.2f} times chance ({value['low']:.2f} to {value['high']:.2f}), goal {goal:g}, "
+        f"at most {mine['ceiling'].iloc[0]:.1f}; all records together {plain['value']:.2f}",
+        value["value"] >= goal)  # fmt: skip
+    bar(f"{group}: {over['value']:+.2f} over |input| ({over['low']:+.2f} to {over['high']:+.2f})", over["low"] > 0)
+    _, positions, mask, counted, _, maps, _ = cases[group]
+    two = [localisation.enrichment(maps[name], mask, counted) for name in (chosen, "R peaks")]
+    peaks = localisation.mean_interval(two[0] - two[1], patients[positions], draws)
+    bar(f"{group}: {peaks.value:+.2f} over R peaks ({peaks.low:+.2f} to {peaks.high:+.2f})", peaks.low > 0)
+for row in full.itertuples():
+    bar(f"randomised, {row.attribution}, {'a' if row.signed else '|a|'}: rank correlation {row.value:.2f}, goal "
+        "below 0.1", abs(row.value) < 0.1)  # fmt: skip
+better = matched[matched["passes"].astype(bool)]
+print(f"Pretrained over supervised at matched AUROC: {len(better)} of {len(matched)} intervals above 0")
+
+# %% [markdown]
+# Written: `tables/saliency.csv`, `figures/saliency_enrichment.svg`, `figures/saliency_randomisation.svg`,
+# `figures/saliency_examples.svg`.
