@@ -19,7 +19,8 @@ PARTS = {
     "semi_supervised_gains": "12_semi_supervised", "adaptation_cost": "12_semi_supervised",
     "self_evolving_summary": "13_self_evolving", "self_evolving_gains": "13_self_evolving",
     "labels_needed": "14_label_efficiency", "robustness": "15_snr_robustness",
-    "robustness_threshold": "15_snr_robustness", "saliency": "16_saliency",
+    "robustness_threshold": "15_snr_robustness", "robustness_differences": "15_snr_robustness",
+    "saliency": "16_saliency",
 }  # fmt: skip
 NEAR = 0.1  # of the labels, the share at which all parts of the study meet
 COLUMNS = ["system", "claim", "labels", "published", "source", "here", "low", "high", "origin", "verdict"]
@@ -82,6 +83,8 @@ def systems(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def findings(tables: Mapping[str, pd.DataFrame], published: str | Path, origin: str) -> pd.DataFrame:
     """A row a claim: the gain that papers print, NaN where none is known, and the gain here with its paired interval.
 
+    Gains are in macro AUROC; where a claim is about relevance, in multiples of chance.
+
     `labels` is the share of the labels here, `origin` says what the figures here are: simulated, or measured. The
     papers' data, classes and sizes are others: a sign can agree or not, a size cannot be compared.
     """
@@ -91,6 +94,8 @@ def findings(tables: Mapping[str, pd.DataFrame], published: str | Path, origin: 
         *_semi_supervised(tables["semi_supervised_gains"], pd.read_csv(folder / "ce-ssl.csv")),
         *_self_evolving(tables["self_evolving_gains"], pd.read_csv(folder / "distl-echoclr-dvme.csv")),
         *_fusion(tables["fusion_gains"]),
+        *_robustness(tables["robustness_differences"]),
+        *_saliency(tables["saliency"]),
     ]
     return pd.DataFrame(rows).assign(origin=origin)[COLUMNS]
 
@@ -173,6 +178,30 @@ def _fusion(gains: pd.DataFrame) -> list[dict]:
     frozen = looked_at(gains)
     frozen = frozen[(frozen["protocol"] == "frozen") & frozen["over"].isin(names)]
     return [_row("dvme", f"above {names[row['over']]}", row) for row in frozen.to_dict("records")]
+
+
+def _robustness(differences: pd.DataFrame) -> list[dict]:
+    """Pretrained encoders against supervised ones: how much less macro AUROC noise costs them, all methods together."""
+    pooled = differences[(differences["method"] == "all") & differences["family"].isin(["in the family", "outside"])]
+    words = {"in the family": "like the augmentation's", "outside": "of other kinds"}
+    rows = []
+    for row in pooled.to_dict("records"):
+        ours = {"fraction": np.nan, "gain": -row["difference"], "low": -row["high"], "high": -row["low"]}
+        claim = f"{row['protocol']}, loses less than training from scratch under noise {words[row['family']]}"
+        rows.append(_row("pretraining", claim, ours))
+    return rows
+
+
+def _saliency(table: pd.DataFrame) -> list[dict]:
+    """Where the relevance lies, in multiples of chance: over the signal's own size, and over supervised networks."""
+    measures = {"enrichment over |input|": "relevance in the evidence, above |input|",
+                "enrichment over supervised": "relevance in the evidence, above supervised at equal AUROC"}  # fmt: skip
+    chosen = table["attribution"].astype(str).str.startswith("chosen") & table["value"].notna()
+    rows = []
+    for row in table[chosen & table["measure"].isin(measures)].to_dict("records"):
+        ours = {"fraction": row["fraction"], "gain": row["value"], "low": row["low"], "high": row["high"]}
+        rows.append(_row(row["method"], f"{measures[row['measure']]}: {row['class']}", ours))
+    return rows
 
 
 def shown_findings(rows: pd.DataFrame) -> pd.DataFrame:

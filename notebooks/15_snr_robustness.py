@@ -237,6 +237,8 @@ family = taught_kinds([run for run in arms if run.spec.value("protocol") in ("fr
 outside = [kind for kind in kinds if kind not in (*family, "lead_loss")]
 families = {"in the family": family, "outside": outside} | {kind: [kind] for kind in kinds}
 differences = loss_differences(scores, families)
+with atomic_file(Path(results) / "tables" / "robustness_differences.csv") as path:
+    differences.to_csv(path, index=False)
 print(f"In the family: {', '.join(family) or 'none'}; outside: {', '.join(outside)}")
 cells = [f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in differences.itertuples()]
 cells = differences.assign(cell=cells).pivot(index=["protocol", "method", "encoder"], columns="family", values="cell")
@@ -294,5 +296,6 @@ for kind, rows in thresholds.assign(name=names).groupby("kind", sort=False):
 print("\n".join(answers))
 
 # %% [markdown]
-# Written: `tables/robustness.csv`, `tables/robustness_threshold.csv`, `figures/robustness.svg`,
+# Written: `tables/robustness.csv`, `tables/robustness_threshold.csv`, `tables/robustness_differences.csv`,
+# `figures/robustness.svg`,
 # `figures/noise_kinds.svg`.
