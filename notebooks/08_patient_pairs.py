@@ -15,7 +15,7 @@ results = "../results/laptop"  # where notebook 00 left the records, and where r
 fractions = [0.01, 0.1, 1.0]  # shares of the training labels, for the probes at the end
 probe_seeds = 5  # label subsets of each probe
 encoder = "xresnet1d_narrow"  # or xresnet1d50, the paper's
-steps = 250  # the same for every objective
+steps = 150  # the same for every objective
 batch_size = 128  # pairs
 crop_seconds = 2.5  # at most half a record: most pairs are two pieces of one
 learning_rate = 0.003
@@ -28,7 +28,7 @@ transforms = {  # the same views for every objective, see notebook 01
     "time_out": {"low": 0.0, "high": 0.4},
 }
 options = {"temperature": 0.2, "order_weight": 0.1, "segments": 4}  # the method's own settings
-probe_steps = 100  # of each network that looks for a shortcut
+probe_steps = 60  # of each network that looks for a shortcut
 
 # %%
 from pathlib import Path

@@ -18,7 +18,7 @@ backbone = "conv_transformer_small"  # that of notebook 11
 start = "simulated"  # the backbone that all methods start from
 methods = ["ce_ssl", "ce_ssl_without_deactivation", "ce_ssl_without_allocation", "ce_ssl_without_norm", "supervised",
            "fixmatch", "mixed_teacher"]  # ce_ssl, supervised and fixmatch are always needed
-steps = 75  # the same for every method
+steps = 60  # the same for every method
 batch_size = 32  # labelled records a step
 ratio = 1  # unlabelled records for each labelled one
 crop_seconds = 2.5
