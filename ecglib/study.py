@@ -181,12 +181,13 @@ def size_and_time(path: Path) -> tuple[int, int]:
 
 
 def in_turns(steps: Sequence[Step], groups: Sequence[Sequence[str]]) -> list[list[Step]]:
-    """The steps in the order in which they run; those of a group together, when its first one is reached."""
-    turns: dict[str, list[Step]] = {}
+    """The steps in the order in which they run; those of a group together, in its order, once its first is reached."""
+    by_name, turns = {step.name: step for step in steps}, []
     for step in steps:
-        place = next((position for position, group in enumerate(groups) if step.name in group), step.name)
-        turns.setdefault(str(place), []).append(step)
-    return list(turns.values())
+        group = next((group for group in groups if step.name in group), [step.name])
+        members = [by_name.pop(name) for name in group if name in by_name]
+        turns += [members] if members else []
+    return turns
 
 
 def run_turn(turn: Sequence[Step], results: Path, titles: Mapping[str, str], lock: int | None = None) -> None:
