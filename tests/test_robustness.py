@@ -237,7 +237,7 @@ def test_kinds_that_the_augmentation_has_shown(folder, arms):
 
 
 def test_figures_show_what_the_tables_say(scores):
-    table = robustness_table(scores)
+    table, open_before = robustness_table(scores), plt.get_fignums()
     figure = plot_robustness(table, "A title")
     panels = [axes for axes in figure.axes if axes.get_title()]
     assert [axes.get_title() for axes in panels] == ["white noise", "lost leads"]
@@ -251,4 +251,4 @@ def test_figures_show_what_the_tables_say(scores):
     louder[7] += 1.0
     figure = plot_noise_kinds(clean, {"white": louder, "lead_loss": louder}, 100.0)
     assert figure.axes[0].get_title(loc="left") == "white noise, lead V2" and len(figure.axes) == 4
-    assert not plt.get_fignums()
+    assert plt.get_fignums() == open_before
