@@ -287,7 +287,7 @@ def alone(results: Path) -> Iterator[int]:
 
 def run_tests(arguments: list[str]) -> int:
     """The tests, with pytest's own arguments; returns its exit code."""
-    say("Running the tests: about 5 minutes on 2 CPU cores, and 4 more for notebooks that `smoke` has not yet run.")
+    say("Running the tests: about 8 minutes on 2 CPU cores, and 5 more for notebooks that `smoke` has not yet run.")
     python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     environment = os.environ | {"PYTHONPATH": python_path}
     return subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, env=environment).returncode
