@@ -75,7 +75,8 @@ WRONG = {
                                "gain = gain.to_numpy()", "arm = arm[0]", "arm = ('random', arm[1])",
                                "gain = means.loc['frozen', 'validation', *arm] - means.loc['supervised', "
                                "'validation', 'supervised', arm[1]]"],
-    "10_fusion": ["trusted = by_class.loc['validation'].idxmin()", "single = by_class.loc['validation'].mean(axis=1).idxmin()",
+    "10_fusion": ["trusted = by_class.loc['validation'].idxmin()",
+                  "single = by_class.loc['validation'].mean(axis=1).idxmin()",
                   "gain = -gain - 0.01", "gain = 100 * gain + 1", "trusted = trusted.to_numpy()",
                   "looked = by_class.loc['validation']\ngain = looked.max().mean() - looked.loc[single].mean() + 1e-6"],
     "11_low_rank_adaptation": ["larger = larger - 1", "larger = larger + 1", "anything = anything + 1",
