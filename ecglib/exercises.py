@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from ecglib.errors import DataError
-from ecglib.files import atomic_file
 
 FOLDER = "exercises"
 TODO = "your code here"
@@ -358,15 +357,7 @@ def introduction(exercise: Exercise) -> str:
 
 def write_exercises(folder: str | Path, check: bool = False) -> list[Path]:
     """Write each exercise of the lessons of `folder` that differs, and return these; with `check` only return them."""
-    import nbformat
+    from ecglib.notebooks import write_changed
 
-    differing = []
-    for source in lessons_with_exercise(folder):
-        path = Path(folder, FOLDER, f"{source.stem}.ipynb")
-        text = nbformat.writes(exercise_notebook(read_exercise(source))) + "\n"
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            differing.append(path)
-            if not check:
-                with atomic_file(path) as temporary:
-                    temporary.write_text(text, encoding="utf-8")
-    return differing
+    return write_changed({Path(folder, FOLDER, f"{source.stem}.ipynb"): exercise_notebook(read_exercise(source))
+                          for source in lessons_with_exercise(folder)}, check)  # fmt: skip

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,14 +58,19 @@ def read_notebook(source: str | Path) -> NotebookNode:
 
 def write_pairs(folder: str | Path, check: bool = False) -> list[Path]:
     """Write each `NN_name.ipynb` that differs from its source and return these; with `check` only return them."""
+    sources = notebook_sources(folder)
+    return write_changed({source.with_suffix(".ipynb"): read_notebook(source) for source in sources}, check)
+
+
+def write_changed(notebooks: Mapping[Path, NotebookNode], check: bool = False) -> list[Path]:
+    """Write each notebook whose file differs from it and return these files; with `check` only return them."""
     differing = []
-    for source in notebook_sources(folder):
-        pair = source.with_suffix(".ipynb")
-        text = nbformat.writes(read_notebook(source)) + "\n"
-        if not pair.exists() or pair.read_text(encoding="utf-8") != text:
-            differing.append(pair)
+    for path, notebook in notebooks.items():
+        text = nbformat.writes(notebook) + "\n"
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            differing.append(path)
             if not check:
-                with atomic_file(pair) as temporary:
+                with atomic_file(path) as temporary:
                     temporary.write_text(text, encoding="utf-8")
     return differing
 

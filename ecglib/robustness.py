@@ -24,7 +24,7 @@ from ecglib.labels import split_indices, split_truth
 from ecglib.noise import KINDS, FlatLeadWarning, prepare_noise, record_generator
 from ecglib.probe import unit_length
 from ecglib.records import MISSING, Records
-from ecglib.runs import RESULT, Result, Run, RunSpec, listed_runs, open_run, run_grid
+from ecglib.runs import RESULT, Result, Run, RunSpec, find_run, listed_runs, run_grid
 from ecglib.train import autocast
 from ecglib.trained import ProbedEncoder, trained_classifier
 
@@ -346,8 +346,8 @@ def taught_kinds(runs: Sequence[Run], results: str | Path) -> tuple[str, ...]:
     for run in runs:
         names |= set(run.spec.settings.get("transforms", {}))
         if "pretraining" in run.spec.settings:
-            found = sorted((Path(results) / "runs").glob(f"[!.]*-{run.spec.settings['pretraining']}"))
-            names |= {name for folder in found for name in open_run(folder).spec.settings.get("transforms", {})}
+            pretrained = find_run(run.spec.settings["pretraining"], results)
+            names |= set(pretrained.spec.settings.get("transforms", {})) if pretrained else set()
     return tuple(kind for kind in KINDS if kind in {TAUGHT[name] for name in names if name in TAUGHT})
 
 

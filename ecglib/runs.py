@@ -110,6 +110,12 @@ def open_run(folder: str | Path) -> Run:
     return Run(RunSpec(**about["spec"]), Path(folder), about)
 
 
+def find_run(key: str, results: str | Path) -> Run | None:
+    """The finished run of that key below `results`, None where there is none."""
+    found = sorted((Path(results) / "runs").glob(f"[!.]*-{key}"))
+    return open_run(found[0]) if found else None
+
+
 def run_or_load(spec: RunSpec, function: Callable[[RunSpec, Path], Result], folder: str | Path) -> Run:
     """The run of `spec`: opened if it is below `folder`, else computed by `function(spec, workspace)` and kept.
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from ecglib.batches import to_millivolts
 from ecglib.encoders.conv_transformer import ConvBlock
@@ -270,14 +271,10 @@ def attention_rollout(model: nn.Module, signals: Tensor, class_index: int) -> Te
     """
     maps: list[Tensor] = []
     blocks = _of_type(model, TransformerBlock)
-    hooks = [block.register_forward_pre_hook(lambda block, inputs: maps.append(block.attention(inputs[0])))
-             for block in blocks]  # fmt: skip
-    try:
-        with torch.no_grad():
-            model(signals)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    _answer_watched(model, signals, [
+        block.register_forward_pre_hook(lambda block, inputs: maps.append(block.attention(inputs[0])))
+        for block in blocks
+    ])  # fmt: skip
     rolled = torch.eye(maps[0].shape[2], device=signals.device)
     for attention in maps:
         mean = attention.float().mean(dim=1)
@@ -327,16 +324,22 @@ def _class_activation(model: nn.Module, signals: Tensor, class_index: int, coars
 def _cam_layer(model: nn.Module, signals: Tensor, coarsest: int) -> nn.Module:
     """The last convolutional stage whose output has a step for each `coarsest` samples or fewer, else the first."""
     stages, lengths = _convolutional_stages(model), {}
-    hooks = [stage.register_forward_hook(lambda stage, _, output: lengths.update({stage: output.shape[-1]}))
-             for stage in stages]  # fmt: skip
+    _answer_watched(model, signals, [
+        stage.register_forward_hook(lambda stage, _, output: lengths.update({stage: output.shape[-1]}))
+        for stage in stages
+    ])  # fmt: skip
+    fine = [stage for stage in stages if lengths.get(stage, 0) * coarsest >= signals.shape[2]]
+    return fine[-1] if fine else stages[0]
+
+
+def _answer_watched(model: nn.Module, signals: Tensor, hooks: Sequence[RemovableHandle]) -> None:
+    """Let the network answer once for its `hooks`, and remove these."""
     try:
         with torch.no_grad():
             model(signals)
     finally:
         for hook in hooks:
             hook.remove()
-    fine = [stage for stage in stages if lengths.get(stage, 0) * coarsest >= signals.shape[2]]
-    return fine[-1] if fine else stages[0]
 
 
 def _convolutional_stages(model: nn.Module) -> list[nn.Module]:

@@ -10,7 +10,7 @@ from ecglib.errors import DataError
 from ecglib.labels import split_indices
 from ecglib.probe import chosen_probes, feature_scale, standardise, unit_length
 from ecglib.records import Records
-from ecglib.runs import MODEL, Run, open_run
+from ecglib.runs import MODEL, Run, find_run
 from ecglib.semisup.methods import make_network
 from ecglib.supervised import new_classifier
 from ecglib.train import load_state
@@ -71,12 +71,11 @@ def trained_classifier(run: Run, records: Records, results: str | Path) -> tuple
 def _probed(run: Run, records: Records, results: str | Path) -> tuple[nn.Module, float]:
     """Encoder and probe of a frozen run. The probe is fitted again, which takes less than keeping it would."""
     key = run.spec.settings["pretraining"]
-    found = sorted((Path(results) / "runs").glob(f"[!.]*-{key}"))
-    if not found:
+    pretrained = find_run(key, results)
+    if pretrained is None:
         raise DataError(
             f"{run.folder.name}: its pretraining {key} is gone; run the notebook of {run.spec.method} again."
         )
-    pretrained = open_run(found[0])
     encoder = make_encoder(pretrained.spec.settings["encoder"])
     load_state(encoder, pretrained.weights(), pretrained.folder / MODEL)
     features = torch.from_numpy(pretrained.predictions()["features"]).double()
