@@ -195,6 +195,7 @@ def _robustness(differences: pd.DataFrame) -> list[dict]:
 def _saliency(table: pd.DataFrame) -> list[dict]:
     """Where the relevance lies, in multiples of chance: over the signal's own size, and over supervised networks."""
     measures = {"enrichment over |input|": "relevance in the evidence, above |input|",
+                "enrichment over |input|²": "relevance in the evidence, above |input|²",
                 "enrichment over supervised": "relevance in the evidence, above supervised at equal AUROC"}  # fmt: skip
     chosen = table["attribution"].astype(str).str.startswith("chosen") & table["value"].notna()
     rows = []

@@ -356,28 +356,34 @@ class FusedClassifier(nn.Module):
             self.register_buffer(f"mean{place}", mean.float())
             self.register_buffer(f"deviation{place}", deviation.float())
 
-    def forward(self, signals: Tensor) -> Tensor:
-        parts = [unit_length((encoder(signals).float() - self.get_buffer(f"mean{place}"))
-                             / self.get_buffer(f"deviation{place}"))
-                 for place, encoder in enumerate(self.encoders)]  # fmt: skip
+    def features(self, signals: Tensor) -> Tensor:
+        """What the encoders say of signals `(n, leads, time)`, side by side, `(n, d)`."""
+        return torch.cat([encoder(signals).float() for encoder in self.encoders], dim=1)
+
+    def answer(self, features: Tensor) -> Tensor:
+        """Logits `(n, classes)` of such features."""
+        parts = [unit_length((part - self.get_buffer(f"mean{place}")) / self.get_buffer(f"deviation{place}"))
+                 for place, part in enumerate(features.split(self.network.sizes, dim=1))]  # fmt: skip
         keep = None
         if self.training:
-            keep = draw_tokens(len(signals), len(parts), self.token_dropout, device=signals.device)
+            keep = draw_tokens(len(features), len(parts), self.token_dropout, device=features.device)
         return self.network(torch.cat(parts, dim=1)[None], keep)[0]
 
+    def forward(self, signals: Tensor) -> Tensor:
+        return self.answer(self.features(signals))
 
-def start_fused(data: FusionData, frozen: Run, names: Sequence[str]) -> FusedClassifier:
-    """The network of the run `frozen` on encoders that can be trained on.
+
+def fused_classifier(frozen: Run, members: Sequence[Run], records: Records) -> FusedClassifier:
+    """The network of the run `frozen` on the encoders of its `members`, which can be trained on.
 
     It answers for a window what the frozen fusion would answer for the window's features; the frozen run itself fuses
     the mean features of a record's windows.
     """
-    cell, settings = (frozen.spec.fraction, frozen.spec.seed), frozen.spec.settings
-    runs = [run_of(data.members[name], cell) for name in names]
-    raw = [torch.from_numpy(run.predictions()["features"][data.split["train"]]).double() for run in runs]
-    network = make_stack("dvme", [each.shape[1] for each in raw], len(data.records.classes), settings, [0])
+    train, settings = split_indices(records)["train"], frozen.spec.settings
+    raw = [torch.from_numpy(run.predictions()["features"][train]).double() for run in members]
+    network = make_stack("dvme", [each.shape[1] for each in raw], len(records.classes), settings, [0])
     load_state(network, frozen.weights(), frozen.folder / MODEL)
-    return FusedClassifier([member_encoder(run) for run in runs], network, raw, settings["token_dropout"])
+    return FusedClassifier([member_encoder(run) for run in members], network, raw, settings["token_dropout"])
 
 
 def finetuned_fusion_run(data: FusionData, frozen: Sequence[Run], device: str = "cpu",
@@ -390,7 +396,8 @@ def finetuned_fusion_run(data: FusionData, frozen: Sequence[Run], device: str = 
 
     def run(spec: RunSpec, workspace: Path) -> Result:
         start, settings = starts[spec.fraction, spec.seed], spec.settings
-        classifier = start_fused(data, start, settings["members"].split("+"))
+        members = [run_of(data.members[name], (spec.fraction, spec.seed)) for name in settings["members"].split("+")]
+        classifier = fused_classifier(start, members, data.records)
         groups = parameter_groups(classifier.encoders, settings["weight_decay"])
         groups = [{**group, "learning_rate_factor": settings["encoder_factor"]} for group in groups]
         groups.append({"params": list(classifier.network.parameters()), "weight_decay": 0.0})

@@ -331,11 +331,12 @@ def passes(name: str, low: float, chance: float) -> object:
 
 
 def measure_rows(relevances: Mapping[str, np.ndarray], mask: np.ndarray, counted: np.ndarray, patients: Sequence,
-                 sampling_rate: float, over: str = "|input|", draws: int = 1000) -> list[dict]:  # fmt: skip
+                 sampling_rate: float, over: Sequence[str] = ("|input|", "|input|²"), draws: int = 1000,
+                 ) -> list[dict]:  # fmt: skip
     """Rows attribution, measure, value, low, high, chance, passes of several attributions to the same records.
 
     Beside the measures of `measure` there are the mass of all records together over their chance ("mass over chance")
-    and, paired, how much more the enrichment is than that of the attribution `over`, where it is among them.
+    and, paired, how much more the enrichment is than that of each attribution of `over` that is among them.
     """
     found = {name: measure(relevance, mask, counted, sampling_rate) for name, relevance in relevances.items()}
     chance, share = chances(mask, counted, sampling_rate), chance_mass(mask, counted)
@@ -343,22 +344,25 @@ def measure_rows(relevances: Mapping[str, np.ndarray], mask: np.ndarray, counted
     rows = []
     for name, values in found.items():
         extra = {"mass over chance": values["mass"] / (share or np.nan)}
-        if over in found and name != over:
-            extra[f"enrichment over {over}"] = values["enrichment"] - found[over]["enrichment"]
+        extra |= {f"enrichment over {other}": values["enrichment"] - found[other]["enrichment"]
+                  for other in over if other in found and other != name}  # fmt: skip
         for which, each in (values | extra).items():
             interval = mean_interval(each, patients, draws)
             level = chance.get(which, 1.0 if which in extra and "over chance" in which else 0.0)
-            passed = interval.low > 0 if which.endswith(over) else passes(which, interval.low, level)
+            passed = interval.low > 0 if which.startswith("enrichment over") else passes(which, interval.low, level)
             rows.append({"attribution": name, "measure": which, **interval._asdict(), "chance": level,
                          "passes": passed})  # fmt: skip
     return rows
 
 
 def baseline_maps(millivolts: np.ndarray, sampling_rate: float, seed: int = 0) -> dict[str, np.ndarray]:
-    """What a method must beat, each float32 `(n, 12, time)`: random numbers, |input|, and 50 ms about the R peaks."""
+    """What a method must beat, each float32 `(n, 12, time)`.
+
+    Random numbers, |input| and its square (against which squared relevance is fair), and 50 ms about the R peaks.
+    """
     filled = np.nan_to_num(millivolts).astype(np.float32)
     generator = np.random.default_rng(seed)
-    return {"random": generator.random(filled.shape, np.float32), "|input|": np.abs(filled),
+    return {"random": generator.random(filled.shape, np.float32), "|input|": np.abs(filled), "|input|²": filled**2,
             "R peaks": np.stack([_heat(signal, sampling_rate) for signal in filled])}  # fmt: skip
 
 

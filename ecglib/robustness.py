@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ecglib.batches import to_millivolts
 from ecglib.errors import DataError
 from ecglib.evaluate import draw_weights, rank_classes, weighted_auroc, window_starts
+from ecglib.fusion_runs import FusedClassifier
 from ecglib.labels import split_indices, split_truth
 from ecglib.noise import KINDS, FlatLeadWarning, prepare_noise, record_generator
-from ecglib.probe import unit_length
 from ecglib.records import MISSING, Records
 from ecglib.runs import RESULT, Result, Run, RunSpec, find_run, listed_runs, run_grid
 from ecglib.train import autocast
@@ -34,8 +34,9 @@ LIMIT = 0.05  # of macro AUROC, that a classifier may lose
 TOGETHER = 256  # records to which noise is added at once
 WINDOWS = 256  # scored at once
 STUDIES = {"label_efficiency": "09_probe_and_fine_tune", "semi_supervised": "12_semi_supervised",
-           "self_evolving": "13_self_evolving"}  # fmt: skip
-FEW_LABELS = {"semi_supervised": ("ce_ssl", "fixmatch", "supervised"), "self_evolving": ("distl", "supervised")}
+           "self_evolving": "13_self_evolving", "fusion": "10_fusion"}  # fmt: skip
+CHOSEN = {"semi_supervised": ("ce_ssl", "fixmatch", "supervised"), "self_evolving": ("distl", "supervised"),
+          "fusion": ("dvme",)}  # fmt: skip
 ARM = ("method", "protocol", "encoder", "fraction", "seed")
 # The augmentations that show a network a kind of noise.
 TAUGHT = {"gaussian_noise": "white", "baseline_wander": "baseline_wander", "powerline_noise": "powerline",
@@ -44,11 +45,12 @@ TAUGHT = {"gaussian_noise": "white", "baseline_wander": "baseline_wander", "powe
 
 def noise_arms(results: str | Path, records: Records, fraction: float = 1.0, studies: Sequence[str] = tuple(STUDIES),
                methods: Sequence[str] = ()) -> list[Run]:  # fmt: skip
-    """The runs to be scored under noise: all arms of notebook 09 at `fraction`, seed 0, and some with few labels.
+    """The runs to be scored under noise: all arms of notebook 09 at `fraction`, seed 0, and some of other notebooks.
 
-    Of notebook 12 these are ce_ssl, fixmatch and supervised from the simulated start, of notebook 13 distl and
-    supervised at the last stage, each at its study's largest fraction and smallest seed. `methods`, where given, leaves
-    others out. DataError where a study's list is missing or has no run at `fraction`.
+    Of notebook 10 this is dvme on frozen encoders, of notebook 12 these are ce_ssl, fixmatch and supervised from the
+    simulated start, of notebook 13 distl and supervised at the last stage, each at its study's largest fraction and
+    smallest seed. `methods`, where given, leaves others out. DataError where a study's list is missing or has no run at
+    `fraction`.
     """
     unknown = [study for study in studies if study not in STUDIES]
     if unknown:
@@ -56,7 +58,7 @@ def noise_arms(results: str | Path, records: Records, fraction: float = 1.0, stu
     arms = []
     for study in studies:
         runs = listed_runs(study, results, records, STUDIES[study])
-        arms += _all_methods(runs, fraction) if study == "label_efficiency" else _few_labels(runs, study)
+        arms += _all_methods(runs, fraction) if study == "label_efficiency" else _chosen(runs, study)
     chosen = [run for run in arms if not methods or run.spec.method in methods]
     if not chosen:
         raise DataError(f"No run of {', '.join(studies)} is by {', '.join(methods)}; choose other methods.")
@@ -72,14 +74,14 @@ def _all_methods(runs: Sequence[Run], fraction: float) -> list[Run]:
     return found
 
 
-def _few_labels(runs: Sequence[Run], study: str) -> list[Run]:
-    """One run a method of notebooks 12 and 13."""
+def _chosen(runs: Sequence[Run], study: str) -> list[Run]:
+    """One run a method of notebook 10, 12 or 13."""
     runs = [run for run in runs if run.spec.value("start") in (None, "simulated")]
     if study == "self_evolving":
         last = max(run.spec.settings["stage"] for run in runs)
         runs = [run for run in runs if run.spec.settings["stage"] == last]
     chosen = []
-    for method in FEW_LABELS[study]:
+    for method in CHOSEN[study]:
         own = [run for run in runs if run.spec.method == method]
         chosen += sorted(own, key=lambda run: (-run.spec.fraction, run.spec.seed))[:1]
     return chosen
@@ -87,9 +89,10 @@ def _few_labels(runs: Sequence[Run], study: str) -> list[Run]:
 
 def arm_of(run: Run) -> dict:
     """What tells an arm apart: method, protocol, encoder, fraction and seed of a run."""
-    start = run.spec.value("start")
+    start, members = run.spec.value("start"), run.spec.value("members")
+    encoder = f"{members.count('+') + 1} encoders" if members else run.spec.value("encoder")
     return {"method": run.spec.method, "protocol": run.spec.value("protocol") or f"{start} start",
-            "encoder": run.spec.value("encoder") or run.spec.value("backbone"), "fraction": run.spec.fraction,
+            "encoder": encoder or run.spec.value("backbone"), "fraction": run.spec.fraction,
             "seed": run.spec.seed}  # fmt: skip
 
 
@@ -154,16 +157,15 @@ def _counts(signals: Tensor) -> tuple[np.ndarray, np.ndarray]:
 def window_scores(networks: Sequence[nn.Module], signals: Tensor, window: int) -> Tensor:
     """Probabilities `(networks, n, classes)` of signals `(n, 12, time)`: means over windows that do not overlap.
 
-    Networks of frozen runs share one encoder; as in those runs, each probe reads the record's mean features.
+    Networks of frozen runs share their encoders; as in those runs, each classifier reads the record's mean features.
     """
     starts = window_starts(signals.shape[2], window, window)
     windows = torch.stack([signals[:, :, first : first + window] for first in starts], dim=1).flatten(0, 1)
-    if not isinstance(networks[0], ProbedEncoder):
+    if not isinstance(networks[0], ProbedEncoder | FusedClassifier):
         each = [torch.sigmoid(network(windows).float()) for network in networks]
         return torch.stack([scores.unflatten(0, (-1, len(starts))).mean(dim=1) for scores in each])
-    features = networks[0].encoder(windows).float().unflatten(0, (-1, len(starts))).mean(dim=1)
-    each = [network.head(unit_length((features - network.mean) / network.deviation)) for network in networks]
-    return torch.sigmoid(torch.stack(each).float())
+    features = networks[0].features(windows).unflatten(0, (-1, len(starts))).mean(dim=1)
+    return torch.sigmoid(torch.stack([network.answer(features) for network in networks]).float())
 
 
 def score_conditions(networks: Sequence[nn.Module], noisy: NoisySignals, window: int, device: str = "cpu",
@@ -209,8 +211,8 @@ def score_under_noise(arms: Sequence[Run], records: Records, results: str | Path
     """
     groups: dict[str, list[Run]] = {}
     for run in arms:
-        frozen = run.spec.value("protocol") == "frozen"
-        groups.setdefault(run.spec.settings["pretraining"] if frozen else run.spec.key, []).append(run)
+        shared = run.spec.value("pretraining") if run.spec.value("protocol") == "frozen" else None
+        groups.setdefault(shared or run.spec.key, []).append(run)
     settings = {"kinds": list(kinds), "snr_db": [float(snr) for snr in snr_db], "noise_seed": seed, "mains": mains,
                 "draws": draws, "dtype": dtype}  # fmt: skip
     specs = {key: _noise_spec(group, settings) for key, group in groups.items()}

@@ -105,10 +105,11 @@ def _mean_over_windows(found: Tensor, starts: Sequence[int], time: int) -> Tenso
     return total / times.clamp(min=1)
 
 
-def relevance(attribution: np.ndarray, sign: str = "absolute", smoothing: int = 1) -> np.ndarray:
+def relevance(attribution: np.ndarray, sign: str = "absolute", smoothing: int = 1, power: int = 1) -> np.ndarray:
     """What is scored, never negative: |a|, or the positive part of a, as mean over `smoothing` samples in time.
 
-    With the positive sign, a is averaged before its part is taken, so that what alternates cancels.
+    With the positive sign, a is averaged before its part is taken, so that what alternates cancels. With a `power` of 2
+    it is squared at the end: its energy, which counts the peaks and hardly the floor between them.
     """
     from scipy.ndimage import uniform_filter1d
 
@@ -116,9 +117,10 @@ def relevance(attribution: np.ndarray, sign: str = "absolute", smoothing: int = 
         raise DataError(f"Relevance is 'absolute' or 'positive', not {sign!r}.")
     if smoothing < 1:
         raise DataError(f"Smoothing over {smoothing} samples does not exist; give 1 for none.")
-    if sign == "absolute":
-        return uniform_filter1d(np.abs(attribution), smoothing, axis=-1, mode="nearest")
-    return np.maximum(uniform_filter1d(attribution, smoothing, axis=-1, mode="nearest"), 0.0)
+    if power < 1:
+        raise DataError(f"Relevance to the power of {power} is no mass; give 1, or 2 for its energy.")
+    values = np.abs(attribution) if sign == "absolute" else attribution
+    return np.maximum(uniform_filter1d(values, smoothing, axis=-1, mode="nearest"), 0.0) ** power
 
 
 def find_r_peaks(millivolts: np.ndarray, sampling_rate: float) -> np.ndarray:

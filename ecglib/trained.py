@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ecglib.encoders import make_encoder
 from ecglib.errors import DataError
+from ecglib.fusion_runs import fused_classifier
 from ecglib.labels import split_indices
 from ecglib.probe import chosen_probes, feature_scale, standardise, unit_length
 from ecglib.records import Records
@@ -34,22 +35,32 @@ class ProbedEncoder(nn.Module):
             self.head.weight.copy_(weights)
             self.head.bias.copy_(bias)
 
+    def features(self, signals: Tensor) -> Tensor:
+        """What the encoder says of signals `(n, leads, time)`, `(n, d)`."""
+        return self.encoder(signals).float()
+
+    def answer(self, features: Tensor) -> Tensor:
+        """Logits `(n, classes)` of such features."""
+        return self.head(unit_length((features - self.mean) / self.deviation))
+
     def forward(self, signals: Tensor) -> Tensor:
-        return self.head(unit_length((self.encoder(signals).float() - self.mean) / self.deviation))
+        return self.answer(self.features(signals))
 
 
 def trained_classifier(run: Run, records: Records, results: str | Path) -> tuple[nn.Module, float]:
     """The network that `run` kept, in evaluation mode, and the seconds of its windows.
 
     It maps `(batch, leads, time)` mV to logits `(batch, classes)` of `records`, those that the run was made on. A
-    frozen run's network is put together from its pretraining below `results` and its probe. DataError where the run
-    keeps no network, or is about other records.
+    frozen run's network is put together from its pretraining below `results` and its probe, that of a frozen DVME from
+    its members. DataError where the run keeps no network, or is about other records.
     """
     settings = run.spec.settings
     if run.spec.data_key != records.fingerprint:
         raise DataError(f"{run.folder.name}: was made on other records; open the records of its study.")
     if "pretraining" in settings and settings.get("protocol") == "frozen":
         return _probed(run, records, results)
+    if run.spec.method == "dvme" and settings["protocol"] == "frozen":
+        return _fused(run, records, results)
     if not (run.folder / MODEL).exists() or not {"backbone", "encoder"} & set(settings):
         raise DataError(f"{run.folder.name}: keeps no network of its own; choose a run of an encoder that was trained.")
     weights = run.weights()
@@ -70,12 +81,7 @@ def trained_classifier(run: Run, records: Records, results: str | Path) -> tuple
 
 def _probed(run: Run, records: Records, results: str | Path) -> tuple[nn.Module, float]:
     """Encoder and probe of a frozen run. The probe is fitted again, which takes less than keeping it would."""
-    key = run.spec.settings["pretraining"]
-    pretrained = find_run(key, results)
-    if pretrained is None:
-        raise DataError(
-            f"{run.folder.name}: its pretraining {key} is gone; run the notebook of {run.spec.method} again."
-        )
+    pretrained = _needed(run, "pretraining", run.spec.settings["pretraining"], results)
     encoder = make_encoder(pretrained.spec.settings["encoder"])
     load_state(encoder, pretrained.weights(), pretrained.folder / MODEL)
     features = torch.from_numpy(pretrained.predictions()["features"]).double()
@@ -85,3 +91,19 @@ def _probed(run: Run, records: Records, results: str | Path) -> tuple[nn.Module,
     probes, chosen = chosen_probes(prepared, records.targets, {"its own": labelled}, split, classes=records.classes)
     network = ProbedEncoder(encoder, reference, probes.weights[0, chosen[0]], probes.bias[0, chosen[0]])
     return network.eval(), pretrained.spec.settings["crop_seconds"]
+
+
+def _fused(run: Run, records: Records, results: str | Path) -> tuple[nn.Module, float]:
+    """The members' encoders and their fusion. Windows are as long as the longest of a member's pretraining."""
+    keys = run.spec.settings["member_keys"]
+    members = [_needed(run, f"member {name}", keys[name], results) for name in run.spec.settings["members"].split("+")]
+    seconds = max(member.spec.settings["crop_seconds"] for member in members)
+    return fused_classifier(run, members, records).eval(), seconds
+
+
+def _needed(run: Run, what: str, key: str, results: str | Path) -> Run:
+    """The run of that key, on which `run` stands."""
+    found = find_run(key, results)
+    if found is None:
+        raise DataError(f"{run.folder.name}: its {what} {key} is gone; run the notebook of {run.spec.method} again.")
+    return found

@@ -354,8 +354,9 @@ for (fraction,), ours in sorted(scores["DVME"].items()):
 
 # %%
 from ecglib.files import atomic_file
-from ecglib.runs import tidy
+from ecglib.runs import keep_list, tidy
 
+keep_list(runs, "fusion", results)  # for notebook 15
 every = [*runs, *seeds_of_one, *best_ones, *fewer, *tuned]
 rows = tidy((row for run in every for row in run.rows()), extra=("protocol", "members"))
 summary = seed_summary(every, records, cell=CELL)

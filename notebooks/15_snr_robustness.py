@@ -6,14 +6,14 @@
 # where it does not belong, and answer a question: does self-supervised pretraining make a network sturdier, also
 # against noise that its augmentation never showed it?
 #
-# **What it needs.** The runs of notebook 09, and those of 12 and 13 unless `studies` leaves them out.
+# **What it needs.** The runs of notebook 09, and those of 10, 12 and 13 unless `studies` leaves them out.
 #
 # **How long.** The `laptop` profile takes about 3 minutes on two CPU cores. Finished runs are kept and opened again.
 
 # %% tags=["parameters"]
 results = "../results/laptop"  # where the earlier notebooks left records and runs
 fraction = 1.0  # share of the labels behind the arms of notebook 09
-studies = ["label_efficiency", "semi_supervised", "self_evolving"]  # notebooks 09, 12 and 13
+studies = ["label_efficiency", "semi_supervised", "self_evolving", "fusion"]  # notebooks 09, 12, 13 and 10
 methods = []  # none named: all
 snr_db = [24, 18, 12, 6, 0, -6]  # beside clean
 mains = 50.0  # Hz; 60 in America, for records of 125 Hz or more
@@ -86,8 +86,8 @@ pd.DataFrame(errors, index=snr_db).T.style.format("{:.0e}").set_caption("Largest
 # %% [markdown]
 # By this definition offsets count, of the signal and of the noise. Had each lead's mean been taken away first, a
 # *variance* instead of a mean square, the same recordings at 6 dB would be called cleaner or noisier by what is
-# printed. And Einthoven's law, II = I + III, holds for noise too, because it arises at electrodes; only contact that is
-# lost lead by lead breaks it.
+# printed. And Einthoven's law, II = I + III, holds for noise too, because all leads are computed from what a few
+# electrodes and amplifiers deliver; only contact that is lost lead by lead breaks it.
 
 # %%
 from ecglib.noise import measured_snr
@@ -121,11 +121,12 @@ figure
 # %% [markdown]
 # ## Folded noise
 #
-# A tone of $f$ Hz, written down at $r$ samples a second, cannot be told from one of $|f - kr|$ Hz. Published code adds
-# mains hum of 50 Hz and its harmonics at 100 Hz: 50 Hz becomes an alternating sign or nothing, depending on its phase,
-# and 100 Hz a constant offset. So does broad noise made at the record's rate and called muscle. Here noise is made at
-# 500 Hz or more, filtered, and then decimated; harmonics above half the rate are left out, and a tone at half the rate
-# is moved 0.5 Hz below.
+# A tone of $f$ Hz, written down at $r$ samples a second, cannot be told from one of $|f - kr|$ Hz for any whole $k$.
+# Published code adds mains hum of 50 Hz and its harmonics to records of 100 samples a second: 50 Hz becomes an
+# alternating sign or nothing, depending on its phase, and the harmonic of 100 Hz a constant offset. What it calls
+# muscle noise is drawn at the record's rate too and holds the whole spectrum, drift included. Here noise is made at 500
+# Hz or more, filtered, and then decimated; harmonics above half the rate are left out, and a tone at half the rate is
+# moved 0.5 Hz below.
 
 # %%
 time = np.arange(round(10 * 100)) / 100
@@ -164,9 +165,10 @@ pd.DataFrame({"measured here (dB)": measured, "PTB-XL's mean power (dB)": noted}
 # %% [markdown]
 # ## Every classifier under every noise
 #
-# Fold 10 is read once more, to report; nothing is chosen. A record is scored as the mean over windows that do not
-# overlap, so the clean score differs a little from notebook 09's, which lets them overlap. Arms of notebook 09 have
-# seed 0; those of notebooks 12 and 13 were trained with few labels, and each row says how many. DVME is left out.
+# Fold 10 is read once more, to report; nothing is chosen. A record is scored as the mean over windows, of the
+# answers or, where the encoder is frozen, of the features. Here they do not overlap, so the clean score differs a
+# little from notebook 09's. Arms of notebook 09 have seed 0; those of notebooks 12 and 13 were trained with few labels,
+# and each row says how many. DVME of notebook 10 asks all its frozen encoders.
 
 # %%
 from ecglib.robustness import arm_of, noise_arms, score_under_noise

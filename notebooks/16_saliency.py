@@ -18,6 +18,7 @@ records_few = 8  # where many networks or many patches are asked
 steps = 8  # of integrated gradients
 healthy_records = 300  # normal training records behind the healthy beats
 smoothings = [1, 5]  # samples over which relevance is averaged; chosen on fold 9
+powers = [1, 2]  # of the relevance; chosen on fold 9
 cohort_patients = 400  # simulated patients of the height regressors
 cohort_steps = 300
 compared_fraction = 0.1  # share of the labels at which pretrained networks are compared with supervised ones
@@ -26,8 +27,8 @@ draws = 1000  # patient samples behind each interval
 # %% [markdown]
 # ## The idea in ten lines
 #
-# How would the logit of a class change if one sample of one lead rose by 1 mV? Backpropagation answers for all 12,000
-# samples at once. This is the oldest attribution, and it must be what the package computes through captum.
+# How would the logit of a class change if one sample of one lead rose by 1 mV? Backpropagation answers for all samples
+# of a window at once. This is the oldest attribution, and it must be what the package computes through captum.
 
 # %%
 from collections import Counter
@@ -154,15 +155,16 @@ usable = passed or list(ARMS)
 # ## The choice, on fold 9
 #
 # Methods differ, and so does what is scored: the size of the attribution or its positive part, which speaks *for* the
-# class, with or without a short average. All of this is chosen on fold 9. Where nothing is marked there (real records),
-# the choice follows deletion: whose most relevant patches does the network miss the most?
+# class, with or without a short average, as it is or squared, which counts its peaks. All of this is chosen on fold 9,
+# by the geometric mean of the classes' mass over chance, as these are ratios. Where nothing is marked there (real
+# records), the choice follows deletion: whose most relevant patches does the network miss the most?
 
 # %%
 from ecglib.evaluate import choose_thresholds, predict_windows
 
 marked = len(truth.split["validation"]) > 0
 tuning = truth if marked else targets_truth(records)
-kinds = [(sign, smoothing) for sign in ("absolute", "positive") for smoothing in smoothings]
+kinds = [(sign, smoothing, power) for sign in ("absolute", "positive") for smoothing in smoothings for power in powers]
 bars = [group for group in ("infarction", "bundle branch block", "ST-T change") if group in groups] or list(groups)
 rows = []
 for group in [group for group in bars if group in tuning.groups("validation", 1)]:
@@ -171,23 +173,26 @@ for group in [group for group in bars if group in tuning.groups("validation", 1)
     signals = tuning.records.millivolts(positions)
     for arm in [arm for arm in usable if arm != "occlusion" or len(usable) == 1]:  # dear, and only scored below
         found = attributed(arm, tuning.records, positions, place)
-        for sign, smoothing in kinds:
-            one = relevance(found, sign, smoothing)
-            value = (localisation.enrichment(one, mask) if mask.any() else
-                     localisation.deletion_area(network, signals, one, place, rate, window))  # fmt: skip
-            rows.append({"arm": arm, "sign": sign, "smoothing": smoothing, "group": group, "value": value.mean()})
-tuned = pd.DataFrame(rows).groupby(["arm", "sign", "smoothing"], sort=False)["value"].mean()
-best, sign, smoothing = tuned.idxmax()
-chosen = f"chosen: {best}, {sign}" + (f", mean of {smoothing}" if smoothing > 1 else "")
-print(f"{chosen} (by {'enrichment' if mask.any() else 'deletion'} on fold 9 of {tuning.name})")
-tuned.unstack(["sign", "smoothing"]).style.format(precision=2)
+        for sign, smoothing, power in kinds:
+            one = relevance(found, sign, smoothing, power)
+            value = (np.log(localisation.enrichment(one, mask).mean()) if marked else
+                     localisation.deletion_area(network, signals, one, place, rate, window).mean())  # fmt: skip
+            rows.append({"arm": arm, "sign": sign, "smoothing": smoothing, "power": power, "value": value})
+tuned = pd.DataFrame(rows).groupby(["arm", "sign", "smoothing", "power"], sort=False)["value"].mean()
+best, *form = tuned.idxmax()
+sign, smoothing, power = form
+averaged = f", mean of {smoothing}" if smoothing > 1 else ""
+chosen = f"chosen: {best}, {sign}{averaged}{', squared' if power > 1 else ''}"
+print(f"{chosen} (by {'enrichment' if marked else 'deletion'} on fold 9 of {tuning.name})")
+(np.exp(tuned) if marked else tuned).unstack(["sign", "smoothing", "power"]).style.format(precision=2)
 
 # %% [markdown]
 # ## The measures, on records that no choice has seen
 #
 # For each class: true positives, the first ones in their order. Mass is the share of relevance inside the region;
 # divided by the region's own share of the record, it is 1 by chance and at most 1 / share. Random numbers, the size of
-# the signal itself and a detector of R peaks are scored alike: who does not beat them has explained nothing.
+# the signal itself, its square and a detector of R peaks are scored alike: who does not beat them has explained
+# nothing.
 
 # %%
 validation = split_indices(records)["validation"]
@@ -208,7 +213,7 @@ for group in groups:
     maps = localisation.baseline_maps(signals, rate) | {
         "|departure from healthy|": np.abs(signals - bank.baseline(signals))}  # fmt: skip
     maps |= {arm: relevance(found) for arm, found in kept.items() if arm != "occlusion"}
-    maps[chosen] = relevance(kept[best], sign, smoothing)
+    maps[chosen] = relevance(kept[best], *form)
     cases[group] = (place, positions, mask, counted, signals, maps, kept)
     shares = localisation.chance_mass(mask, counted)
     rows = localisation.measure_rows(maps, mask, counted, patients[positions], rate, draws=draws)
@@ -227,7 +232,7 @@ scores = pd.DataFrame(scores)
 enriched = scores[scores["measure"] == "enrichment"]
 wide = enriched.assign(text=[f"{row.value:.2f} ({row.low:.2f}-{row.high:.2f})" for row in enriched.itertuples()])
 wide = wide.pivot_table("text", "attribution", "class", aggfunc="first", sort=False)
-wide.style.set_caption(f"Mass over chance: {note}")
+wide.style.set_caption(f"Mass over chance, mean of the records' own ratios: {note}")
 
 # %%
 from ecglib.plots import plot_enrichment, save_figure
@@ -239,8 +244,10 @@ save_figure(figure, Path(results) / "figures" / "saliency_enrichment.svg")
 figure
 
 # %% [markdown]
-# All other measures of the chosen method: largest relevance within 50 ms of the region, the |S| most relevant samples
-# in a region of that size, the ROC area, the leads, and how few samples carry the relevance (Gini).
+# All other measures of the chosen method: whether the largest relevance lies within 50 ms of the region; for a region
+# of $S$ samples, the share of the $S$ most relevant ones that lie in it; the ROC area; the leads; how few samples carry
+# the relevance (Gini). `mass over chance` is the ratio of the mean mass to the mean share of the region: it is lower
+# than the mean of the ratios above where small regions score high.
 
 # %%
 own = scores[scores["attribution"] == chosen].copy()
@@ -270,7 +277,7 @@ for group, (place, positions, mask, counted, signals, maps, kept) in cases.items
         continue
     others = localisation.matched_negatives(rates, positions[:here], np.array(quiet))
     absent = truth.regions(group, others, like=positions[:here])
-    found = relevance(attributed(best, truth.records, others, place), sign, smoothing)
+    found = relevance(attributed(best, truth.records, others, place), *form)
     difference = (localisation.enrichment(maps[chosen], mask, counted)[:here]
                   - localisation.enrichment(found, absent, truth.marked(others)))  # fmt: skip
     gap = localisation.mean_interval(difference, patients[positions[:here]], draws)
@@ -331,7 +338,7 @@ figure
 # %% [markdown]
 # ## Agreement: the same labels' share, other seeds
 #
-# Networks of equal score from other label subsets and starts: do they point at the same places? The chosen method on
+# Networks of one method from other label subsets and starts: do they point at the same places? The chosen method on
 # the same records, at the share of the labels for which notebook 09 has several seeds. Published: 0.41 to 0.65.
 
 # %%
@@ -374,7 +381,7 @@ for method, group in [(method, group) for method in arms if method != "supervise
     mask, counted = truth.regions(group, positions), truth.marked(positions)
     for run in arms[method]:
         nearest = min(controls, key=lambda seed: abs(auroc["supervised", seed] - auroc[method, run.spec.seed]))
-        two = [localisation.enrichment(relevance(maps_of[key], sign, smoothing), mask, counted)
+        two = [localisation.enrichment(relevance(maps_of[key], *form), mask, counted)
                for key in ((method, run.spec.seed, group), ("supervised", nearest, group))]  # fmt: skip
         pairs.append(two[0] - two[1])
         gaps.append(auroc[method, run.spec.seed] - auroc["supervised", nearest])
@@ -388,8 +395,8 @@ matched[["method", "class", "seeds", "value", "low", "high", "auroc_left"]].roun
 # %% [markdown]
 # ## Attention is one method among the others
 #
-# Attention rollout says what a transformer mixes, from the very network that was scored (notebook 13's last stage). It
-# knows no classes and no leads, so it is scored like everything else.
+# Attention rollout says what a transformer mixes, here the student of DISTL at notebook 13's last stage. It knows no
+# classes and no leads, so it is scored like everything else.
 
 # %%
 from ecglib.runs import listed_runs
@@ -430,7 +437,7 @@ examples = []
 for kind, these in wanted.items():
     found = [position for position in test if these[position]][:1]
     if found:
-        shade = relevance(attributed(best, truth.records, np.array(found), place), sign, smoothing)[0]
+        shade = relevance(attributed(best, truth.records, np.array(found), place), *form)[0]
         record = truth.records.table["record_id"].iloc[found[0]]
         text = f"{kind} for {GROUPS[group][0]}: record {record}, probability {probabilities[found[0], place]:.2f}"
         examples.append((text, truth.records.millivolts(found)[0], shade))
@@ -503,17 +510,22 @@ simulated = bool(truth.records.about.get("simulated"))
 judged = bars if simulated else [group for group in bars if group == "bundle branch block" and known is enriched]
 for group in judged:
     mine = scores[(scores["class"] == group) & (scores["attribution"] == chosen)].set_index("measure")
-    value, plain, over = (mine.loc[name] for name in ("enrichment", "mass over chance", "enrichment over |input|"))
+    value, plain = mine.loc["enrichment"], mine.loc["mass over chance"]
     goal = 3.0 if simulated else 1.5
     bar(f"{group}: {value['value']:.2f} times chance ({value['low']:.2f} to {value['high']:.2f}), goal {goal:g}, "
         f"at most {mine['ceiling'].iloc[0]:.1f}; all records together {plain['value']:.2f}",
         value["value"] >= goal)  # fmt: skip
-    bar(f"{group}: {over['value']:+.2f} over |input| ({over['low']:+.2f} to {over['high']:+.2f})", over["low"] > 0)
+    for other in ("|input|", "|input|²")[: 1 + (power > 1)]:
+        over = mine.loc[f"enrichment over {other}"]
+        bar(f"{group}: {over['value']:+.2f} over {other} ({over['low']:+.2f} to {over['high']:+.2f})", over["low"] > 0)
     _, positions, mask, counted, _, maps, _ = cases[group]
     two = [localisation.enrichment(maps[name], mask, counted) for name in (chosen, "R peaks")]
     peaks = localisation.mean_interval(two[0] - two[1], patients[positions], draws)
     bar(f"{group}: {peaks.value:+.2f} over R peaks ({peaks.low:+.2f} to {peaks.high:+.2f})", peaks.low > 0)
 for row in full.itertuples():
+    if row.value == row.low == row.high == 0:
+        print(f"void: randomised, {row.attribution}, {'a' if row.signed else '|a|'}: the map has become constant")
+        continue
     bar(f"randomised, {row.attribution}, {'a' if row.signed else '|a|'}: rank correlation {row.value:.2f}, goal "
         "below 0.1", abs(row.value) < 0.1)  # fmt: skip
 better = matched[matched["passes"].astype(bool)]

@@ -111,7 +111,8 @@ shown_findings(claims).style.hide(axis="index").set_caption(f"Published gains, a
 # %%
 for row in claims[claims["verdict"] != "agrees"].itertuples():
     printed = "" if pd.isna(row.published) else f", published {row.published:+.3f}"
-    print(f"{row.verdict}: {row.system}, {row.claim}, {row.labels:.0%} of the labels: {row.here:+.3f} "
+    labels = "" if pd.isna(row.labels) else f", {row.labels:.0%} of the labels"
+    print(f"{row.verdict}: {row.system}, {row.claim}{labels}: {row.here:+.3f} "
           f"[{row.low:+.3f}, {row.high:+.3f}]{printed}")  # fmt: skip
 known = claims[claims["published"].notna()]
 agreeing = (known["verdict"] == "agrees").sum()
@@ -217,17 +218,18 @@ cells.style.set_caption(f"SNR of a loss of {limits['limit'].iloc[0]:g}: {kind}")
 # %% [markdown]
 # ## Explanations
 #
-# Relevance where the evidence is known, divided by chance: the attribution that was chosen on fold 9, and those that
-# know nothing of the network.
+# Relevance where the evidence is known, divided by chance: the attribution that was chosen on fold 9, and four maps
+# that know nothing of the network.
 
 # %%
 measured = tables["saliency"]
 measured = measured[(measured["measure"] == "enrichment") & (measured["method"] == "supervised")]
-known = measured["attribution"].str.startswith("chosen") | measured["attribution"].isin(["random", "|input|", "R peaks"])
+flat = ["random", "|input|", "|input|²", "R peaks"]
+known = measured["attribution"].str.startswith("chosen") | measured["attribution"].isin(flat)
 measured = measured[known & measured["value"].notna()]
 cells = [f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in measured.itertuples()]
 cells = measured.assign(cell=cells).pivot(index=["truth", "attribution"], columns="class", values="cell")
-cells.style.set_caption("Mass over chance, one network trained with labels alone")
+cells.style.set_caption("Mass over chance, mean of the records' own ratios, one network trained with labels alone")
 
 # %% [markdown]
 # ## The encoders, to take away

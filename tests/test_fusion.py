@@ -32,10 +32,10 @@ from ecglib.fusion_runs import (
     as_member,
     finetuned_fusion_run,
     fuse,
+    fused_classifier,
     fusion_gains,
     fusion_spec,
     model_of,
-    start_fused,
     supervised_member,
 )
 from ecglib.probe import probe_subsets
@@ -365,7 +365,8 @@ def encoded(records: Records, folder: Path) -> dict[str, Run]:
 def test_fine_tuning_starts_as_the_frozen_fusion_and_moves_the_encoders(records, folder, encoded):
     data = FusionData(records, FRACTIONS, {0.2: 1}, encoded)
     frozen = fuse(data, "dvme", SETTINGS, folder)
-    classifier, positions = start_fused(data, frozen[0], list(encoded)).eval(), data.split["test"][:4]
+    classifier = fused_classifier(frozen[0], list(encoded.values()), records).eval()
+    positions = data.split["test"][:4]
     raw = [torch.from_numpy(run.predictions()["features"]) for run in encoded.values()]
     for encoder, each in zip(classifier.encoders, raw, strict=True):  # the kept features in place of its own
         encoder.forward = lambda signals, each=each: each[positions]

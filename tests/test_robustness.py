@@ -10,6 +10,7 @@ import torch
 from ecglib import robustness
 from ecglib.errors import DataError
 from ecglib.evaluate import bootstrap_interval, encode_windows, paired_difference, predict_windows
+from ecglib.fusion_runs import FusionData, fuse
 from ecglib.labels import split_indices, split_truth
 from ecglib.noise import add_noise, measured_snr, record_generator
 from ecglib.plots import plot_noise_kinds, plot_robustness
@@ -97,11 +98,27 @@ def test_clean_scores_are_those_of_the_package(records, folder, arms, tmp_path):
     # A frozen run probes the mean features of a record's windows, and so does its score here.
     frozen, _ = trained_classifier(arms[2], records, folder)
     again = torch.from_numpy(encode_windows(frozen.encoder, records, split["test"], window, window))
-    features = frozen.encoder, robustness.unit_length((again - frozen.mean) / frozen.deviation)
-    expected = torch.sigmoid(frozen.head(features[1])).detach().numpy()
+    expected = torch.sigmoid(frozen.answer(again)).detach().numpy()
     both = score_conditions([trained_classifier(arms[1], records, folder)[0], frozen], noisy, 100)
     np.testing.assert_allclose(both[1, 0], expected, atol=1e-3)
     assert not np.allclose(both[0, 0], both[1, 0], atol=1e-3)  # the other fraction's probe, with the same features
+
+
+def test_a_fusion_reads_the_mean_features_of_its_members(records, folder, tmp_path):
+    own = [pretraining_spec("random", records, seed, {"encoder": "xresnet1d_narrow", "crop_seconds": 1.0})
+           for seed in range(2)]  # fmt: skip
+    members = {f"random{spec.seed}": run_or_load(spec, encode_run(records), folder) for spec in own}
+    settings = {"width": 8, "heads": 2, "hidden": 6, "dropout": 0.1, "token_dropout": 0.2, "steps": 3, "batch_size": 8,
+                "learning_rates": [0.001]}  # fmt: skip
+    (run,) = fuse(FusionData(records, [1.0], {1.0: 1}, members), "dvme", settings, folder)
+    test = split_indices(records)["test"]
+    network, _ = trained_classifier(run, records, folder)
+    features = [encode_windows(encoder, records, test, 1.0, 1.0) for encoder in network.encoders]
+    expected = torch.sigmoid(network.answer(torch.from_numpy(np.concatenate(features, axis=1)))).detach().numpy()
+    ours = score_conditions([network], make_noisy(records, test, tmp_path / "clean.npy", (), ()), 100)[0, 0]
+    np.testing.assert_allclose(ours, expected, atol=1e-3)
+    scored = score_under_noise([run], records, folder, ("white",), (6.0,), draws=20)
+    assert robustness_table(scored)["encoder"].unique().tolist() == ["2 encoders"]
 
 
 def test_frozen_runs_with_one_encoder_share_its_features(records, folder, arms, tmp_path, monkeypatch):
@@ -128,7 +145,7 @@ def test_a_scored_arm_is_kept_and_not_scored_again(records, folder, arms, scores
     again = score_under_noise(arms, records, folder, KINDS, SNRS, draws=50)
     assert np.array_equal(again.auroc, scores.auroc) and np.array_equal(again.drawn, scores.drawn)
     assert scores.auroc.shape == (3, 5) and scores.drawn.shape == (3, 5, 50)
-    assert len(list((folder / "runs").glob("*-noise-*"))) == 2  # one for each network
+    assert len(list((folder / "runs").glob("[sr]*-noise-*"))) == 2  # one for each network
 
 
 def test_another_seed_is_another_noise(records, folder, arms, scores):
@@ -214,7 +231,7 @@ def test_arms_are_chosen_by_study_fraction_and_method(records, folder, arms):
             noise_arms(folder, records, *arguments)
 
 
-def test_one_run_a_method_with_few_labels(monkeypatch, records):
+def test_one_run_a_method_of_the_other_notebooks(monkeypatch, records):
     def made(method: str, fraction: float, seed: int, **settings) -> Run:
         return Run(RunSpec(method, "made", records.fingerprint, "ab", fraction, seed, settings), None, {})
 
@@ -223,12 +240,15 @@ def test_one_run_a_method_with_few_labels(monkeypatch, records):
                             for f in (0.05, 0.1) for s in (2, 1) for start in ("random", "simulated")],
         "self_evolving": [made(m, 0.1, 0, stage=stage, encoder="v", protocol=f"stage{stage}")
                           for m in ("distl", "supervised", "oracle") for stage in (0, 3)],
+        "fusion": [made(m, f, s, protocol="frozen", members="p+q+r") for m in ("alone", "dvme", "perceptron")
+                   for f in (0.1, 1.0) for s in (1, 0)],
     }  # fmt: skip
     monkeypatch.setattr(robustness, "listed_runs", lambda name, *_: lists[name])
     found = [arm_of(run) for run in noise_arms("", records, 1.0, list(lists))]
     assert [(arm["method"], arm["protocol"], arm["fraction"], arm["seed"]) for arm in found] == [
         ("ce_ssl", "simulated start", 0.1, 1), ("fixmatch", "simulated start", 0.1, 1), ("distl", "stage3", 0.1, 0),
-        ("supervised", "stage3", 0.1, 0)]  # fmt: skip
+        ("supervised", "stage3", 0.1, 0), ("dvme", "frozen", 1.0, 0)]  # fmt: skip
+    assert found[-1]["encoder"] == "3 encoders"
 
 
 def test_kinds_that_the_augmentation_has_shown(folder, arms):

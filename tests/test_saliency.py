@@ -238,6 +238,9 @@ def test_relevance_is_a_size_or_a_positive_part():
     np.testing.assert_array_equal(relevance(a, "positive"), [[[1, 0, 3]]])
     np.testing.assert_allclose(relevance(a, "positive", 3)[0, 0, 1], 2 / 3)  # averaged before the part is taken
     np.testing.assert_allclose(relevance(a, "absolute", 3)[0, 0, 1], 2.0)
+    np.testing.assert_array_equal(relevance(a, power=2), [[[1, 4, 9]]])
+    np.testing.assert_array_equal(relevance(a, "positive", power=2), [[[1, 0, 9]]])
+    np.testing.assert_allclose(relevance(a, "positive", 3, 2)[0, 0, 1], 4 / 9)  # and squared at the end
 
 
 def test_bad_input(cohort):
@@ -250,6 +253,7 @@ def test_bad_input(cohort):
         "no record to attribute": lambda: attribute_records(model, cohort.records, [], 0, "gradient", 2.5),
         "'absolute' or 'positive', not 'square'": lambda: relevance(np.zeros((1, 1, 3)), "square"),
         "Smoothing over 0 samples": lambda: relevance(np.zeros((1, 1, 3)), smoothing=0),
+        "to the power of 0 is no mass": lambda: relevance(np.zeros((1, 1, 3)), power=0),
     }.items():
         with pytest.raises(DataError, match=sentence):
             call()
