@@ -169,6 +169,17 @@ def test_an_environment_is_made_once_and_follows_the_lock(bare: list[list[str]])
     assert len(bare) == 5 and "venv" not in bare[3]
 
 
+def test_packages_are_compiled_but_for_their_tests(bare: list[list[str]]) -> None:
+    package = environment.VENV / "lib" / "package"
+    (package / "tests").mkdir(parents=True)
+    for name in ("good.py", "tests/test_good.py"):
+        (package / name).write_text("x = 1\n")
+    (package / "broken.py").write_text("x = (\n")
+    environment.choose_python()
+    assert [path.name.split(".")[0] for path in environment.VENV.rglob("*.pyc")] == ["good"]
+    assert environment.is_ready()
+
+
 def test_an_environment_killed_half_way_is_made_anew(bare: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = environment.call
 
