@@ -162,11 +162,11 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_an_environment_is_made_once_and_follows_the_lock(bare: list[list[str]]) -> None:
     python = environment.choose_python()
     assert python == str(environment.VENV / "bin" / "python")
-    assert ["venv" in bare[0], "-r" in bare[1], "-e" in bare[2], len(bare)] == [True, True, True, 3]
-    assert environment.choose_python() == python and len(bare) == 3
+    assert ["venv" in bare[0], environment.PIP in bare[1], "-r" in bare[2], "-e" in bare[3]] == [True] * 4
+    assert environment.choose_python() == python and len(bare) == 4
     environment.LOCK.write_text(environment.LOCK.read_text() + "\n")
     environment.choose_python()
-    assert len(bare) == 5 and "venv" not in bare[3]
+    assert len(bare) == 7 and "venv" not in bare[4]
 
 
 def test_packages_are_compiled_but_for_their_tests(bare: list[list[str]]) -> None:
@@ -194,7 +194,7 @@ def test_an_environment_killed_half_way_is_made_anew(bare: list[list[str]], monk
     assert not environment.is_ready()
     monkeypatch.setattr(environment, "call", whole)
     environment.choose_python()
-    assert environment.is_ready() and "--clear" in bare[2] and len(bare) == 5
+    assert environment.is_ready() and "--clear" in bare[3] and len(bare) == 7
 
 
 def test_an_interpreter_with_the_packages_is_used(bare: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
