@@ -236,7 +236,7 @@ def _arm(method: str, encoder: str) -> str:
 
 def _method_name(method: str) -> str:
     """A method's name in a figure."""
-    return method.replace("ce_ssl", "CE-SSL").replace("distl", "DISTL").replace("_", " ")
+    return method.replace("ce_ssl", "CE-SSL").replace("distl", "DISTL").replace("dvme", "DVME").replace("_", " ")
 
 
 def plot_label_efficiency(summary: pd.DataFrame, training_records: int, title: str | None = None) -> Figure:
@@ -615,7 +615,7 @@ def plot_robustness(table: pd.DataFrame, title: str | None = None) -> Figure:
     columns = ("method", "protocol", "encoder", "fraction", "kind", "snr_db", "auroc")
     _require_columns(table, columns, "robustness table")
     methods = [name for name in pd.unique(table["method"]) if name not in ("supervised", "random")]
-    shades = sns.color_palette("colorblind")
+    shades = [*sns.color_palette("colorblind"), (0.45, 0.0, 0.1)]
     del shades[7]  # a grey
     colours = {name: shades[place % len(shades)] for place, name in enumerate(methods)} | {
         "supervised": "black",
