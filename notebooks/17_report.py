@@ -211,8 +211,8 @@ paper.pivot(index="task", columns="setting", values="value").assign(origin="publ
 # %%
 limits = tables["robustness_threshold"]
 cells = limits["told"].str.split(" [", regex=False).str[0]  # without the intervals, which notebook 15 shows
-cells = limits.assign(cell=cells).pivot(index=["method", "protocol", "encoder", "fraction"], columns="kind",
-                                        values="cell")  # fmt: skip
+cells = limits.assign(cell=cells, fraction=limits["fraction"].map("{:.0%}".format))
+cells = cells.pivot(index=["method", "protocol", "encoder", "fraction"], columns="kind", values="cell")
 cells.style.set_caption(f"SNR of a loss of {limits['limit'].iloc[0]:g}: {kind}")
 
 # %% [markdown]
