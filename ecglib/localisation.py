@@ -45,6 +45,7 @@ LUDB_EVIDENCE = {
     "LVH": ("I aVL V1 V2 V5 V6", "QRS onset", "QRS offset"),
     "1AVB": (ALL, "P onset", "QRS onset"),
 }
+SIZES = ("|input|", "|input|²")  # of the signal, which every attribution is compared with
 TOLERANCE = 0.05  # seconds that the pointing game forgives
 FETCH = "python -m ecglib.sources.download ludb ../data/ludb"
 MEASURES = ("mass", "enrichment", "pointing_game", "rank_accuracy", "localisation_auc", "lead_mass", "gini")
@@ -331,12 +332,11 @@ def passes(name: str, low: float, chance: float) -> object:
 
 
 def measure_rows(relevances: Mapping[str, np.ndarray], mask: np.ndarray, counted: np.ndarray, patients: Sequence,
-                 sampling_rate: float, over: Sequence[str] = ("|input|", "|input|²"), draws: int = 1000,
-                 ) -> list[dict]:  # fmt: skip
+                 sampling_rate: float, draws: int = 1000) -> list[dict]:  # fmt: skip
     """Rows attribution, measure, value, low, high, chance, passes of several attributions to the same records.
 
     Beside the measures of `measure` there are the mass of all records together over their chance ("mass over chance")
-    and, paired, how much more the enrichment is than that of each attribution of `over` that is among them.
+    and, paired, how much more the enrichment is than that of each attribution of `SIZES` that is among them.
     """
     found = {name: measure(relevance, mask, counted, sampling_rate) for name, relevance in relevances.items()}
     chance, share = chances(mask, counted, sampling_rate), chance_mass(mask, counted)
@@ -345,7 +345,7 @@ def measure_rows(relevances: Mapping[str, np.ndarray], mask: np.ndarray, counted
     for name, values in found.items():
         extra = {"mass over chance": values["mass"] / (share or np.nan)}
         extra |= {f"enrichment over {other}": values["enrichment"] - found[other]["enrichment"]
-                  for other in over if other in found and other != name}  # fmt: skip
+                  for other in SIZES if other in found and other != name}  # fmt: skip
         for which, each in (values | extra).items():
             interval = mean_interval(each, patients, draws)
             level = chance.get(which, 1.0 if which in extra and "over chance" in which else 0.0)

@@ -488,12 +488,14 @@ localisation.mean_interval(two[0] - two[1], patients[positions], draws)
 from ecglib.files import atomic_file
 
 about = {"truth": truth.name, "method": "supervised", "fraction": most, "seeds": 1}
-full = randomised[randomised["layer"] == randomised["layer"].iloc[-1]]
+full = randomised[randomised["layer"] == randomised["layer"].iloc[-1]].copy()
+constant = (full[["value", "low", "high"]] == 0).all(axis=1)  # such a map says nothing, so it cannot pass
+full["passes"] = (full["value"].abs() < 0.1).where(~constant)
 parts = [gate.assign(truth="simulated heights", method="regressor"), scores.assign(**about), against.assign(**about),
          deleted.assign(**about), agreed.assign(truth=truth.name, fraction=fraction),
          matched.assign(truth=truth.name, fraction=fraction, attribution=chosen), rolled.assign(truth=truth.name),
          full.assign(**about, measure=np.where(full["signed"], "randomised, signed", "randomised"), chance=0.0,
-                     passes=full["value"].abs() < 0.1, **{"class": bars[0]})]  # fmt: skip
+                     **{"class": bars[0]})]  # fmt: skip
 columns = ["truth", "method", "fraction", "seeds", "class", "records", "attribution", "measure", "value", "low", "high",
            "chance", "passes", "ceiling", "r2", "auroc_left"]  # fmt: skip
 table = pd.concat([part.reindex(columns=columns).astype(object) for part in parts if len(part)], ignore_index=True)
@@ -523,11 +525,11 @@ for group in judged:
     peaks = localisation.mean_interval(two[0] - two[1], patients[positions], draws)
     bar(f"{group}: {peaks.value:+.2f} over R peaks ({peaks.low:+.2f} to {peaks.high:+.2f})", peaks.low > 0)
 for row in full.itertuples():
-    if row.value == row.low == row.high == 0:
-        print(f"void: randomised, {row.attribution}, {'a' if row.signed else '|a|'}: the map has become constant")
-        continue
-    bar(f"randomised, {row.attribution}, {'a' if row.signed else '|a|'}: rank correlation {row.value:.2f}, goal "
-        "below 0.1", abs(row.value) < 0.1)  # fmt: skip
+    which = f"randomised, {row.attribution}, {'a' if row.signed else '|a|'}"
+    if pd.isna(row.passes):
+        print(f"void: {which}: the map has become constant")
+    else:
+        bar(f"{which}: rank correlation {row.value:.2f}, goal below 0.1", row.passes)
 better = matched[matched["passes"].astype(bool)]
 print(f"Pretrained over supervised at matched AUROC: {len(better)} of {len(matched)} intervals above 0")
 

@@ -162,7 +162,8 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_an_environment_is_made_once_and_follows_the_lock(bare: list[list[str]]) -> None:
     python = environment.choose_python()
     assert python == str(environment.VENV / "bin" / "python")
-    assert ["venv" in bare[0], environment.PIP in bare[1], "-r" in bare[2], "-e" in bare[3]] == [True] * 4
+    made = ["venv" in bare[0], environment.PIP in bare[1], "-r" in bare[2], "-e" in bare[3], len(bare)]
+    assert made == [True, True, True, True, 4]
     assert environment.choose_python() == python and len(bare) == 4
     environment.LOCK.write_text(environment.LOCK.read_text() + "\n")
     environment.choose_python()

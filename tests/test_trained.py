@@ -6,7 +6,6 @@ import torch
 
 from ecglib.errors import DataError
 from ecglib.evaluate import encode_windows, predict_windows
-from ecglib.fusion_runs import FusionData, fuse
 from ecglib.labels import split_indices
 from ecglib.probe import probe_subsets
 from ecglib.runs import Result, RunSpec, run_or_load
@@ -49,18 +48,12 @@ def test_a_frozen_run_becomes_encoder_and_probe(records, folder):
     np.testing.assert_allclose(again, by_probe["test/probabilities"], atol=1e-4)
 
 
-def test_a_frozen_fusion_becomes_its_encoders_and_dvme(records, folder, tmp_path):
-    specs = [pretraining_spec("random", records, seed, {"encoder": "xresnet1d_narrow", "crop_seconds": seconds})
-             for seed, seconds in enumerate((1.0, 0.5))]  # fmt: skip
-    members = {f"random{spec.seed}": run_or_load(spec, encode_run(records), folder) for spec in specs}
-    settings = {"width": 8, "heads": 2, "hidden": 6, "dropout": 0.1, "token_dropout": 0.2, "steps": 3, "batch_size": 8,
-                "learning_rates": [0.001]}  # fmt: skip
-    data = FusionData(records, [1.0], {1.0: 1}, members)
-    (run,) = fuse(data, "dvme", settings, folder)
+def test_a_frozen_fusion_becomes_its_encoders_and_dvme(records, folder, tmp_path, small_fusion):
+    run, members = small_fusion(folder, (1.0, 0.5))
     network, window = trained_classifier(run, records, folder)
     assert window == 1.0 and not network.training
     features = torch.cat([torch.from_numpy(each.predictions()["features"]) for each in members.values()], dim=1)
-    again = torch.sigmoid(network.answer(features[data.split["test"]])).detach().numpy()
+    again = torch.sigmoid(network.answer(features[split_indices(records)["test"]])).detach().numpy()
     np.testing.assert_allclose(again, run.predictions()["test/probabilities"], atol=1e-5)
     with torch.no_grad():
         signals = torch.from_numpy(records.millivolts(np.arange(3)))
