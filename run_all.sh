@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The study in one command; `./run_all.sh --help` lists what it takes. This part only finds a Python:
-# ecglib/environment.py sees to the packages and then starts ecglib/study.py.
+# ecgtools.environment.py sees to the packages and then starts ecgtools/runner.py.
 set -euo pipefail
 
 root="$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)"
@@ -9,7 +9,7 @@ suitable='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))'
 for python in python3 python3.13 python3.12 python3.14 python3.11; do
     if "$python" -c "$suitable" 2>/dev/null; then
         export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-        exec "$python" -P -m ecglib.environment "$@"
+        exec "$python" -P -m ecgtools.environment "$@"
     fi
 done
 

@@ -1,4 +1,5 @@
-"""Time of the patient bootstrap beside the same work done with scikit-learn, and the largest difference between them.
+"""Time of the patient bootstrap beside the same work done with scikit-learn, and the largest
+difference between them.
 
 python benchmarks/bootstrap.py [records] [classes] [draws] [draws of the scikit-learn loop]
 """
@@ -9,11 +10,14 @@ import time
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from ecglib.evaluate import bootstrap_interval, class_auroc, draw_weights
+from ecglib.evaluate.draws import bootstrap_interval, draw_weights
+from ecglib.evaluate.metrics import class_auroc
 
 
 def make_case(records: int, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Targets with prevalences from 0.5 % to 50 %, informative scores with many ties, 1.15 records or so a patient."""
+    """Targets with prevalences from 0.5 % to 50 %, informative scores with many ties, 1.15 records
+    or so a patient.
+    """
     generator = np.random.default_rng(0)
     targets = generator.random((records, classes)) < np.geomspace(0.005, 0.5, classes)
     scores = np.round(targets + generator.normal(size=(records, classes)), 2)
@@ -21,7 +25,9 @@ def make_case(records: int, classes: int) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def scikit_learn_loop(targets: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """ROC areas `(draws, classes)` by one call for each draw and class, NaN where a class is absent from the draw."""
+    """ROC areas `(draws, classes)` by one call for each draw and class, NaN where a class is absent
+    from the draw.
+    """
     table = np.full((weights.shape[1], targets.shape[1]), np.nan)
     for draw, weight in enumerate(weights.T):
         drawn = np.repeat(np.arange(len(targets)), weight.astype(int))
@@ -43,8 +49,12 @@ def main(records: int = 2200, classes: int = 71, draws: int = 1000, loop_draws: 
     loop = (time.perf_counter() - start) * draws / loop_draws
     difference = np.nanmax(np.abs(class_auroc(targets, scores, weights.T) - expected))
     print(f"{draws:,} patient draws x {classes} classes x {records:,} records, one thread")
-    print(f"ecglib        {ours:8.2f} s   macro AUROC {interval.value:.4f} ({interval.low:.4f} to {interval.high:.4f})")
-    print(f"scikit-learn  {loop:8.2f} s   extrapolated from {loop_draws} draws: {loop / ours:.0f} times as long")
+    print(
+        f"ecglib        {ours:8.2f} s   macro AUROC {interval.value:.4f} ({interval.low:.4f} to {interval.high:.4f})"
+    )
+    print(
+        f"scikit-learn  {loop:8.2f} s   extrapolated from {loop_draws} draws: {loop / ours:.0f} times as long"
+    )
     print(f"largest difference of a ROC area, ties included: {difference:.1e}")
 
 

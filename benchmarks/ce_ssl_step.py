@@ -1,11 +1,13 @@
-"""An iteration of CE-SSL beside FixMatch and others, base backbone, 12 x 6144 samples, 64 + 64 records; and its layers.
+"""An iteration of CE-SSL beside FixMatch and others, base backbone, 12 x 6144 samples, 64 + 64
+records; and its layers.
 
-    python benchmarks/ce_ssl_step.py [--batch 64] [--iterations 3] [--dtype bfloat16] [--methods ce_ssl ...]
-                                      [--table FILE.csv]
+python benchmarks/ce_ssl_step.py [--batch 64] [--iterations 3] [--dtype bfloat16] [--methods ce_ssl
+...] [--table FILE.csv]
 
-Every method runs in a process of its own, in float32 unless asked otherwise. An iteration is batch, augmentation,
-forward, backward and the optimizer's step. Floor of a record: 1.5 billion multiplications in the convolutions and 0.6 in the transformer, twice
-that backward where every weight is trained, once where the weights are frozen. CE-SSL sends 128 records through the
+Every method runs in a process of its own, in float32 unless asked otherwise. An iteration is batch,
+augmentation, forward, backward and the optimizer's step. Floor of a record: 1.5 billion
+multiplications in the convolutions and 0.6 in the transformer, twice that backward where every
+weight is trained, once where the weights are frozen. CE-SSL sends 128 records through the
 convolutions and 64 through the transformer, FixMatch 192 through both.
 """
 
@@ -18,11 +20,30 @@ import torch
 from torch import nn
 
 from ecglib.lora import LowRankLayer
-from ecglib.semisup.cost import measure_apart
+from ecgstudy.analysis.cost import measure_apart
 
-METHODS = ("ce_ssl", "ce_ssl_without_deactivation", "ce_ssl_without_norm", "fixmatch", "fixmatch_lora", "supervised")
-SETTINGS = {"ratio": 1, "rank": 16, "share": 0.2, "score": "corrected", "deactivation": 0.2, "threshold": 0.95}
-LAYERS = ((12, 256, 6144, 9, 4, 4), (256, 256, 1536, 9, 1, 4), (256, 256, 1536, 9, 4, 4), (256, 256, 384, 9, 1, 4))
+METHODS = (
+    "ce_ssl",
+    "ce_ssl_without_deactivation",
+    "ce_ssl_without_norm",
+    "fixmatch",
+    "fixmatch_lora",
+    "supervised",
+)
+SETTINGS = {
+    "ratio": 1,
+    "rank": 16,
+    "share": 0.2,
+    "score": "corrected",
+    "deactivation": 0.2,
+    "threshold": 0.95,
+}
+LAYERS = (
+    (12, 256, 6144, 9, 4, 4),
+    (256, 256, 1536, 9, 1, 4),
+    (256, 256, 1536, 9, 4, 4),
+    (256, 256, 384, 9, 1, 4),
+)
 
 
 def seconds_of_layer(layer: nn.Module, x: torch.Tensor) -> float:
@@ -37,17 +58,26 @@ def seconds_of_layer(layer: nn.Module, x: torch.Tensor) -> float:
 
 
 def compare_forms(batch: int) -> pd.DataFrame:
-    """Seconds of the convolutions: all weights trained, W0 + BA formed first, and A and B one after the other."""
+    """Seconds of the convolutions: all weights trained, W0 + BA formed first, and A and B one after
+    the other.
+    """
     rows = []
     for inputs, outputs, samples, kernel, stride, padding in LAYERS:
         x = torch.randn(batch, inputs, samples, requires_grad=True)
         convolution = nn.Conv1d(inputs, outputs, kernel, stride, padding)
         whole = seconds_of_layer(convolution, x)
         convolution.weight.requires_grad = False
-        forms = {name: seconds_of_layer(LowRankLayer(convolution, 16, factored=factored).train(), x)
-                 for name, factored in (("W0 + BA", False), ("two products", True))}  # fmt: skip
-        rows.append({"layer": f"{inputs} to {outputs}, stride {stride}, {samples} samples", "trained whole": whole,
-                     **forms})  # fmt: skip
+        forms = {
+            name: seconds_of_layer(LowRankLayer(convolution, 16, factored=factored).train(), x)
+            for name, factored in (("W0 + BA", False), ("two products", True))
+        }
+        rows.append(
+            {
+                "layer": f"{inputs} to {outputs}, stride {stride}, {samples} samples",
+                "trained whole": whole,
+                **forms,
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -64,14 +94,25 @@ def main() -> None:
     settings = {**SETTINGS, "batch_size": options.batch}
     rows = []
     for method in options.methods:
-        rows.append(measure_apart(method, "conv_transformer", 18, 6144, settings, options.iterations,
-                                  dtype=options.dtype))  # fmt: skip
+        rows.append(
+            measure_apart(
+                method,
+                "conv_transformer",
+                18,
+                6144,
+                settings,
+                options.iterations,
+                dtype=options.dtype,
+            )
+        )
         print(rows[-1], flush=True)
     table = pd.DataFrame(rows)
     print(table.drop(columns="machine").to_string(index=False))
     costs = table.set_index("method")[["seconds_per_iteration", "saved_activation_bytes"]]
     if {"ce_ssl", "fixmatch"} <= set(costs.index):
-        print("CE-SSL / FixMatch:", (costs.loc["ce_ssl"] / costs.loc["fixmatch"]).round(3).to_dict())
+        print(
+            "CE-SSL / FixMatch:", (costs.loc["ce_ssl"] / costs.loc["fixmatch"]).round(3).to_dict()
+        )
     if options.table:
         table.to_csv(options.table, index=False)
 

@@ -1,11 +1,12 @@
-"""A pretraining step of CPC (12 x 1000, batch 32) in the training loop, beside the published loop over positions.
+"""A pretraining step of CPC (12 x 1000, batch 32) in the training loop, beside the published loop
+over positions.
 
     python benchmarks/cpc_step.py [--threads 1] [--steps 6]
 
-Each form runs in a process of its own, so that its peak memory is its own. Speed is given by the clock and, for a busy
-machine, by the processor time that the step itself took. The loop over positions keeps 129 candidates of 512 numbers
-for each position and record, 8 GB at batch 32, and so runs at batch 4. Floor: 5.3 M weights times 32,000 latents cost
-about 1 TFLOP forward and backward.
+Each form runs in a process of its own, so that its peak memory is its own. Speed is given by the
+clock and, for a busy machine, by the processor time that the step itself took. The loop over
+positions keeps 129 candidates of 512 numbers for each position and record, 8 GB at batch 32, and so
+runs at batch 4. Floor: 5.3 M weights times 32,000 latents cost about 1 TFLOP forward and backward.
 """
 
 import argparse
@@ -21,12 +22,16 @@ from torch import Tensor
 
 from ecglib.batches import Batch, step_generator
 from ecglib.encoders.cpc_lstm import CPCEncoder
-from ecglib.runs import machine
 from ecglib.selfsup.cpc import CPC, draw_negatives, info_nce
 from ecglib.train import autocast, constant_schedule, fit, precision
+from ecgstudy.runs import machine
 
-FORMS = {"loop over positions": (4, "float32"), "one product": (4, "float32"), "one product, all": (32, "float32"),
-         "as the study trains": (32, precision("cpu"))}  # fmt: skip
+FORMS = {
+    "loop over positions": (4, "float32"),
+    "one product": (4, "float32"),
+    "one product, all": (32, "float32"),
+    "as the study trains": (32, precision("cpu")),
+}
 
 
 class LoopOverPositions(CPC):
@@ -36,17 +41,23 @@ class LoopOverPositions(CPC):
         latents = self.encoder.latents(batch.signals)
         predictions = self.predictors[0](self.encoder.context(latents))
         steps, records = self.horizons[0], torch.arange(len(latents))[:, None]
-        chosen = draw_negatives(len(latents), latents.shape[1], steps, self.negatives, batch.generator)
+        chosen = draw_negatives(
+            len(latents), latents.shape[1], steps, self.negatives, batch.generator
+        )
         target, total = torch.zeros(len(latents), dtype=torch.long), torch.zeros(())
         for position in range(latents.shape[1] - steps):
-            candidates = latents[records, F.pad(chosen[:, position], (1, 0), value=position + steps)]
+            candidates = latents[
+                records, F.pad(chosen[:, position], (1, 0), value=position + steps)
+            ]
             scores = (predictions[:, position, None] * candidates).sum(dim=2)
             total = total + F.cross_entropy(scores, target)
         return total
 
 
 def seconds_of_loss(objective: CPC, signals: Tensor, dtype: str) -> float:
-    """Processor seconds of the loss alone, forward and backward, on the batch's own latents; best of three."""
+    """Processor seconds of the loss alone, forward and backward, on the batch's own latents; best
+    of three.
+    """
     with torch.no_grad(), autocast("cpu", dtype):
         latents = objective.encoder.latents(signals)
         predictions = objective.predictors[0](objective.encoder.context(latents))
@@ -74,18 +85,30 @@ def measure(name: str, threads: int, steps: int) -> str:
         starts.append((time.perf_counter(), time.process_time()))
         return Batch(signals, torch.zeros(batch, 1), torch.arange(batch), step_generator(0, step))
 
-    fit(objective, batches, steps + 2, learning_rate=1e-4, weight_decay=1e-3, schedule=constant_schedule, dtype=dtype)
+    fit(
+        objective,
+        batches,
+        steps + 2,
+        learning_rate=1e-4,
+        weight_decay=1e-3,
+        schedule=constant_schedule,
+        dtype=dtype,
+    )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     wall, processor = np.diff(starts[1:], axis=0).T  # the first step warms up
     share = seconds_of_loss(objective, signals, dtype) / min(processor)
     loss = "" if name.startswith("loop") else f"loss {share:3.0%}, "
-    return (f"{name:<20} batch {batch:2d} {dtype:<9} records/s median {batch / np.median(wall):5.2f} "
-            f"best {batch / min(wall):5.2f}, of processor time median {batch / np.median(processor):5.2f} "
-            f"best {batch / min(processor):5.2f}; {loss}peak {peak:5.2f} GB")  # fmt: skip
+    return (
+        f"{name:<20} batch {batch:2d} {dtype:<9} records/s median {batch / np.median(wall):5.2f} "
+        f"best {batch / min(wall):5.2f}, of processor time median {batch / np.median(processor):5.2f} "
+        f"best {batch / min(processor):5.2f}; {loss}peak {peak:5.2f} GB"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--form", help=argparse.SUPPRESS)
@@ -95,7 +118,14 @@ def main() -> None:
         return
     print(f"{machine()}, {given.threads} thread(s)", flush=True)
     for name in FORMS:
-        command = [sys.executable, __file__, "--threads", str(given.threads), "--steps", str(given.steps)]
+        command = [
+            sys.executable,
+            __file__,
+            "--threads",
+            str(given.threads),
+            "--steps",
+            str(given.steps),
+        ]
         ran = subprocess.run([*command, "--form", name], check=True, capture_output=True, text=True)
         print(ran.stdout.strip().splitlines()[-1], flush=True)
 

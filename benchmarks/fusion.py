@@ -1,16 +1,19 @@
-"""The whole fusion comparison from cached features: all comparators, 7 fractions x 5 seeds, 8 members.
+"""The whole fusion comparison from cached features: all comparators, 7 fractions x 5 seeds, 8
+members.
 
     python benchmarks/fusion.py [--threads 2] [--patients 2000]
 
-Members: features of a frozen random xresnet1d_narrow on the simulated cohort, turned at random, bent and blurred with
-noise; seven that are alike for all label subsets (256 features, one of them 384) and one that differs by subset, as the
-supervised encoder does. Each method is fitted and its 35 runs are scored with their patient-bootstrap intervals and
-kept in a temporary run store, as in notebook 10. The encoders alone are part of it; leaving members out is not.
+Members: features of a frozen random xresnet1d_narrow on the simulated cohort, turned at random,
+bent and blurred with noise; seven that are alike for all label subsets (256 features, one of them
+384) and one that differs by subset, as the supervised encoder does. Each method is fitted and its
+35 runs are scored with their patient-bootstrap intervals and kept in a temporary run store, as in
+notebook 10. The encoders alone are part of it; leaving members out is not.
 
-Floor of one trained method (2,176 features, width 64, 8 tokens, hidden 128): a forward pass multiplies 139,000 numbers
-a record for the tokens, 131,000 for attention, 66,000 for the hidden layer and 11,000 for the votes, 0.35 million;
-forward and backward 2.1 MFLOP. 35 models x 32 records x 100 steps x 3 learning rates: 0.7 TFLOP, at 70 GFLOP/s of one
-core in float32 10 s; of AdamW's states, 0.35 million parameters x 35 x 28 bytes a step, 0.34 GB, at 10 GB/s 10 s more.
+Floor of one trained method (2,176 features, width 64, 8 tokens, hidden 128): a forward pass
+multiplies 139,000 numbers a record for the tokens, 131,000 for attention, 66,000 for the hidden
+layer and 11,000 for the votes, 0.35 million; forward and backward 2.1 MFLOP. 35 models x 32 records
+x 100 steps x 3 learning rates: 0.7 TFLOP, at 70 GFLOP/s of one core in float32 10 s; of AdamW's
+states, 0.35 million parameters x 35 x 28 bytes a step, 0.34 GB, at 10 GB/s 10 s more.
 """
 
 import argparse
@@ -24,17 +27,25 @@ from threadpoolctl import threadpool_limits
 
 from ecglib.batches import to_millivolts
 from ecglib.encoders import make_encoder
-from ecglib.evaluate import AbsentClassWarning
-from ecglib.fusion_runs import NETWORKS, FusionData, fuse
+from ecglib.evaluate.metrics import AbsentClassWarning
 from ecglib.records import Records
-from ecglib.runs import Result, Run, machine, run_or_load
-from ecglib.selfsup.pretrain import pretraining_spec
 from ecglib.sources.simulate import simulate_records
-from ecglib.transfer import grid_subsets
+from ecgstudy.arms.fusion import NETWORKS, FusionData, fuse
+from ecgstudy.arms.pretrain import pretraining_spec
+from ecgstudy.arms.transfer import grid_subsets
+from ecgstudy.runs import Result, Run, machine, run_or_load
 
 FRACTIONS, SEEDS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0), 5
-SETTINGS = {"width": 64, "heads": 4, "hidden": 128, "dropout": 0.1, "token_dropout": 0.2, "steps": 100,
-            "batch_size": 32, "learning_rates": [0.00003, 0.0001, 0.001]}  # fmt: skip
+SETTINGS = {
+    "width": 64,
+    "heads": 4,
+    "hidden": 128,
+    "dropout": 0.1,
+    "token_dropout": 0.2,
+    "steps": 100,
+    "batch_size": 32,
+    "learning_rates": [0.00003, 0.0001, 0.001],
+}
 
 
 def encode(records: Records) -> torch.Tensor:
@@ -49,7 +60,9 @@ def encode(records: Records) -> torch.Tensor:
     return (features - features.mean(dim=0)) / features.std(dim=0).clamp_min(1e-6)
 
 
-def make_member(records: Records, features: torch.Tensor, seed: int, folder: str, size: int = 256) -> Run:
+def make_member(
+    records: Records, features: torch.Tensor, seed: int, folder: str, size: int = 256
+) -> Run:
     """A kept run with features that differ by seed."""
     generator = torch.Generator().manual_seed(seed)
     turned = torch.tanh(features @ torch.randn(features.shape[1], size, generator=generator) / 16)
@@ -64,7 +77,9 @@ def told(seconds: np.ndarray) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--patients", type=int, default=2000)
     options = parser.parse_args()
@@ -75,19 +90,31 @@ def main() -> None:
     seeds = dict.fromkeys(FRACTIONS, SEEDS)
     with tempfile.TemporaryDirectory() as folder, threadpool_limits(options.threads):
         features = encode(records)
-        members: dict = {f"m{seed}": make_member(records, features, seed, folder, 384 if seed == 1 else 256)
-                         for seed in range(7)}  # fmt: skip
-        members["own"] = {cell: make_member(records, features, 100 + place, folder)
-                          for place, cell in enumerate(grid_subsets(records, FRACTIONS, seeds))}  # fmt: skip
-        print(f"{machine()}, {options.threads} thread(s); {len(records):,} records, {len(members)} members")
+        members: dict = {
+            f"m{seed}": make_member(records, features, seed, folder, 384 if seed == 1 else 256)
+            for seed in range(7)
+        }
+        members["own"] = {
+            cell: make_member(records, features, 100 + place, folder)
+            for place, cell in enumerate(grid_subsets(records, FRACTIONS, seeds))
+        }
+        print(
+            f"{machine()}, {options.threads} thread(s); {len(records):,} records, {len(members)} members"
+        )
         last = started = np.array([time.perf_counter(), time.process_time()])
         data = FusionData(records, FRACTIONS, seeds, members)
-        asked = [(method, None) for method in ("mean_of_logits", "best_single", "concatenation", *NETWORKS)]
+        asked = [
+            (method, None)
+            for method in ("mean_of_logits", "best_single", "concatenation", *NETWORKS)
+        ]
         for method, names in asked + [("alone", [name]) for name in members]:
             runs = fuse(data, method, SETTINGS, folder, names)
             now = np.array([time.perf_counter(), time.process_time()])
             fitting = sum(run.about["seconds"] for run in runs)
-            print(f"{method:20s} {told(now - last)}, {fitting:6.1f} s wall of them fitting", flush=True)
+            print(
+                f"{method:20s} {told(now - last)}, {fitting:6.1f} s wall of them fitting",
+                flush=True,
+            )
             last = now
         print(f"{'all':20s} {told(last - started)}")
 

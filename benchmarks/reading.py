@@ -30,8 +30,12 @@ def step(name: str, folder: Path, saved: Path) -> str:
         "read, unverified": lambda: read_ptbxl(folder, verify=False),
         "read and save": lambda: Records.load(read_ptbxl(folder).save(saved)),
         "open again": lambda: Records.load(saved),
-        f"wfdb, {len(headers)} files": lambda: [wfdb.rdrecord(str(path.with_suffix(""))).p_signal for path in headers],
-        f"ecglib, {len(headers)} files": lambda: [read_millivolts(read_header(path)) for path in headers],
+        f"wfdb, {len(headers)} files": lambda: [
+            wfdb.rdrecord(str(path.with_suffix(""))).p_signal for path in headers
+        ],
+        f"ecglib, {len(headers)} files": lambda: [
+            read_millivolts(read_header(path)) for path in headers
+        ],
     }
     if name == "names":
         return "\n".join(steps)
@@ -56,7 +60,15 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as saved:
         for name in step("names", given.folder, Path(saved)).splitlines():
-            command = [sys.executable, __file__, str(given.folder), "--step", name, "--saved", f"{saved}/records"]
+            command = [
+                sys.executable,
+                __file__,
+                str(given.folder),
+                "--step",
+                name,
+                "--saved",
+                f"{saved}/records",
+            ]
             ran = subprocess.run(command, check=True, capture_output=True, text=True)
             print(ran.stdout.strip().splitlines()[-1], flush=True)
 

@@ -1,11 +1,13 @@
-"""The noise grid: 7 kinds x 6 ratios and clean, for every classifier of a study, from noise to intervals.
+"""The noise grid: 7 kinds x 6 ratios and clean, for every classifier of a study, from noise to
+intervals.
 
-    python benchmarks/robustness.py [--results results/laptop] [--studies label_efficiency ...] [--methods ...]
-                                    [--workers 2]
+python benchmarks/robustness.py [--results results/laptop] [--studies label_efficiency ...]
+[--methods ...] [--workers 2]
 
-Runs of the grid go to a temporary folder, those of the study are read. Floor: the bare networks on windows that lie in
-memory, windows x time a window, as many at a time as in the grid, divided by the workers. What the grid takes beyond
-the floor is noise, its file, loading, fitting the probes of frozen runs again, and the bootstrap.
+Runs of the grid go to a temporary folder, those of the study are read. Floor: the bare networks on
+windows that lie in memory, windows x time a window, as many at a time as in the grid, divided by
+the workers. What the grid takes beyond the floor is noise, its file, loading, fitting the probes of
+frozen runs again, and the bootstrap.
 """
 
 import argparse
@@ -16,12 +18,13 @@ from pathlib import Path
 
 import torch
 
-from ecglib import robustness
+from ecglib import noise
 from ecglib.labels import split_indices
 from ecglib.records import Records
-from ecglib.runs import Run, machine
 from ecglib.train import autocast, precision
-from ecglib.trained import trained_classifier
+from ecgstudy.arms import noise
+from ecgstudy.arms.trained import trained_classifier
+from ecgstudy.runs import Run, machine
 
 
 def seconds_a_window(run: Run, records: Records, results: Path, dtype: str) -> tuple[float, int]:
@@ -29,7 +32,7 @@ def seconds_a_window(run: Run, records: Records, results: Path, dtype: str) -> t
     network, seconds = trained_classifier(run, records, results)
     window = round(seconds * records.sampling_rate)
     count = -(-records.signals.shape[2] // window)
-    signals = torch.randn(max(1, robustness.WINDOWS // 4) * count, 12, window)
+    signals = torch.randn(max(1, noise.WINDOWS // 4) * count, 12, window)
     with torch.inference_mode(), autocast("cpu", dtype):
         network(signals)
         started, times = time.process_time(), 0
@@ -40,31 +43,38 @@ def seconds_a_window(run: Run, records: Records, results: Path, dtype: str) -> t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--results", type=Path, default=Path("results/laptop"))
-    parser.add_argument("--studies", nargs="+", default=list(robustness.STUDIES))
+    parser.add_argument("--studies", nargs="+", default=list(noise.STUDIES))
     parser.add_argument("--methods", nargs="*", default=[])
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(1)
     everything = Records.load(options.results / "records")
     records = everything.select(everything.targets.any(axis=1))
-    arms = robustness.noise_arms(options.results, records, 1.0, options.studies, options.methods)
+    arms = noise.noise_arms(options.results, records, 1.0, options.studies, options.methods)
     dtype, test = precision("cpu"), len(split_indices(records)["test"])
-    conditions = len(robustness.conditions_of(robustness.KINDS, robustness.SNRS))
-    print(f"{machine()}, {options.workers} worker(s) of one thread, {dtype}; {len(arms)} classifiers, {test} records")
+    conditions = len(noise.conditions_of(noise.KINDS, noise.SNRS))
+    print(
+        f"{machine()}, {options.workers} worker(s) of one thread, {dtype}; {len(arms)} classifiers, {test} records"
+    )
     floor = 0.0
     for run in arms:
         seconds, windows = seconds_a_window(run, records, options.results, dtype)
         floor += seconds * windows * test * conditions / options.workers
-        print(f"{run.spec.name:60.60s} {1e3 * seconds:6.3f} ms a window, {windows} windows a record", flush=True)
+        print(
+            f"{run.spec.name:60.60s} {1e3 * seconds:6.3f} ms a window, {windows} windows a record",
+            flush=True,
+        )
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "runs").mkdir()
         for path in (options.results / "runs").iterdir():
             if "-noise-" not in path.name:
                 os.symlink(path.resolve(), Path(folder) / "runs" / path.name)
         before, started = os.times(), time.perf_counter()
-        robustness.score_under_noise(arms, records, folder, dtype=dtype, workers=options.workers)
+        noise.score_under_noise(arms, records, folder, dtype=dtype, workers=options.workers)
         wall, after = time.perf_counter() - started, os.times()
     own = after.user + after.system - before.user - before.system
     print(

@@ -1,1 +1,3 @@
-"""Models, adaptation, simulation and evaluation for the study of label-efficient 12-lead ECG learning."""
+"""Models, adaptation, simulation and evaluation for the study of label-efficient 12-lead ECG
+learning.
+"""

@@ -1,9 +1,11 @@
-"""Augmentations of Mehari & Strodthoff 2022 and of CE-SSL (Zhou et al. 2024), a whole batch at a time on the device.
+"""Augmentations of Mehari & Strodthoff 2022 and of CE-SSL (Zhou et al. 2024), a whole batch at a
+time on the device.
 
-Every transform maps `(batch, leads, time)` mV to the same shape, never writes into its input, and draws each record's
-randomness from the `torch.Generator` given. The values are the published defaults. What each does to the label is said
-where it matters: a gain per lead breaks voltage criteria (hypertrophy), a time warp breaks rate and interval criteria.
-CE-SSL's views, at the end, are drawn once for the whole batch, as published.
+Every transform maps `(batch, leads, time)` mV to the same shape, never writes into its input, and
+draws each record's randomness from the `torch.Generator` given. The values are the published
+defaults. What each does to the label is said where it matters: a gain per lead breaks voltage
+criteria (hypertrophy), a time warp breaks rate and interval criteria. CE-SSL's views, at the end,
+are drawn once for the whole batch, as published.
 """
 
 import math
@@ -26,9 +28,13 @@ def apply(transforms: Sequence[Transform], signals: Tensor, generator: Generator
     return signals
 
 
-def _uniform(shape: Sequence[int], low: float, high: float, signals: Tensor, generator: Generator) -> Tensor:
+def _uniform(
+    shape: Sequence[int], low: float, high: float, signals: Tensor, generator: Generator
+) -> Tensor:
     """Uniform numbers of `shape` on the device of `signals`."""
-    return low + (high - low) * torch.rand(shape, generator=generator, device=signals.device, dtype=signals.dtype)
+    return low + (high - low) * torch.rand(
+        shape, generator=generator, device=signals.device, dtype=signals.dtype
+    )
 
 
 def _normal(shape: Sequence[int], signals: Tensor, generator: Generator) -> Tensor:
@@ -48,50 +54,79 @@ def gaussian_blur(signals: Tensor, generator: Generator) -> Tensor:
     return F.conv1d(signals, taps, padding=2, groups=leads)
 
 
-def channel_resize(signals: Tensor, generator: Generator, low: float = 0.5, high: float = 2.0) -> Tensor:
-    """Multiplies each lead by its own gain, log-uniform from `low` to `high`; breaks Einthoven's law on purpose."""
-    gain = _uniform((*signals.shape[:2], 1), math.log(low), math.log(high), signals, generator).exp()
+def channel_resize(
+    signals: Tensor, generator: Generator, low: float = 0.5, high: float = 2.0
+) -> Tensor:
+    """Multiplies each lead by its own gain, log-uniform from `low` to `high`; breaks Einthoven's
+    law on purpose.
+    """
+    gain = _uniform(
+        (*signals.shape[:2], 1), math.log(low), math.log(high), signals, generator
+    ).exp()
     return signals * gain
 
 
 def time_out(signals: Tensor, generator: Generator, low: float = 0.2, high: float = 0.4) -> Tensor:
-    """Sets one window of a random fraction `low` to `high` of the time to zero, on all leads of a record."""
+    """Sets one window of a random fraction `low` to `high` of the time to zero, on all leads of a
+    record.
+    """
     batch, _, time = signals.shape
     length = (_uniform((batch, 1), low, high, signals, generator) * time).floor()
-    start = (torch.rand((batch, 1), generator=generator, device=signals.device) * (time - length + 1)).floor()
+    start = (
+        torch.rand((batch, 1), generator=generator, device=signals.device) * (time - length + 1)
+    ).floor()
     clock = torch.arange(time, device=signals.device)
     hidden = (clock >= start) & (clock < start + length)
     return signals.masked_fill(hidden[:, None, :], 0.0)
 
 
 def _sample_at(signals: Tensor, positions: Tensor) -> Tensor:
-    """Linear interpolation of `(batch, leads, time)` at fractional sample positions `(batch, new time)`."""
+    """Linear interpolation of `(batch, leads, time)` at fractional sample positions `(batch, new
+    time)`.
+    """
     last = signals.shape[2] - 1
     left = positions.floor().clamp(0, max(last - 1, 0)).long()
     weight = (positions - left)[:, None, :].to(signals.dtype)
     index = left[:, None, :].expand(-1, signals.shape[1], -1)
-    return torch.lerp(signals.gather(2, index), signals.gather(2, (index + 1).clamp(max=last)), weight)
+    return torch.lerp(
+        signals.gather(2, index), signals.gather(2, (index + 1).clamp(max=last)), weight
+    )
 
 
 def _inverse_map(knots: Tensor, values: Tensor, time: int) -> Tensor:
-    """Piecewise linear function through (knots, values), both `(batch, k)` with rising knots, at 0..time-1."""
-    clock = torch.arange(time, device=knots.device, dtype=knots.dtype).expand(len(knots), -1).contiguous()
+    """Piecewise linear function through (knots, values), both `(batch, k)` with rising knots, at
+    0..time-1.
+    """
+    clock = (
+        torch.arange(time, device=knots.device, dtype=knots.dtype)
+        .expand(len(knots), -1)
+        .contiguous()
+    )
     right = torch.searchsorted(knots.contiguous(), clock, right=True).clamp(1, knots.shape[1] - 1)
     x0, x1 = knots.gather(1, right - 1), knots.gather(1, right)
     y0, y1 = values.gather(1, right - 1), values.gather(1, right)
     return y0 + (y1 - y0) * (clock - x0) / (x1 - x0).clamp_min(1e-6)
 
 
-def random_resized_crop(signals: Tensor, generator: Generator, low: float = 0.5, high: float = 1.0) -> Tensor:
-    """A random window of a fraction `low` to `high`, its samples put at random sorted places of the full grid.
+def random_resized_crop(
+    signals: Tensor, generator: Generator, low: float = 0.5, high: float = 1.0
+) -> Tensor:
+    """A random window of a fraction `low` to `high`, its samples put at random sorted places of the
+    full grid.
 
-    Both ends are pinned and gaps are interpolated: a crop and a random, non-uniform time warp in one, on all leads.
+    Both ends are pinned and gaps are interpolated: a crop and a random, non-uniform time warp in
+    one, on all leads.
     """
     batch, _, time = signals.shape
     kept = (_uniform((batch, 1), low, high, signals, generator) * time).floor().clamp(2, time)
-    start = (torch.rand((batch, 1), generator=generator, device=signals.device) * (time - kept + 1)).floor()
-    # A random subset of `kept` places of the grid: those with the smallest random keys, the ends always among them.
-    keys = torch.rand((batch, time), generator=generator, device=signals.device, dtype=torch.float64)
+    start = (
+        torch.rand((batch, 1), generator=generator, device=signals.device) * (time - kept + 1)
+    ).floor()
+    # A random subset of `kept` places of the grid: those with the smallest random keys, the ends
+    # always among them.
+    keys = torch.rand(
+        (batch, time), generator=generator, device=signals.device, dtype=torch.float64
+    )
     keys[:, 0], keys[:, -1] = -1.0, -1.0
     chosen = keys <= keys.sort(dim=1).values.gather(1, kept.long() - 1)
     rank = chosen.cumsum(dim=1) - 1  # the sample that stands at the last chosen place up to here
@@ -102,49 +137,80 @@ def random_resized_crop(signals: Tensor, generator: Generator, low: float = 0.5,
     return _sample_at(signals, start + rank + fraction)
 
 
-def dynamic_time_warp(signals: Tensor, generator: Generator, warps: int = 3, radius: int = 10, step: int = 2) -> Tensor:
-    """`warps` times: 2 * radius * step + 1 samples around a random centre shrink by `step`, the rest stretches."""
+def dynamic_time_warp(
+    signals: Tensor, generator: Generator, warps: int = 3, radius: int = 10, step: int = 2
+) -> Tensor:
+    """`warps` times: 2 * radius * step + 1 samples around a random centre shrink by `step`, the
+    rest stretches.
+    """
     batch, _, time = signals.shape
     reach = radius * step
     if 2 * reach + 2 > time:
         return signals
     for _ in range(warps):
-        centre = reach + torch.rand((batch, 1), generator=generator, device=signals.device) * (time - 1 - 2 * reach)
+        centre = reach + torch.rand((batch, 1), generator=generator, device=signals.device) * (
+            time - 1 - 2 * reach
+        )
         shrunk = time - 1 - 2 * reach + 2 * radius
-        knots = torch.cat([torch.zeros_like(centre), centre - reach, centre - reach + 2 * radius,
-                           torch.full_like(centre, shrunk)], dim=1) * ((time - 1) / shrunk)  # fmt: skip
-        values = torch.cat([torch.zeros_like(centre), centre - reach, centre + reach,
-                            torch.full_like(centre, time - 1)], dim=1)  # fmt: skip
+        knots = torch.cat(
+            [
+                torch.zeros_like(centre),
+                centre - reach,
+                centre - reach + 2 * radius,
+                torch.full_like(centre, shrunk),
+            ],
+            dim=1,
+        ) * ((time - 1) / shrunk)
+        values = torch.cat(
+            [
+                torch.zeros_like(centre),
+                centre - reach,
+                centre + reach,
+                torch.full_like(centre, time - 1),
+            ],
+            dim=1,
+        )
         signals = _sample_at(signals, _inverse_map(knots, values, time))
     return signals
 
 
 def _clock(signals: Tensor, sampling_rate: float) -> Tensor:
     """Time of each sample in seconds."""
-    return torch.arange(signals.shape[2], device=signals.device, dtype=signals.dtype) / sampling_rate
+    return (
+        torch.arange(signals.shape[2], device=signals.device, dtype=signals.dtype) / sampling_rate
+    )
 
 
 def baseline_wander(
     signals: Tensor, generator: Generator, largest: float = 0.1, sampling_rate: float = 100.0
 ) -> Tensor:
-    """Adds 50 slow cosines (0 to 0.49 Hz), together scaled by U(0, `largest`) mV, the same trace on all leads."""
+    """Adds 50 slow cosines (0 to 0.49 Hz), together scaled by U(0, `largest`) mV, the same trace on
+    all leads.
+    """
     batch, terms = signals.shape[0], 50
     size = _uniform((batch, 1), 0.0, largest, signals, generator)
     amplitude = _uniform((batch, terms), 0.0, 1.0, signals, generator)
     phase = _uniform((batch, terms), 0.0, 2 * math.pi, signals, generator)
     frequency = 0.01 * torch.arange(terms, device=signals.device, dtype=signals.dtype)
     angle = 2 * math.pi * frequency[:, None] * _clock(signals, sampling_rate)
-    # cos(angle + phase) by the addition theorem: two small products instead of a cosine a record, term and sample.
+    # cos(angle + phase) by the addition theorem: two small products instead of a cosine a record,
+    # term and sample.
     wander = (amplitude * phase.cos()) @ angle.cos() - (amplitude * phase.sin()) @ angle.sin()
     return signals + (size * wander)[:, None, :]
 
 
-def powerline_noise(signals: Tensor, generator: Generator, largest: float = 0.2, sampling_rate: float = 100.0,
-                    mains: float = 50.0) -> Tensor:  # fmt: skip
-    """Adds the mains tone and its harmonics below half the sampling rate: U(0, `largest`)^2 mV times a gain a lead.
+def powerline_noise(
+    signals: Tensor,
+    generator: Generator,
+    largest: float = 0.2,
+    sampling_rate: float = 100.0,
+    mains: float = 50.0,
+) -> Tensor:
+    """Adds the mains tone and its harmonics below half the sampling rate: U(0, `largest`)^2 mV
+    times a gain a lead.
 
-    The published transform adds all three harmonics at 100 Hz, where they alias; those are left out here, so that at
-    100 Hz nothing remains and the signals come back unchanged.
+    The published transform adds all three harmonics at 100 Hz, where they alias; those are left out
+    here, so that at 100 Hz nothing remains and the signals come back unchanged.
     """
     batch, leads, _ = signals.shape
     size = _uniform((batch, 1), 0.0, largest, signals, generator).square()
@@ -158,16 +224,25 @@ def powerline_noise(signals: Tensor, generator: Generator, largest: float = 0.2,
 
 
 def muscle_noise(signals: Tensor, generator: Generator, largest: float = 0.5) -> Tensor:
-    """Adds white noise of standard deviation U(0, `largest`) mV, independent a value (the paper's "EM noise")."""
+    """Adds white noise of standard deviation U(0, `largest`) mV, independent a value (the paper's
+    "EM noise").
+    """
     size = _uniform((signals.shape[0], 1, 1), 0.0, largest, signals, generator)
     return signals + size * _normal(signals.shape, signals, generator)
 
 
-def baseline_shift(signals: Tensor, generator: Generator, largest: float = 1.0, sampling_rate: float = 100.0,
-                   a_second: float = 0.3) -> Tensor:  # fmt: skip
-    """Adds a plateau of about 3 s and height U(-1, 1) x U(0, `largest`) mV, with a gain around +-1 a lead.
+def baseline_shift(
+    signals: Tensor,
+    generator: Generator,
+    largest: float = 1.0,
+    sampling_rate: float = 100.0,
+    a_second: float = 0.3,
+) -> Tensor:
+    """Adds a plateau of about 3 s and height U(-1, 1) x U(0, `largest`) mV, with a gain around +-1
+    a lead.
 
-    The number of plateaus is uniform from 0 to round(`a_second` x duration); a later one replaces an earlier one.
+    The number of plateaus is uniform from 0 to round(`a_second` x duration); a later one replaces
+    an earlier one.
     """
     batch, leads, time = signals.shape
     most = max(round(a_second * time / sampling_rate), 1)
@@ -188,42 +263,68 @@ def baseline_shift(signals: Tensor, generator: Generator, largest: float = 1.0, 
 
 TRANSFORMS: dict[str, Transform] = {
     function.__name__: function
-    for function in (gaussian_noise, gaussian_blur, channel_resize, time_out, random_resized_crop, dynamic_time_warp,
-                     baseline_wander, powerline_noise, muscle_noise, baseline_shift)
-}  # fmt: skip
+    for function in (
+        gaussian_noise,
+        gaussian_blur,
+        channel_resize,
+        time_out,
+        random_resized_crop,
+        dynamic_time_warp,
+        baseline_wander,
+        powerline_noise,
+        muscle_noise,
+        baseline_shift,
+    )
+}
 
 
 def named_transforms(settings: dict[str, dict]) -> list[Transform]:
-    """Transforms by name with their settings, `{"time_out": {"low": 0.1, "high": 0.3}}`, as they stand in configs."""
+    """Transforms by name with their settings, `{"time_out": {"low": 0.1, "high": 0.3}}`, as they
+    stand in configs.
+    """
     unknown = [name for name in settings if name not in TRANSFORMS]
     if unknown:
-        raise ValueError(f"There is no transform {unknown[0]!r}; choose from {', '.join(TRANSFORMS)}.")
+        raise ValueError(
+            f"There is no transform {unknown[0]!r}; choose from {', '.join(TRANSFORMS)}."
+        )
     return [partial(TRANSFORMS[name], **values) for name, values in settings.items()]
 
 
 def _beta(shape: Sequence[int], alpha: float, signals: Tensor, generator: Generator) -> Tensor:
-    """Numbers of `shape` from Beta(alpha, alpha) on the device of `signals`; DataError unless alpha is above 0."""
+    """Numbers of `shape` from Beta(alpha, alpha) on the device of `signals`; DataError unless alpha
+    is above 0.
+    """
     if not alpha > 0:
-        raise DataError(f"Records cannot be mixed with alpha = {alpha}; choose a value above 0, published is 0.75.")
+        raise DataError(
+            f"Records cannot be mixed with alpha = {alpha}; choose a value above 0, published is 0.75."
+        )
     # The share of one of two gammas: torch's own Beta distribution takes no generator.
     sizes = torch.full((2, *shape), alpha, device=signals.device, dtype=torch.float64)
     one, other = torch._standard_gamma(sizes, generator=generator)
     return (one / (one + other)).to(signals.dtype)
 
 
-def cutmix(signals: Tensor, targets: Tensor, generator: Generator, alpha: float = 0.75) -> tuple[Tensor, Tensor]:
-    """Pastes one rectangle of leads and time from another record of the batch, the same rectangle for every record.
+def cutmix(
+    signals: Tensor, targets: Tensor, generator: Generator, alpha: float = 0.75
+) -> tuple[Tensor, Tensor]:
+    """Pastes one rectangle of leads and time from another record of the batch, the same rectangle
+    for every record.
 
-    Its sides are the share sqrt(1 - Beta(alpha, alpha)) of leads and time, its centre is anywhere, and what would lie
-    outside is cut off. `targets` `(batch, classes)` are mixed by the area that was really pasted. Neighbouring leads
-    then show two hearts: what a class means by its lead is gone where the rectangle lies.
+    Its sides are the share sqrt(1 - Beta(alpha, alpha)) of leads and time, its centre is anywhere,
+    and what would lie outside is cut off. `targets` `(batch, classes)` are mixed by the area that
+    was really pasted. Neighbouring leads then show two hearts: what a class means by its lead is
+    gone where the rectangle lies.
     """
     batch, leads, time = signals.shape
     side = (1.0 - _beta((), alpha, signals, generator)).sqrt()
-    pasted = _middle(leads, side, signals, generator)[:, None] & _middle(time, side, signals, generator)
+    pasted = _middle(leads, side, signals, generator)[:, None] & _middle(
+        time, side, signals, generator
+    )
     partner = torch.randperm(batch, generator=generator, device=signals.device)
     share = pasted.sum() / pasted.numel()
-    return torch.where(pasted, signals[partner], signals), torch.lerp(targets, targets[partner], share.to(targets))
+    return torch.where(pasted, signals[partner], signals), torch.lerp(
+        targets, targets[partner], share.to(targets)
+    )
 
 
 def _middle(size: int, side: Tensor, signals: Tensor, generator: Generator) -> Tensor:
@@ -234,11 +335,14 @@ def _middle(size: int, side: Tensor, signals: Tensor, generator: Generator) -> T
     return (places >= centre - half) & (places < centre + half)
 
 
-def mixup(signals: Tensor, targets: Tensor, generator: Generator, alpha: float = 0.75) -> tuple[Tensor, Tensor]:
-    """Each record's signals and `targets` `(batch, classes)` averaged with those of another record of the batch.
+def mixup(
+    signals: Tensor, targets: Tensor, generator: Generator, alpha: float = 0.75
+) -> tuple[Tensor, Tensor]:
+    """Each record's signals and `targets` `(batch, classes)` averaged with those of another record
+    of the batch.
 
-    The record's own share is max(b, 1 - b) with b from Beta(alpha, alpha): it stays mostly itself, as in MixMatch
-    (Berthelot et al. 2019), where a row must still count as labelled or unlabelled.
+    The record's own share is max(b, 1 - b) with b from Beta(alpha, alpha): it stays mostly itself,
+    as in MixMatch (Berthelot et al. 2019), where a row must still count as labelled or unlabelled.
     """
     other = _beta((len(signals),), alpha, signals, generator)
     other = torch.minimum(other, 1.0 - other)
@@ -253,21 +357,31 @@ def time_reversal(signals: Tensor, generator: Generator) -> Tensor:
 
 
 def burst_dropout(signals: Tensor, generator: Generator) -> Tensor:
-    """Sets one window of each lead to zero, of 0 to nearly all samples; every record loses the same."""
+    """Sets one window of each lead to zero, of 0 to nearly all samples; every record loses the
+    same.
+    """
     _, leads, time = signals.shape
     half = (_uniform((leads, 1), 0.0, time // 2, signals, generator)).floor()
-    centre = half + (torch.rand((leads, 1), generator=generator, device=signals.device) * (time - 2 * half)).floor()
+    centre = (
+        half
+        + (
+            torch.rand((leads, 1), generator=generator, device=signals.device) * (time - 2 * half)
+        ).floor()
+    )
     clock = torch.arange(time, device=signals.device)
     return signals.masked_fill((clock >= centre - half) & (clock < centre + half), 0.0)
 
 
 def lead_permutation(signals: Tensor, generator: Generator) -> Tensor:
-    """Shuffles the leads, alike in every record; axis, infarct site and bundle branch can then not be told."""
+    """Shuffles the leads, alike in every record; axis, infarct site and bundle branch can then not
+    be told.
+    """
     return signals[:, torch.randperm(signals.shape[1], generator=generator, device=signals.device)]
 
 
 def relative_noise(signals: Tensor, generator: Generator, noise: float = 0.05) -> Tensor:
-    """Adds white noise of `noise` times the standard deviation that each lead of a record has over the crop.
+    """Adds white noise of `noise` times the standard deviation that each lead of a record has over
+    the crop.
 
     The published noise has a fixed size, on leads that were brought to unit variance before.
     """
@@ -278,7 +392,9 @@ def relative_noise(signals: Tensor, generator: Generator, noise: float = 0.05) -
 VIEW_STEPS: tuple[Transform, ...] = (time_reversal, burst_dropout, relative_noise, lead_permutation)
 
 
-def _apply_steps(draws: Sequence[int], signals: Tensor, generator: Generator, noise: float) -> Tensor:
+def _apply_steps(
+    draws: Sequence[int], signals: Tensor, generator: Generator, noise: float
+) -> Tensor:
     """The VIEW_STEPS with the numbers `draws`, in their order."""
     steps = (VIEW_STEPS[number] for number in draws)
     chosen = [partial(step, noise=noise) if step is relative_noise else step for step in steps]
@@ -286,16 +402,24 @@ def _apply_steps(draws: Sequence[int], signals: Tensor, generator: Generator, no
 
 
 def weak_view(signals: Tensor, generator: Generator, noise: float = 0.05) -> Tensor:
-    """CE-SSL's weak view: one of reversal, burst dropout, noise and lead permutation, drawn once for the batch.
+    """CE-SSL's weak view: one of reversal, burst dropout, noise and lead permutation, drawn once
+    for the batch.
 
     The paper calls it weak, yet only the noise surely leaves the label as it was.
     """
-    draws = torch.randint(len(VIEW_STEPS), (1,), generator=generator, device=signals.device).tolist()
+    draws = torch.randint(
+        len(VIEW_STEPS), (1,), generator=generator, device=signals.device
+    ).tolist()
     return _apply_steps(draws, signals, generator, noise)
 
 
 def strong_view(signals: Tensor, generator: Generator, noise: float = 0.5) -> Tensor:
-    """CE-SSL's strong view: those of the four that four draws with replacement hit, in random order."""
-    draws = torch.randint(len(VIEW_STEPS), (4,), generator=generator, device=signals.device).tolist()
-    # Each at its first draw: as random an order as shuffling the distinct ones, and no further draw.
+    """CE-SSL's strong view: those of the four that four draws with replacement hit, in random
+    order.
+    """
+    draws = torch.randint(
+        len(VIEW_STEPS), (4,), generator=generator, device=signals.device
+    ).tolist()
+    # Each at its first draw: as random an order as shuffling the distinct ones, and no further
+    # draw.
     return _apply_steps(list(dict.fromkeys(draws)), signals, generator, noise)

@@ -7,14 +7,16 @@ import pandas as pd
 import torch
 from torch import Generator, Tensor
 
+from ecglib.distributed import rank_and_world
 from ecglib.errors import DataError
-from ecglib.processes import rank_and_world
 from ecglib.records import MISSING, Records
 
 
 @dataclass
 class Batch:
-    """signals `(batch, leads, time)` mV float32, targets `(batch, classes)`, record positions, the step's generator."""
+    """signals `(batch, leads, time)` mV float32, targets `(batch, classes)`, record positions, the
+    step's generator.
+    """
 
     signals: Tensor
     targets: Tensor
@@ -23,7 +25,9 @@ class Batch:
 
 
 def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> Generator:
-    """The random numbers of one step: a function of seed and step alone, so a resumed run draws the same ones."""
+    """The random numbers of one step: a function of seed and step alone, so a resumed run draws the
+    same ones.
+    """
     mixed = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
     return Generator(device).manual_seed(int(mixed >> 1))
 
@@ -35,7 +39,8 @@ def to_millivolts(counts: Tensor, scale: float) -> Tensor:
 
 @dataclass
 class PairBatch(Batch):
-    """A batch of pairs: signals, targets and indices hold every first view, then every second one, in the same order.
+    """A batch of pairs: signals, targets and indices hold every first view, then every second one,
+    in the same order.
 
     `patients` `(pairs,)` is the number of each pair's patient.
     """
@@ -57,31 +62,50 @@ class SemiBatch(Batch):
 def need_unlabelled(batch: Batch, method: str) -> None:
     """DataError where a batch has no unlabelled records for a method that learns from them."""
     if not isinstance(batch, SemiBatch) or len(batch.unlabelled) == 0:
-        raise DataError(f"{method} also learns from unlabelled records and this batch has none; make the batches with "
-                        "SemiBatches, with at least one unlabelled record a process.")  # fmt: skip
+        raise DataError(
+            f"{method} also learns from unlabelled records and this batch has none; make the batches with "
+            "SemiBatches, with at least one unlabelled record a process."
+        )
 
 
 class CropBatches:
-    """`batches(step)` gives random crops of the records at `indices`; each record comes equally often.
+    """`batches(step)` gives random crops of the records at `indices`; each record comes equally
+    often.
 
-    In a process group every process gets its own part of the same batch. Raises DataError where there is no record or
-    the crop is longer than the records.
+    In a process group every process gets its own part of the same batch. Raises DataError where
+    there is no record or the crop is longer than the records.
     """
 
-    def __init__(self, records: Records, indices: np.ndarray, batch_size: int, crop_seconds: float, seed: int,
-                 device: torch.device | str = "cpu") -> None:  # fmt: skip
+    def __init__(
+        self,
+        records: Records,
+        indices: np.ndarray,
+        batch_size: int,
+        crop_seconds: float,
+        seed: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.indices = np.asarray(indices)
         if len(self.indices) == 0:
-            raise DataError("There is no record to train on; check the label fraction and the folds.")
+            raise DataError(
+                "There is no record to train on; check the label fraction and the folds."
+            )
         self.length = round(crop_seconds * records.sampling_rate)
         self.time = records.signals.shape[2]
         if not 1 <= self.length <= self.time:
             raise DataError(
                 f"A crop of {crop_seconds} s does not fit into records of {self.time / records.sampling_rate} s."
             )
-        self.batch_size, self.seed, self.device, self.scale = batch_size, seed, torch.device(device), records.scale
+        self.batch_size, self.seed, self.device, self.scale = (
+            batch_size,
+            seed,
+            torch.device(device),
+            records.scale,
+        )
         self.counts = torch.from_numpy(np.asarray(records.signals[self.indices])).to(self.device)
-        self.targets = torch.from_numpy(records.targets[self.indices].astype(np.float32)).to(self.device)
+        self.targets = torch.from_numpy(records.targets[self.indices].astype(np.float32)).to(
+            self.device
+        )
         self.record_ids = records.table["record_id"].to_numpy()[self.indices]
         self.units = len(self.indices)  # what one pass goes through
         self._order: tuple[int, np.ndarray] | None = None
@@ -95,11 +119,17 @@ class CropBatches:
     def _chosen(self, step: int) -> Tensor:
         """The numbers of the units in the batch of one step, for all processes together."""
         places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        chosen = np.array([self._shuffled(place // self.units)[place % self.units] for place in places])
+        chosen = np.array(
+            [self._shuffled(place // self.units)[place % self.units] for place in places]
+        )
         return torch.from_numpy(chosen).to(self.device)
 
-    def _share(self, step: int, generator: Generator, *drawn: Tensor) -> tuple[Generator, tuple[Tensor, ...]]:
-        """This process's part of what was drawn for all, along the last axis, and its own random numbers from there."""
+    def _share(
+        self, step: int, generator: Generator, *drawn: Tensor
+    ) -> tuple[Generator, tuple[Tensor, ...]]:
+        """This process's part of what was drawn for all, along the last axis, and its own random
+        numbers from there.
+        """
         rank, world = rank_and_world()
         if world == 1:
             return generator, drawn
@@ -116,39 +146,62 @@ class CropBatches:
         picked = self._chosen(step)
         generator = step_generator(self.seed, step, self.device)
         starts = torch.randint(
-            0, self.time - self.length + 1, (self.batch_size,), generator=generator, device=self.device
+            0,
+            self.time - self.length + 1,
+            (self.batch_size,),
+            generator=generator,
+            device=self.device,
         )
         generator, (picked, starts) = self._share(step, generator, picked, starts)
         return Batch(self._cut(picked, starts), self.targets[picked], picked, generator)
 
 
 class PatientBatches(CropBatches):
-    """`batches(step)` gives a PairBatch: two crops of each of `batch_size` patients; every patient comes equally often.
+    """`batches(step)` gives a PairBatch: two crops of each of `batch_size` patients; every patient
+    comes equally often.
 
-    The two come from two different records of the patient, drawn anew at each pass, or from two segments of the one
-    record that do not overlap. Raises DataError where that record is too short for them, where a record has no patient
-    number, and where there are fewer than two patients, for then nothing is left to push apart.
+    The two come from two different records of the patient, drawn anew at each pass, or from two
+    segments of the one record that do not overlap. Raises DataError where that record is too short
+    for them, where a record has no patient number, and where there are fewer than two patients, for
+    then nothing is left to push apart.
     """
 
-    def __init__(self, records: Records, indices: np.ndarray, batch_size: int, crop_seconds: float, seed: int,
-                 device: torch.device | str = "cpu") -> None:  # fmt: skip
+    def __init__(
+        self,
+        records: Records,
+        indices: np.ndarray,
+        batch_size: int,
+        crop_seconds: float,
+        seed: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
         super().__init__(records, indices, batch_size, crop_seconds, seed, device)
-        number, self.patient_ids = pd.factorize(records.table["patient_id"].to_numpy()[self.indices])
+        number, self.patient_ids = pd.factorize(
+            records.table["patient_id"].to_numpy()[self.indices]
+        )
         sizes = np.bincount(number[number >= 0], minlength=len(self.patient_ids))
         self._check(number, sizes, crop_seconds, records.sampling_rate)
         self.units = len(self.patient_ids)
         # The records of patient p are members[first[p] : first[p] + sizes[p]].
-        self.members, self.sizes = (torch.from_numpy(values).to(self.device)
-                                    for values in (np.argsort(number, kind="stable"), sizes))  # fmt: skip
+        self.members, self.sizes = (
+            torch.from_numpy(values).to(self.device)
+            for values in (np.argsort(number, kind="stable"), sizes)
+        )
         self.first = self.sizes.cumsum(0) - self.sizes
 
-    def _check(self, number: np.ndarray, sizes: np.ndarray, crop_seconds: float, sampling_rate: float) -> None:
+    def _check(
+        self, number: np.ndarray, sizes: np.ndarray, crop_seconds: float, sampling_rate: float
+    ) -> None:
         """DataError where no pairs can be made, naming the record or patient."""
         if (number < 0).any():
-            raise DataError(f"Record {self.record_ids[(number < 0).argmax()]} has no patient_id; give it one, or leave "
-                            "it out of the pairs.")  # fmt: skip
+            raise DataError(
+                f"Record {self.record_ids[(number < 0).argmax()]} has no patient_id; give it one, or leave "
+                "it out of the pairs."
+            )
         if len(sizes) < 2:
-            raise DataError(f"All records come from one patient ({self.patient_ids[0]}); pairs need at least two.")
+            raise DataError(
+                f"All records come from one patient ({self.patient_ids[0]}); pairs need at least two."
+            )
         if 2 * self.length > self.time and (sizes == 1).any():
             raise DataError(
                 f"Patient {self.patient_ids[(sizes == 1).argmax()]} has a single record, of {self.time / sampling_rate}"
@@ -160,15 +213,21 @@ class PatientBatches(CropBatches):
         """The pairs of one step, the same whenever they are asked for."""
         patients = self._chosen(step)
         generator = step_generator(self.seed, step, self.device)
-        draws = torch.rand((4, len(patients)), generator=generator, device=self.device, dtype=torch.float64)
+        draws = torch.rand(
+            (4, len(patients)), generator=generator, device=self.device, dtype=torch.float64
+        )
         generator, (patients, draws) = self._share(step, generator, patients, draws)
         size = self.sizes[patients]
         one = (draws[0] * size).long()
-        other = (one + 1 + (draws[1] * (size - 1)).long()) % size  # the same record where there is only one
+        other = (
+            one + 1 + (draws[1] * (size - 1)).long()
+        ) % size  # the same record where there is only one
         picked = self.members[self.first[patients] + torch.stack([one, other])]
         starts = torch.where(size == 1, self._apart(draws[2:]), self._anywhere(draws[2:]))
         picked, starts = picked.flatten(), starts.flatten()
-        return PairBatch(self._cut(picked, starts), self.targets[picked], picked, generator, patients)
+        return PairBatch(
+            self._cut(picked, starts), self.targets[picked], picked, generator, patients
+        )
 
     def _anywhere(self, draws: Tensor) -> Tensor:
         """Starts of two crops, each anywhere in its record; `draws` `(2, pairs)` uniform in [0, 1)."""
@@ -182,34 +241,56 @@ class PatientBatches(CropBatches):
 
 
 class SemiBatches:
-    """`batches(step)` gives a SemiBatch: `batch_size` labelled crops and `ratio` times as many unlabelled ones.
+    """`batches(step)` gives a SemiBatch: `batch_size` labelled crops and `ratio` times as many
+    unlabelled ones.
 
-    `labelled` and `unlabelled` are positions in `records`. The labelled part is the batch that CropBatches gives alone,
-    so that a supervised control sees the same crops. The two pools go round independently, each record of a pool
-    equally often. Raises DataError where a pool is empty, a record is in both, or `batch_size` x `ratio` is not a whole
-    number of at least 1.
+    `labelled` and `unlabelled` are positions in `records`. The labelled part is the batch that
+    CropBatches gives alone, so that a supervised control sees the same crops. The two pools go
+    round independently, each record of a pool equally often. Raises DataError where a pool is
+    empty, a record is in both, or `batch_size` x `ratio` is not a whole number of at least 1.
     """
 
-    def __init__(self, records: Records, labelled: np.ndarray, unlabelled: np.ndarray, batch_size: int, ratio: float,
-                 crop_seconds: float, seed: int, device: torch.device | str = "cpu") -> None:  # fmt: skip
+    def __init__(
+        self,
+        records: Records,
+        labelled: np.ndarray,
+        unlabelled: np.ndarray,
+        batch_size: int,
+        ratio: float,
+        crop_seconds: float,
+        seed: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
         if len(unlabelled) == 0:
-            raise DataError("There is no unlabelled record to learn from; choose a label fraction below 1 or train "
-                            "supervised.")  # fmt: skip
+            raise DataError(
+                "There is no unlabelled record to learn from; choose a label fraction below 1 or train "
+                "supervised."
+            )
         check_apart(records, labelled, unlabelled)
         count = _unlabelled_count(batch_size, ratio)
         self.labelled = CropBatches(records, labelled, batch_size, crop_seconds, seed, device)
-        self.unlabelled = CropBatches(records, unlabelled, count, crop_seconds, other_stream(seed), device)
+        self.unlabelled = CropBatches(
+            records, unlabelled, count, crop_seconds, other_stream(seed), device
+        )
         self.record_ids = self.labelled.record_ids
 
     def __call__(self, step: int) -> SemiBatch:
         """The batch of one step, the same whenever it is asked for."""
         labelled, unlabelled = self.labelled(step), self.unlabelled(step)
-        return SemiBatch(labelled.signals, labelled.targets, labelled.indices, labelled.generator,
-                         unlabelled.signals, unlabelled.indices)  # fmt: skip
+        return SemiBatch(
+            labelled.signals,
+            labelled.targets,
+            labelled.indices,
+            labelled.generator,
+            unlabelled.signals,
+            unlabelled.indices,
+        )
 
 
 def other_stream(seed: int) -> int:
-    """A seed for a second pool: with one and the same, pools of one size would be shuffled and cropped alike."""
+    """A seed for a second pool: with one and the same, pools of one size would be shuffled and
+    cropped alike.
+    """
     return int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
 
 
@@ -217,14 +298,18 @@ def check_apart(records: Records, labelled: np.ndarray, unlabelled: np.ndarray) 
     """DataError where a record is in both pools, naming it."""
     both = np.intersect1d(labelled, unlabelled)
     if len(both):
-        raise DataError(f"Record {records.table['record_id'].iloc[both[0]]} is both labelled and unlabelled; leave it "
-                        "out of one of the two.")  # fmt: skip
+        raise DataError(
+            f"Record {records.table['record_id'].iloc[both[0]]} is both labelled and unlabelled; leave it "
+            "out of one of the two."
+        )
 
 
 def _unlabelled_count(batch_size: int, ratio: float) -> int:
     """Unlabelled records in a batch; DataError where that is not a whole number of at least 1."""
     count = batch_size * ratio
     if not (0.5 <= count < np.inf and abs(count - round(count)) < 1e-6):  # refuses a NaN, too
-        raise DataError(f"A batch of {batch_size} labelled records with a ratio of {ratio:g} needs {count:g} "
-                        "unlabelled ones; choose the two so that this is a whole number of at least 1.")  # fmt: skip
+        raise DataError(
+            f"A batch of {batch_size} labelled records with a ratio of {ratio:g} needs {count:g} "
+            "unlabelled ones; choose the two so that this is a whole number of at least 1."
+        )
     return round(count)

@@ -16,7 +16,9 @@ from ecglib.errors import DataError, explain_storage
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it becomes `path` in one step, on failure it is removed."""
+    """Yield a temporary path beside `path`; on success it becomes `path` in one step, on failure it
+    is removed.
+    """
     path = Path(path)
     with explain_storage(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,12 +88,20 @@ def short_hash(value: object, length: int = 12) -> str:
 
 
 def inside(folder: str | Path, name: str, listed_in: str) -> Path:
-    """Path of `name` below `folder`; a name that leads outside (absolute, `..`, a link) is a `DataError`."""
+    """Path of `name` below `folder`; a name that leads outside (absolute, `..`, a link) is a
+    `DataError`.
+    """
     root = Path(folder).resolve()
     try:
         path = (root / name).resolve()
-    except (ValueError, OSError, RuntimeError) as error:  # a null byte, a name too long, links in a circle
-        raise DataError(f"{listed_in}: the entry {name!r} is not a file name ({error}); correct the entry.") from None
+    except (
+        ValueError,
+        OSError,
+        RuntimeError,
+    ) as error:  # a null byte, a name too long, links in a circle
+        raise DataError(
+            f"{listed_in}: the entry {name!r} is not a file name ({error}); correct the entry."
+        ) from None
     if not path.is_relative_to(root):
         raise DataError(
             f"{listed_in}: the entry {name!r} points outside {folder}; correct the entry, it was not opened."

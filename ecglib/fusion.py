@@ -1,12 +1,14 @@
-"""DVME, fusion of frozen encoders: a token an encoder, self-attention over the tokens, one classifier on them all.
+"""DVME, fusion of frozen encoders: a token an encoder, self-attention over the tokens, one
+classifier on them all.
 
-DVME (Truong, Mohammadi & Lenga 2021, for images) has no published code. What is recoverable of it: an own projection
-of each encoder's embedding, self-attention over these tokens, concatenation, a linear layer, a classifier, all trained
-on the task. Here besides, as labels are few: a norm and a learned name for each token, whole tokens dropped while
-training, and a direct path of votes, so that training starts from the mean of the encoders' own linear probes.
+DVME (Truong, Mohammadi & Lenga 2021, for images) has no published code. What is recoverable of it:
+an own projection of each encoder's embedding, self-attention over these tokens, concatenation, a
+linear layer, a classifier, all trained on the task. Here besides, as labels are few: a norm and a
+learned name for each token, whole tokens dropped while training, and a direct path of votes, so
+that training starts from the mean of the encoders' own linear probes.
 
-All label subsets of a study are trained as one stack of models: every parameter has a leading dimension `models`, every
-product is batched, and no gradient passes from one model to another.
+All label subsets of a study are trained as one stack of models: every parameter has a leading
+dimension `models`, every product is batched, and no gradient passes from one model to another.
 """
 
 import math
@@ -50,9 +52,11 @@ class StackedNorm(nn.Module):
 
 
 class _Fused(nn.Module):
-    """What every fusion shares: votes, the direct path from the features to the logits, and the drawing of weights.
+    """What every fusion shares: votes, the direct path from the features to the logits, and the
+    drawing of weights.
 
-    `sizes` are the numbers of features of the members. Without votes a fusion starts from random weights alone.
+    `sizes` are the numbers of features of the members. Without votes a fusion starts from random
+    weights alone.
     """
 
     def __init__(self, models: int, sizes: Sequence[int], classes: int, votes: bool) -> None:
@@ -61,7 +65,8 @@ class _Fused(nn.Module):
         self.votes = StackedLinear(models, sum(sizes), classes) if votes else None
 
     def _draw(self, seeds: Sequence[int]) -> None:
-        """Weights from each model's own seed, so that a model starts alike whichever others are in the stack.
+        """Weights from each model's own seed, so that a model starts alike whichever others are in
+        the stack.
 
         The last layer starts at 0 where there are votes: they alone decide at first.
         """
@@ -72,15 +77,20 @@ class _Fused(nn.Module):
                 if name.endswith(("weight", "names")) and not silent:
                     deviation = 0.02 if name == "names" else parameter.shape[1] ** -0.5
                     for place, generator in enumerate(generators):
-                        parameter[place] = deviation * torch.randn(parameter.shape[1:], generator=generator)
+                        parameter[place] = deviation * torch.randn(
+                            parameter.shape[1:], generator=generator
+                        )
 
     def start_from(self, weights: Tensor, bias: Tensor) -> None:
-        """Let the members' probes vote: weights `(models, d, classes)` and bias `(models, members, classes)` of them.
+        """Let the members' probes vote: weights `(models, d, classes)` and bias `(models, members,
+        classes)` of them.
 
         The votes are the mean of the probes' logits.
         """
         if self.votes is None:
-            raise DataError("This fusion has no votes to start from probes; make it with votes=True.")
+            raise DataError(
+                "This fusion has no votes to start from probes; make it with votes=True."
+            )
         with torch.no_grad():
             self.votes.weight.copy_(weights / len(self.sizes))
             self.votes.bias.copy_(bias.mean(dim=1, keepdim=True))
@@ -89,29 +99,47 @@ class _Fused(nn.Module):
         """Logits `(models, n, classes)` and the votes of the members that are present."""
         if self.votes is None:
             return logits
-        return logits + self.votes(features if present is None else features * self._spread(present))
+        return logits + self.votes(
+            features if present is None else features * self._spread(present)
+        )
 
     def _spread(self, present: Tensor) -> Tensor:
         """The weight of each member `(n, members)` for each of its features `(n, d)`."""
-        return torch.repeat_interleave(present, torch.tensor(self.sizes, device=present.device), dim=1)
+        return torch.repeat_interleave(
+            present, torch.tensor(self.sizes, device=present.device), dim=1
+        )
 
 
 class FusionNetwork(_Fused):
     """Logits `(models, n, classes)` of the members' features side by side `(models, n, d)`.
 
-    Member k's token is z_k = LN(W_k e_k + b_k) + name_k in `width` dimensions. `mixing` is how tokens learn of each
-    other: "attention", A = softmax(Q K' / sqrt(d_h)) with `heads` heads, pre-norm, added to the token; "uniform", the
-    same with A = 1/K; "gate", each token weighed by a softmax over the members of a linear score of it (Phan et al.
-    2022). The tokens are concatenated, then come a layer of `hidden` units and the classes.
+    Member k's token is z_k = LN(W_k e_k + b_k) + name_k in `width` dimensions. `mixing` is how
+    tokens learn of each other: "attention", A = softmax(Q K' / sqrt(d_h)) with `heads` heads,
+    pre-norm, added to the token; "uniform", the same with A = 1/K; "gate", each token weighed by a
+    softmax over the members of a linear score of it (Phan et al. 2022). The tokens are
+    concatenated, then come a layer of `hidden` units and the classes.
     """
 
-    def __init__(self, models: int, sizes: Sequence[int], classes: int, *, width: int = 64, heads: int = 4,
-                 hidden: int = 128, dropout: float = 0.1, mixing: str = "attention", votes: bool = True,
-                 seeds: Sequence[int] | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        models: int,
+        sizes: Sequence[int],
+        classes: int,
+        *,
+        width: int = 64,
+        heads: int = 4,
+        hidden: int = 128,
+        dropout: float = 0.1,
+        mixing: str = "attention",
+        votes: bool = True,
+        seeds: Sequence[int] | None = None,
+    ) -> None:
         super().__init__(models, sizes, classes, votes)
         if mixing not in MIXINGS or width % heads:
-            raise ValueError(f"A fusion mixes by {', '.join(MIXINGS)}, not {mixing!r}, and its width ({width}) is a "
-                             f"multiple of its heads ({heads}).")  # fmt: skip
+            raise ValueError(
+                f"A fusion mixes by {', '.join(MIXINGS)}, not {mixing!r}, and its width ({width}) is a "
+                f"multiple of its heads ({heads})."
+            )
         self.heads, self.dropout, self.mixing = heads, dropout, mixing
         self.project = nn.ModuleList(StackedLinear(models, size, width) for size in sizes)
         self.norm = StackedNorm(models, width)
@@ -120,9 +148,14 @@ class FusionNetwork(_Fused):
             self.gate = StackedLinear(models, width, 1)
         else:
             self.inner_norm = StackedNorm(models, width)
-            self.qkv, self.mix = StackedLinear(models, width, 3 * width), StackedLinear(models, width, width)
-        self.hidden, self.head = (StackedLinear(models, len(sizes) * width, hidden),
-                                  StackedLinear(models, hidden, classes))  # fmt: skip
+            self.qkv, self.mix = (
+                StackedLinear(models, width, 3 * width),
+                StackedLinear(models, width, width),
+            )
+        self.hidden, self.head = (
+            StackedLinear(models, len(sizes) * width, hidden),
+            StackedLinear(models, hidden, classes),
+        )
         self._draw(range(models) if seeds is None else seeds)
 
     def tokens(self, features: Tensor) -> Tensor:
@@ -131,9 +164,11 @@ class FusionNetwork(_Fused):
         return self.norm(torch.stack([layer(part) for layer, part in parts], dim=2)) + self.names
 
     def mixing_weights(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
-        """How much each token (row) takes from each other, `(models, n, heads, members, members)`; rows sum to 1.
+        """How much each token (row) takes from each other, `(models, n, heads, members, members)`;
+        rows sum to 1.
 
-        With a gate, the weight of each token `(models, n, members)`. Tokens out of `keep` `(n, members)` get none.
+        With a gate, the weight of each token `(models, n, members)`. Tokens out of `keep` `(n,
+        members)` get none.
         """
         if self.mixing == "gate":
             scores = self.gate(tokens).squeeze(3)
@@ -156,29 +191,51 @@ class FusionNetwork(_Fused):
         weights = drop(weights, self.dropout * self.training, generator)
         return tokens + self.mix((weights @ self._split(tokens)[2]).transpose(2, 3).flatten(3))
 
-    def forward(self, features: Tensor, keep: Tensor | None = None, generator: Generator | None = None) -> Tensor:
+    def forward(
+        self, features: Tensor, keep: Tensor | None = None, generator: Generator | None = None
+    ) -> Tensor:
         tokens = self.mixed(self.tokens(features), keep, generator)
         present = None if keep is None else _present(keep)
-        if present is not None and self.mixing != "gate":  # a gate's weights make up for dropped tokens already
+        if (
+            present is not None and self.mixing != "gate"
+        ):  # a gate's weights make up for dropped tokens already
             tokens = tokens * present[:, :, None]
         hidden = F.gelu(self.hidden(tokens.flatten(2)))
-        return self._voted(self.head(drop(hidden, self.dropout * self.training, generator)), features, present)
+        return self._voted(
+            self.head(drop(hidden, self.dropout * self.training, generator)), features, present
+        )
 
 
 class FusionPerceptron(_Fused):
-    """The control without tokens: all features side by side, one hidden layer, classes, and the same votes.
+    """The control without tokens: all features side by side, one hidden layer, classes, and the
+    same votes.
 
-    `hidden` of `matched_hidden` gives it the parameters of a FusionNetwork. Dropped members are zeros.
+    `hidden` of `matched_hidden` gives it the parameters of a FusionNetwork. Dropped members are
+    zeros.
     """
 
-    def __init__(self, models: int, sizes: Sequence[int], classes: int, *, hidden: int, dropout: float = 0.1,
-                 votes: bool = True, seeds: Sequence[int] | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        models: int,
+        sizes: Sequence[int],
+        classes: int,
+        *,
+        hidden: int,
+        dropout: float = 0.1,
+        votes: bool = True,
+        seeds: Sequence[int] | None = None,
+    ) -> None:
         super().__init__(models, sizes, classes, votes)
         self.dropout = dropout
-        self.hidden, self.head = StackedLinear(models, sum(sizes), hidden), StackedLinear(models, hidden, classes)
+        self.hidden, self.head = (
+            StackedLinear(models, sum(sizes), hidden),
+            StackedLinear(models, hidden, classes),
+        )
         self._draw(range(models) if seeds is None else seeds)
 
-    def forward(self, features: Tensor, keep: Tensor | None = None, generator: Generator | None = None) -> Tensor:
+    def forward(
+        self, features: Tensor, keep: Tensor | None = None, generator: Generator | None = None
+    ) -> Tensor:
         if keep is not None:
             features = features * self._spread(_present(keep))
         hidden = drop(F.gelu(self.hidden(features)), self.dropout * self.training, generator)
@@ -186,7 +243,9 @@ class FusionPerceptron(_Fused):
 
 
 def matched_hidden(sizes: Sequence[int], classes: int, **network) -> int:
-    """Hidden units with which a FusionPerceptron has as many parameters as a FusionNetwork of the options `network`."""
+    """Hidden units with which a FusionPerceptron has as many parameters as a FusionNetwork of the
+    options `network`.
+    """
     wanted = count_parameters(FusionNetwork(1, sizes, classes, **network, votes=False))
     return max(1, round((wanted - classes) / (sum(sizes) + 1 + classes)))
 
@@ -202,12 +261,16 @@ def _masked(scores: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def _present(keep: Tensor) -> Tensor:
-    """1 over the share of members kept, `(n, members)`, 0 for the dropped ones: sums keep their expected size."""
+    """1 over the share of members kept, `(n, members)`, 0 for the dropped ones: sums keep their
+    expected size.
+    """
     return keep * (keep.shape[1] / keep.sum(dim=1, keepdim=True))
 
 
 def drop(values: Tensor, probability: float, generator: Generator | None) -> Tensor:
-    """Dropout of `(models, ...)` that is the same for every model, so that none depends on how many there are."""
+    """Dropout of `(models, ...)` that is the same for every model, so that none depends on how many
+    there are.
+    """
     if probability == 0.0:
         return values
     shape = values.shape[1:]
@@ -215,9 +278,16 @@ def drop(values: Tensor, probability: float, generator: Generator | None) -> Ten
     return values * (kept / (1 - probability))
 
 
-def draw_tokens(records: int, tokens: int, dropout: float, generator: Generator | None = None,
-                device: torch.device | str = "cpu") -> Tensor:  # fmt: skip
-    """Which tokens of each record stay, `(records, tokens)`: each is dropped with probability `dropout`, never all."""
+def draw_tokens(
+    records: int,
+    tokens: int,
+    dropout: float,
+    generator: Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Which tokens of each record stay, `(records, tokens)`: each is dropped with probability
+    `dropout`, never all.
+    """
     keep = torch.rand(records, tokens, generator=generator, device=device) >= dropout
     last = torch.randint(tokens, (records, 1), generator=generator, device=device)
     rescued = torch.zeros_like(keep).scatter_(1, last, True)
@@ -225,34 +295,58 @@ def draw_tokens(records: int, tokens: int, dropout: float, generator: Generator 
 
 
 class Fusion(nn.Module):
-    """Sum over models of the binary cross-entropy, mean over classes and records, while whole tokens are dropped."""
+    """Sum over models of the binary cross-entropy, mean over classes and records, while whole
+    tokens are dropped.
+    """
 
-    def __init__(self, network: FusionNetwork | FusionPerceptron, token_dropout: float = 0.2) -> None:
+    def __init__(
+        self, network: FusionNetwork | FusionPerceptron, token_dropout: float = 0.2
+    ) -> None:
         super().__init__()
         self.network, self.token_dropout = network, token_dropout
 
     def loss(self, batch: Batch) -> Tensor:
         """Scalar loss of a batch of features `(models, n, d)` and targets `(models, n, classes)`."""
-        keep = draw_tokens(batch.signals.shape[1], len(self.network.sizes), self.token_dropout, batch.generator,
-                           batch.signals.device)  # fmt: skip
+        keep = draw_tokens(
+            batch.signals.shape[1],
+            len(self.network.sizes),
+            self.token_dropout,
+            batch.generator,
+            batch.signals.device,
+        )
         logits = self.network(batch.signals, keep, batch.generator)
         each = F.binary_cross_entropy_with_logits(logits.float(), batch.targets, reduction="none")
         return each.mean(dim=(1, 2)).sum()
 
 
 class FusionBatches:
-    """`batches(step)` gives each model records of its own label subset, every one of them equally often.
+    """`batches(step)` gives each model records of its own label subset, every one of them equally
+    often.
 
-    `features` holds a member's features as `(1, records, d)`, or `(models, records, d)` where they differ by model.
-    A model's records depend on its seed and subset alone.
+    `features` holds a member's features as `(1, records, d)`, or `(models, records, d)` where they
+    differ by model. A model's records depend on its seed and subset alone.
     """
 
-    def __init__(self, features: Sequence[Tensor], targets: np.ndarray, subsets: Sequence[np.ndarray],
-                 seeds: Sequence[int], steps: int, batch_size: int) -> None:  # fmt: skip
+    def __init__(
+        self,
+        features: Sequence[Tensor],
+        targets: np.ndarray,
+        subsets: Sequence[np.ndarray],
+        seeds: Sequence[int],
+        steps: int,
+        batch_size: int,
+    ) -> None:
         self.features, self.targets = list(features), torch.from_numpy(targets.astype(np.float32))
         self.targets = self.targets.to(self.features[0].device)
-        orders = [_order(subset, seed, steps * batch_size) for subset, seed in zip(subsets, seeds, strict=True)]
-        self.order = torch.from_numpy(np.stack(orders)).unflatten(1, (steps, batch_size)).to(self.targets.device)
+        orders = [
+            _order(subset, seed, steps * batch_size)
+            for subset, seed in zip(subsets, seeds, strict=True)
+        ]
+        self.order = (
+            torch.from_numpy(np.stack(orders))
+            .unflatten(1, (steps, batch_size))
+            .to(self.targets.device)
+        )
 
     def __call__(self, step: int) -> Batch:
         """The batch of one step, the same whenever it is asked for."""
@@ -269,26 +363,43 @@ def _order(subset: np.ndarray, seed: int, count: int) -> np.ndarray:
 
 
 def gather(features: Sequence[Tensor], picked: Tensor) -> Tensor:
-    """The members' features side by side, `(models, n, d)`, of the records at `picked` `(models, n)`."""
+    """The members' features side by side, `(models, n, d)`, of the records at `picked` `(models,
+    n)`.
+    """
     models = torch.arange(len(picked), device=picked.device)[:, None]
     return torch.cat([each[models if len(each) > 1 else 0, picked] for each in features], dim=2)
 
 
-def train_stack(network: FusionNetwork | FusionPerceptron, batches: FusionBatches, steps: int, learning_rate: float,
-                token_dropout: float = 0.2) -> float:  # fmt: skip
+def train_stack(
+    network: FusionNetwork | FusionPerceptron,
+    batches: FusionBatches,
+    steps: int,
+    learning_rate: float,
+    token_dropout: float = 0.2,
+) -> float:
     """Train every model of the stack in place and return the last mean loss of a model.
 
-    No decay: the learning rate, with few steps, says how far a model may go from its start. AdamW acts on each number
-    apart, so the models do not meet there either; clipping the gradient would couple them.
+    No decay: the learning rate, with few steps, says how far a model may go from its start. AdamW
+    acts on each number apart, so the models do not meet there either; clipping the gradient would
+    couple them.
     """
     groups = [{"params": list(network.parameters()), "weight_decay": 0.0}]
-    history = fit(Fusion(network, token_dropout), batches, steps, learning_rate=learning_rate, groups=groups,
-                  clip=None, dtype="float32")  # fmt: skip
+    history = fit(
+        Fusion(network, token_dropout),
+        batches,
+        steps,
+        learning_rate=learning_rate,
+        groups=groups,
+        clip=None,
+        dtype="float32",
+    )
     return history["loss"].iloc[-1] / len(batches.order)
 
 
 @torch.no_grad()
-def stack_logits(network: nn.Module, features: Sequence[Tensor], positions: np.ndarray, models: int) -> Tensor:
+def stack_logits(
+    network: nn.Module, features: Sequence[Tensor], positions: np.ndarray, models: int
+) -> Tensor:
     """Logits `(models, n, classes)` of the records at `positions`, nothing dropped."""
     network.eval()
     parts = torch.from_numpy(positions).to(features[0].device).split(64)
@@ -296,11 +407,13 @@ def stack_logits(network: nn.Module, features: Sequence[Tensor], positions: np.n
 
 
 def token_weights(network: FusionNetwork, features: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """What each member counts for each class, two measures that need not agree, `(models, classes, members)` each.
+    """What each member counts for each class, two measures that need not agree, `(models, classes,
+    members)` each.
 
-    attention: the weight that all tokens together give to a member's, mean over the records `(models, n, d)` with the
-    class; rows sum to 1. Large weights on small values say little, hence gradient_input: the share of a member in the
-    sum over members of |sum of features x gradient of the class's logit|, mean over the same records.
+    attention: the weight that all tokens together give to a member's, mean over the records
+    `(models, n, d)` with the class; rows sum to 1. Large weights on small values say little, hence
+    gradient_input: the share of a member in the sum over members of |sum of features x gradient of
+    the class's logit|, mean over the same records.
     """
     network.eval()
     features = features.detach().requires_grad_()
@@ -313,20 +426,28 @@ def token_weights(network: FusionNetwork, features: Tensor, targets: Tensor) -> 
         parts = (slope * features).split(network.sizes, dim=2)
         each = torch.stack([part.sum(dim=2).abs() for part in parts], dim=2)
         shares.append((each / each.sum(dim=2, keepdim=True) * having[:, :, [column]]).sum(dim=1))
-    return {"attention": (having.mT @ received).detach(), "gradient_input": torch.stack(shares, dim=1).detach()}
+    return {
+        "attention": (having.mT @ received).detach(),
+        "gradient_input": torch.stack(shares, dim=1).detach(),
+    }
 
 
 def linear_cka(first: Tensor | np.ndarray, second: Tensor | np.ndarray) -> float:
-    """Linear centred kernel alignment of two features of the same records, `(n, d)` and `(n, e)` (Kornblith 2019).
+    """Linear centred kernel alignment of two features of the same records, `(n, d)` and `(n, e)`
+    (Kornblith 2019).
 
-    |Y'X|^2 / (|X'X| |Y'Y|), Frobenius norms of centred columns: 1 where one is a turned and scaled copy of the other.
-    DataError where the records differ in number or nothing varies.
+    |Y'X|^2 / (|X'X| |Y'Y|), Frobenius norms of centred columns: 1 where one is a turned and scaled
+    copy of the other. DataError where the records differ in number or nothing varies.
     """
     x, y = (torch.as_tensor(values).detach().cpu().double() for values in (first, second))
     if len(x) != len(y):
-        raise DataError(f"CKA compares features of the same records, not of {len(x)} and {len(y)}; encode both alike.")
+        raise DataError(
+            f"CKA compares features of the same records, not of {len(x)} and {len(y)}; encode both alike."
+        )
     x, y = x - x.mean(dim=0), y - y.mean(dim=0)
     size = torch.linalg.matrix_norm(x.T @ x) * torch.linalg.matrix_norm(y.T @ y)
     if size == 0:
-        raise DataError("CKA needs features that vary; one of the two is the same for every record.")
+        raise DataError(
+            "CKA needs features that vary; one of the two is the same for every record."
+        )
     return float(torch.linalg.matrix_norm(y.T @ x) ** 2 / size)

@@ -1,9 +1,10 @@
-"""Splits by patient and nested label subsets: which records a study may train on, select with and test on.
+"""Splits by patient and nested label subsets: which records a study may train on, select with and
+test on.
 
-CE-SSL splits otherwise: by record with iterative stratification, anew for each seed, 10 % for the test; of the rest
-5, 10 or 15 % are labelled, and of those 80 % train and 20 % select. One patient's records may then lie both in the test
-and outside, which `patients_shared` measures. Here fold 10 is every seed's test, fold 9 selects, and a label subset is
-that share of folds 1-8.
+CE-SSL splits otherwise: by record with iterative stratification, anew for each seed, 10 % for the
+test; of the rest 5, 10 or 15 % are labelled, and of those 80 % train and 20 % select. One patient's
+records may then lie both in the test and outside, which `patients_shared` measures. Here fold 10 is
+every seed's test, fold 9 selects, and a label subset is that share of folds 1-8.
 """
 
 import warnings
@@ -29,30 +30,39 @@ def split_indices(records: Records) -> dict[str, np.ndarray]:
     if (crossing > 1).any():
         patient = crossing.index[crossing > 1][0]
         found = sorted(folds[records.table["patient_id"] == patient].unique().tolist())
-        raise DataError(f"Patient {patient} lies in folds {', '.join(map(str, found))}; give each patient one fold.")
+        raise DataError(
+            f"Patient {patient} lies in folds {', '.join(map(str, found))}; give each patient one fold."
+        )
     members = {"train": TRAINING_FOLDS, "validation": [VALIDATION_FOLD], "test": [TEST_FOLD]}
     split = {name: np.flatnonzero(folds.isin(list(wanted))) for name, wanted in members.items()}
     for name, indices in split.items():
         if not len(indices):
             listed = ", ".join(map(str, members[name]))
-            raise DataError(f"No record lies in the {name} folds ({listed}); assign the folds 1 to 10.")
+            raise DataError(
+                f"No record lies in the {name} folds ({listed}); assign the folds 1 to 10."
+            )
     return split
 
 
 def split_truth(records: Records, split: str = "test") -> tuple[np.ndarray, np.ndarray]:
-    """Targets `(n, classes)` and patients `(n,)` of the records of a split, in the order of a run's probabilities."""
+    """Targets `(n, classes)` and patients `(n,)` of the records of a split, in the order of a run's
+    probabilities.
+    """
     positions = split_indices(records)[split]
     return records.targets[positions], records.table["patient_id"].to_numpy()[positions]
 
 
 def patients_shared(records: Records, test_share: float = 0.1) -> tuple[float, float]:
-    """What a random split by record leaks: patients on both sides, and share of test records whose patient trains.
+    """What a random split by record leaks: patients on both sides, and share of test records whose
+    patient trains.
 
-    Expected values where each record is drawn for the test with probability `test_share`; with folds of whole patients
-    both are 0. DataError where the records name no patients.
+    Expected values where each record is drawn for the test with probability `test_share`; with
+    folds of whole patients both are 0. DataError where the records name no patients.
     """
     if (records.table["patient_id"].astype(str) == records.table["record_id"].astype(str)).all():
-        raise DataError(f"{records.name}: each record counts as its own patient; give true patients in patient_id.")
+        raise DataError(
+            f"{records.name}: each record counts as its own patient; give true patients in patient_id."
+        )
     sizes = records.table["patient_id"].value_counts().to_numpy()
     on_both_sides = 1 - (1 - test_share) ** sizes - test_share**sizes
     with_another_outside = sizes * (1 - test_share ** (sizes - 1))
@@ -62,12 +72,14 @@ def patients_shared(records: Records, test_share: float = 0.1) -> tuple[float, f
 def label_subsets(
     records: Records, fractions: Sequence[float], seed: int, folds: Iterable[int] = TRAINING_FOLDS
 ) -> dict[float, np.ndarray]:
-    """Nested random label subsets of the records in `folds`: fraction -> sorted positions in `records`.
+    """Nested random label subsets of the records in `folds`: fraction -> sorted positions in
+    `records`.
 
-    Whole patients in one random order, cut where the number of records is closest to fraction x N, so that a smaller
-    subset lies within each larger one. Classes are not balanced: for each class that the smallest subset lacks, the
-    next patient in the order who has it takes the place of the last patient; a warning names a class for which there
-    is no room. DataError for a fraction outside (0, 1], for no records, and for fewer records than classes.
+    Whole patients in one random order, cut where the number of records is closest to fraction x N,
+    so that a smaller subset lies within each larger one. Classes are not balanced: for each class
+    that the smallest subset lacks, the next patient in the order who has it takes the place of the
+    last patient; a warning names a class for which there is no room. DataError for a fraction
+    outside (0, 1], for no records, and for fewer records than classes.
     """
     pool = np.flatnonzero(records.table["fold"].isin(list(folds)))
     fractions = sorted(fractions)
@@ -83,7 +95,10 @@ def label_subsets(
     missing = _missing_classes(order, fractions[0], sizes, has)
     if len(missing):
         listed = ", ".join(records.classes[index] for index in missing)
-        warnings.warn(f"The label subset of {fractions[0]:g} has no room for a patient with {listed}.", stacklevel=2)
+        warnings.warn(
+            f"The label subset of {fractions[0]:g} has no room for a patient with {listed}.",
+            stacklevel=2,
+        )
     place = np.empty(len(names), dtype=int)
     place[order] = np.arange(len(names))
     return {fraction: pool[place[patient] < _cut(sizes[order], fraction)] for fraction in fractions}
@@ -92,9 +107,13 @@ def label_subsets(
 def _check_request(fractions: Sequence[float], count: int, classes: int) -> None:
     """DataError where the wanted fractions of `count` records with `classes` classes make no sense."""
     if not count:
-        raise DataError("No record lies in the training folds, so there is nothing to label; check the fold column.")
+        raise DataError(
+            "No record lies in the training folds, so there is nothing to label; check the fold column."
+        )
     if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
-        raise DataError(f"The label fractions {list(fractions)} must be shares above 0 and at most 1 (1 % is 0.01).")
+        raise DataError(
+            f"The label fractions {list(fractions)} must be shares above 0 and at most 1 (1 % is 0.01)."
+        )
     if round(fractions[0] * count) < max(classes, 1):
         raise DataError(
             f"A label fraction of {fractions[0]:g} of {count} records is fewer than one record for each of {classes} "
@@ -103,16 +122,22 @@ def _check_request(fractions: Sequence[float], count: int, classes: int) -> None
 
 
 def _cut(sizes: np.ndarray, fraction: float) -> int:
-    """How many patients, at least one, to take from the front to have as near as can be `fraction` of the records."""
+    """How many patients, at least one, to take from the front to have as near as can be `fraction`
+    of the records.
+    """
     records = np.cumsum(sizes)
     return int(np.argmin(np.abs(records - fraction * records[-1]))) + 1
 
 
-def _cover_classes(order: np.ndarray, fraction: float, sizes: np.ndarray, has: np.ndarray) -> np.ndarray:
-    """`order` with the patients moved to its head that its front lacks to hold each class, the rarest class first.
+def _cover_classes(
+    order: np.ndarray, fraction: float, sizes: np.ndarray, has: np.ndarray
+) -> np.ndarray:
+    """`order` with the patients moved to its head that its front lacks to hold each class, the
+    rarest class first.
 
-    sizes `(patients,)` records of each patient, has `(patients, classes)`. Each patient who comes in pushes the last
-    one out; a class lost by this is brought back in the next round, so there are at most as many moves as classes.
+    sizes `(patients,)` records of each patient, has `(patients, classes)`. Each patient who comes
+    in pushes the last one out; a class lost by this is brought back in the next round, so there are
+    at most as many moves as classes.
     """
     carriers = has.sum(axis=0)
     for _ in range(has.shape[1]):
@@ -125,7 +150,9 @@ def _cover_classes(order: np.ndarray, fraction: float, sizes: np.ndarray, has: n
     return order
 
 
-def _missing_classes(order: np.ndarray, fraction: float, sizes: np.ndarray, has: np.ndarray) -> np.ndarray:
+def _missing_classes(
+    order: np.ndarray, fraction: float, sizes: np.ndarray, has: np.ndarray
+) -> np.ndarray:
     """Classes that some patient has, but none of the front that `fraction` takes."""
     front = order[: _cut(sizes[order], fraction)]
     return np.flatnonzero(has.any(axis=0) & ~has[front].any(axis=0))

@@ -1,8 +1,9 @@
 """Low-rank adaptation (Hu et al. 2022) with random deactivation (CE-SSL, Zhou et al. 2024).
 
-An adapted layer keeps its weight W0 and learns a difference of low rank, W = W0 + BA, from B = 0. While training, each
-pair (A, B) is left out of a whole forward pass with probability p; when testing, W = W0 + (1 - p) BA. Trained besides:
-every bias and the last linear layer. Frozen besides: the gains of norms, and attention's output projection.
+An adapted layer keeps its weight W0 and learns a difference of low rank, W = W0 + BA, from B = 0.
+While training, each pair (A, B) is left out of a whole forward pass with probability p; when
+testing, W = W0 + (1 - p) BA. Trained besides: every bias and the last linear layer. Frozen besides:
+the gains of norms, and attention's output projection.
 """
 
 import hashlib
@@ -14,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ecglib.checkpoints import first_difference, load_tensors, save_tensors
 from ecglib.errors import DataError
-from ecglib.train import first_difference, load_tensors, save_tensors
 
 START = 0.02  # standard deviation of A at its start
 PROJECTION = "mix"  # attention's output projection: frozen and not adapted, as published
@@ -24,7 +25,9 @@ LOW_RANK_PARTS = ("A", "B", "values")  # what a low-rank layer learns
 
 
 class _FrozenConvolution(torch.autograd.Function):
-    """A convolution whose kernel is constant: unlike torch's own, it keeps no input for the backward pass."""
+    """A convolution whose kernel is constant: unlike torch's own, it keeps no input for the
+    backward pass.
+    """
 
     @staticmethod
     def forward(context, x, weight, bias, stride, padding, dilation):  # noqa: ANN001, ANN205
@@ -41,16 +44,28 @@ class _FrozenConvolution(torch.autograd.Function):
         to_input, _, to_bias = context.needs_input_grad[:3]
         by_input = None
         if to_input and set(stride) == {1} and padding[0] <= dilation[0] * (weight.shape[2] - 1):
-            # Without a stride it is a convolution with the kernel turned round, on a CPU a third faster.
+            # Without a stride it is a convolution with the kernel turned round, on a CPU a third
+            # faster.
             around = dilation[0] * (weight.shape[2] - 1) - padding[0]
             by_input = F.conv1d(gradient, weight.flip(2).transpose(0, 1), None, 1, around, dilation)
         elif to_input:
             # Only the shape of the input matters here: one number stands for all of it.
             place = torch.empty(1, dtype=dtype, device=gradient.device).expand(shape)
             by_input = torch.ops.aten.convolution_backward(
-                gradient, place, weight, None, stride, padding, dilation, False, [0], 1, [True, False, False]
-            )[0]  # fmt: skip
-        # Not left to the line above, which on a CPU would compute the kernel's gradient along with the bias's.
+                gradient,
+                place,
+                weight,
+                None,
+                stride,
+                padding,
+                dilation,
+                False,
+                [0],
+                1,
+                [True, False, False],
+            )[0]
+        # Not left to the line above, which on a CPU would compute the kernel's gradient along with
+        # the bias's.
         by_bias = gradient.sum(dim=(0, 2)) if to_bias else None
         return by_input, None, by_bias, None, None, None
 
@@ -58,37 +73,61 @@ class _FrozenConvolution(torch.autograd.Function):
 class LowRankLayer(nn.Module):
     """`base`, a Linear, FusedLinear or Conv1d, with a difference of `rank` that is learned.
 
-    For a weight of `(out, in)` or `(out, in, kernel)`: A `(rank, in x kernel)`, B `(out, rank)`; a fused layer of
-    `parts` has one pair a part, stacked: A `(parts x rank, in)`, B `(parts x out, rank)`. `factored` applies A and B
-    one after the other; otherwise their product is added to the weight first, `W0 + BA`, and one layer is applied.
-    `nested` draws the rank anew at each pass in training, as DyLoRA does. With `singular_values` the difference is
-    B diag(values) A and starts at values = 0, as in AdaLoRA.
+    For a weight of `(out, in)` or `(out, in, kernel)`: A `(rank, in x kernel)`, B `(out, rank)`; a
+    fused layer of `parts` has one pair a part, stacked: A `(parts x rank, in)`, B `(parts x out,
+    rank)`. `factored` applies A and B one after the other; otherwise their product is added to the
+    weight first, `W0 + BA`, and one layer is applied. `nested` draws the rank anew at each pass in
+    training, as DyLoRA does. With `singular_values` the difference is B diag(values) A and starts
+    at values = 0, as in AdaLoRA.
     """
 
-    def __init__(self, base: nn.Linear | nn.Conv1d, rank: int, *, factored: bool = True, nested: bool = False,
-                 singular_values: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        base: nn.Linear | nn.Conv1d,
+        rank: int,
+        *,
+        factored: bool = True,
+        nested: bool = False,
+        singular_values: bool = False,
+    ) -> None:
         super().__init__()
-        self.base, self.rank, self.factored, self.nested, self.deactivation = base, rank, factored, nested, 0.0
+        self.base, self.rank, self.factored, self.nested, self.deactivation = (
+            base,
+            rank,
+            factored,
+            nested,
+            0.0,
+        )
         self.parts = getattr(base, "parts", 1)
         weight = base.weight
         self.A = nn.Parameter(weight.new_empty(self.parts * rank, weight[0].numel()))
         self.B = nn.Parameter(weight.new_zeros(len(weight), rank))
         self.values = nn.Parameter(weight.new_zeros(self.parts * rank)) if singular_values else None
-        # As published, a fused layer starts wider than the others; `ranks` takes that out of its score again.
+        # As published, a fused layer starts wider than the others; `ranks` takes that out of its
+        # score again.
         nn.init.normal_(self.A, std=self.start_deviation)
         if self.parts > 1:
-            nn.init.uniform_(self.A, -math.sqrt(3.0) * self.start_deviation, math.sqrt(3.0) * self.start_deviation)
+            nn.init.uniform_(
+                self.A,
+                -math.sqrt(3.0) * self.start_deviation,
+                math.sqrt(3.0) * self.start_deviation,
+            )
         if singular_values:
             nn.init.normal_(self.B, std=START)
 
     @property
     def start_deviation(self) -> float:
-        """Standard deviation of the entries of A at their start: 0.02, and 1 / sqrt(3 in) in a fused layer."""
+        """Standard deviation of the entries of A at their start: 0.02, and 1 / sqrt(3 in) in a
+        fused layer.
+        """
         return START if self.parts == 1 else 1.0 / math.sqrt(3.0 * self.base.weight[0].numel())
 
     def pairs(self, rank: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """The (A, B) of each part, cut to the first `rank` ranks; singular values are already in A."""
-        rank, scaled = rank or self.rank, self.A if self.values is None else self.values[:, None] * self.A
+        rank, scaled = (
+            rank or self.rank,
+            self.A if self.values is None else self.values[:, None] * self.A,
+        )
         for a, b in zip(scaled.chunk(self.parts), self.B.chunk(self.parts), strict=True):
             # The scale is alpha / rank with alpha = rank, 1, but for the ranks that DyLoRA cuts.
             yield a[:rank], b[:, :rank] * (self.rank / rank) if rank < self.rank else b[:, :rank]
@@ -100,7 +139,8 @@ class LowRankLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         share, rank = 1.0, None
         if self.training:
-            # One coin a layer and pass, from torch's random numbers on the CPU: it costs a GPU no waiting.
+            # One coin a layer and pass, from torch's random numbers on the CPU: it costs a GPU no
+            # waiting.
             if self.deactivation and float(torch.rand(())) < self.deactivation:
                 return self._layer(x)
             rank = int(torch.randint(1, self.rank + 1, ())) if self.nested else None
@@ -131,7 +171,9 @@ class LowRankLayer(nn.Module):
         if isinstance(self.base, nn.Conv1d):
             ((a, b),) = pairs
             kernel = a.view(len(a), *self.base.weight.shape[1:])
-            inner = F.conv1d(x, kernel, None, self.base.stride, self.base.padding, self.base.dilation)
+            inner = F.conv1d(
+                x, kernel, None, self.base.stride, self.base.padding, self.base.dilation
+            )
             return y.baddbmm_(b.to(y.dtype).expand(len(y), -1, -1), inner)
         inner = F.linear(x, torch.cat([a for a, _ in pairs])).chunk(len(pairs), dim=-1)
         outer = [F.linear(part, b) for part, (_, b) in zip(inner, pairs, strict=True)]
@@ -139,25 +181,38 @@ class LowRankLayer(nn.Module):
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers that get a low-rank difference, by name in order: every Conv1d and Linear but the last Linear and `mix`.
+    """Layers that get a low-rank difference, by name in order: every Conv1d and Linear but the last
+    Linear and `mix`.
 
     DataError for a grouped convolution, whose weight is not one matrix.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv1d | nn.Linear)}
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv1d | nn.Linear)
+    }
     layers.pop(last_linear(model))
-    layers = {name: layer for name, layer in layers.items() if name.rpartition(".")[2] != PROJECTION}
+    layers = {
+        name: layer for name, layer in layers.items() if name.rpartition(".")[2] != PROJECTION
+    }
     for name, layer in layers.items():
         if isinstance(layer, nn.Conv1d) and layer.groups > 1:
-            raise DataError(f"The convolution {name} has {layer.groups} groups, and its weight is several matrices, so "
-                            "it cannot be adapted at low rank; use groups=1.")  # fmt: skip
+            raise DataError(
+                f"The convolution {name} has {layer.groups} groups, and its weight is several matrices, so "
+                "it cannot be adapted at low rank; use groups=1."
+            )
     return layers
 
 
 def last_linear(model: nn.Module) -> str:
-    """Name of the model's last linear layer, the one whose rows are the classes; DataError where there is none."""
+    """Name of the model's last linear layer, the one whose rows are the classes; DataError where
+    there is none.
+    """
     names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     if not names:
-        raise DataError("The network has no linear layer that could be its last; give it a head with classes.")
+        raise DataError(
+            "The network has no linear layer that could be its last; give it a head with classes."
+        )
     return names[-1]
 
 
@@ -166,19 +221,25 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLayer]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLayer)}
 
 
-def add_lora(model: nn.Module, ranks: int | Mapping[str, int], deactivation: float = 0.0, **kind: bool) -> nn.Module:
-    """Adapt `model` in place: `ranks` is one rank for all layers or one for each of `adaptable_layers`.
+def add_lora(
+    model: nn.Module, ranks: int | Mapping[str, int], deactivation: float = 0.0, **kind: bool
+) -> nn.Module:
+    """Adapt `model` in place: `ranks` is one rank for all layers or one for each of
+    `adaptable_layers`.
 
-    The model's answers stay the same (B = 0). `deactivation` is the p of random deactivation, which spares the head;
-    `kind` goes to `LowRankLayer`. Only what `trainable_parameters` lists still needs gradients. Raises DataError for a
-    rank larger than a layer's matrix, for names that are no adaptable layers, and for a p outside [0, 1).
+    The model's answers stay the same (B = 0). `deactivation` is the p of random deactivation, which
+    spares the head; `kind` goes to `LowRankLayer`. Only what `trainable_parameters` lists still
+    needs gradients. Raises DataError for a rank larger than a layer's matrix, for names that are no
+    adaptable layers, and for a p outside [0, 1).
     """
     layers = adaptable_layers(model)
     ranks = dict.fromkeys(layers, ranks) if isinstance(ranks, int) else dict(ranks)
     differing = sorted(set(ranks) ^ set(layers))
     if differing:
-        raise DataError(f"The ranks do not fit the network (first difference at {differing[0]}); allocate them for "
-                        "this network.")  # fmt: skip
+        raise DataError(
+            f"The ranks do not fit the network (first difference at {differing[0]}); allocate them for "
+            "this network."
+        )
     for name, layer in layers.items():
         _check_rank(name, layer, ranks[name])
     last = model.get_submodule(last_linear(model))
@@ -194,25 +255,32 @@ def add_lora(model: nn.Module, ranks: int | Mapping[str, int], deactivation: flo
 def _check_rank(name: str, layer: nn.Module, rank: int) -> None:
     """DataError for a rank larger than the matrix of `layer`.
 
-    The larger side counts: the paper gives rank 16 and 32 to the first shortcut as well, which has 12 inputs.
+    The larger side counts: the paper gives rank 16 and 32 to the first shortcut as well, which has
+    12 inputs.
     """
     rows, columns = len(layer.weight) // getattr(layer, "parts", 1), layer.weight[0].numel()
     if not 1 <= rank <= max(rows, columns):
-        raise DataError(f"A rank of {rank} does not fit the layer {name} with its matrix of {rows} x {columns}; choose "
-                        f"1 to {max(rows, columns)}.")  # fmt: skip
+        raise DataError(
+            f"A rank of {rank} does not fit the layer {name} with its matrix of {rows} x {columns}; choose "
+            f"1 to {max(rows, columns)}."
+        )
 
 
 def set_deactivation(model: nn.Module, deactivation: float) -> None:
     """Give every adapted layer but those of the head this probability p of random deactivation."""
     if not 0.0 <= deactivation < 1.0:
-        raise DataError(f"A probability of deactivation of {deactivation} is not in [0, 1); the paper's is 0.2.")
+        raise DataError(
+            f"A probability of deactivation of {deactivation} is not in [0, 1); the paper's is 0.2."
+        )
     for name, layer in low_rank_layers(model).items():
         layer.deactivation = 0.0 if name.split(".")[0] == HEAD else deactivation
 
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Replace every adapted layer in place by an ordinary one with the weight W0 + (1 - p) BA; returns the model."""
+    """Replace every adapted layer in place by an ordinary one with the weight W0 + (1 - p) BA;
+    returns the model.
+    """
     for name, layer in low_rank_layers(model).items():
         layer.base.weight += (1.0 - layer.deactivation) * layer.difference()
         model.set_submodule(name, layer.base)
@@ -225,13 +293,25 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Everything that training changes: the trained parameters and the running statistics of batch norm."""
-    trained = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
-    return {**trained, **{name: value for name, value in model.named_buffers() if not name.endswith("batches_tracked")}}
+    """Everything that training changes: the trained parameters and the running statistics of batch
+    norm.
+    """
+    trained = {
+        name: value.detach() for name, value in model.named_parameters() if value.requires_grad
+    }
+    return {
+        **trained,
+        **{
+            name: value
+            for name, value in model.named_buffers()
+            if not name.endswith("batches_tracked")
+        },
+    }
 
 
 def backbone_checksum(model: nn.Module) -> str:
-    """SHA-256 over the weights that adaptation leaves as they are, whether the model is adapted already or not.
+    """SHA-256 over the weights that adaptation leaves as they are, whether the model is adapted
+    already or not.
 
     The head's last layer is not among them, for it belongs to the task.
     """
@@ -247,28 +327,44 @@ def backbone_checksum(model: nn.Module) -> str:
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> Path:
-    """Write what training changed, and nothing else, as safetensors, with ranks, p and the backbone's checksum."""
+    """Write what training changed, and nothing else, as safetensors, with ranks, p and the
+    backbone's checksum.
+    """
     layers = low_rank_layers(model)
     if not layers:
-        raise DataError("The network has no low-rank layers, so there is no adapter to save; call add_lora first.")
+        raise DataError(
+            "The network has no low-rank layers, so there is no adapter to save; call add_lora first."
+        )
     about = {f"rank/{name}": str(layer.rank) for name, layer in layers.items()}
-    about |= {"deactivation": str(max(layer.deactivation for layer in layers.values())),
-              "backbone": backbone_checksum(model)}  # fmt: skip
+    about |= {
+        "deactivation": str(max(layer.deactivation for layer in layers.values())),
+        "backbone": backbone_checksum(model),
+    }
     save_tensors(path, adapter_state(model), about)
     return Path(path)
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
-    """Adapt the plain backbone `model` in place with a saved adapter; DataError where it is another backbone's."""
+    """Adapt the plain backbone `model` in place with a saved adapter; DataError where it is another
+    backbone's.
+    """
     tensors, about = load_tensors(path)
     if about.get("backbone") != backbone_checksum(model):
-        raise DataError(f"{path}: an adapter for another backbone (the checksums of the weights differ); load it onto "
-                        "the weights that it was trained on.")  # fmt: skip
-    ranks = {name.removeprefix("rank/"): int(rank) for name, rank in about.items() if name.startswith("rank/")}
+        raise DataError(
+            f"{path}: an adapter for another backbone (the checksums of the weights differ); load it onto "
+            "the weights that it was trained on."
+        )
+    ranks = {
+        name.removeprefix("rank/"): int(rank)
+        for name, rank in about.items()
+        if name.startswith("rank/")
+    }
     add_lora(model, ranks, float(about["deactivation"]))
     name = first_difference(adapter_state(model), tensors)
     if name is not None:
-        raise DataError(f"{path}: the adapter does not fit this network (first difference at {name}); use the same "
-                        "encoder and the same classes.")  # fmt: skip
+        raise DataError(
+            f"{path}: the adapter does not fit this network (first difference at {name}); use the same "
+            "encoder and the same classes."
+        )
     model.load_state_dict(tensors, strict=False)
     return model

@@ -1,11 +1,13 @@
-"""Noise on 12-lead ECGs at an exact signal-to-noise ratio, and the noise levels of Mehari & Strodthoff 2022.
+"""Noise on 12-lead ECGs at an exact signal-to-noise ratio, and the noise levels of Mehari &
+Strodthoff 2022.
 
-The ratio of a record is 10 log10(sum s^2 / sum n^2) over its leads and samples, s the clean signal as it is, its offset
-included. A missing sample (NaN) stays missing, a flat lead stays as it is, and neither counts on either side.
+The ratio of a record is 10 log10(sum s^2 / sum n^2) over its leads and samples, s the clean signal
+as it is, its offset included. A missing sample (NaN) stays missing, a flat lead stays as it is, and
+neither counts on either side.
 
-Noise arises at the nine electrodes, and the leads follow from these as in a recorder, so that Einthoven's law holds for
-it. It is made at 500 Hz or more and decimated behind an anti-alias filter, then scaled: made at 100 Hz, much of it
-would fold back to where it does not belong.
+Noise arises at the nine electrodes, and the leads follow from these as in a recorder, so that
+Einthoven's law holds for it. It is made at 500 Hz or more and decimated behind an anti-alias
+filter, then scaled: made at 100 Hz, much of it would fold back to where it does not belong.
 """
 
 import hashlib
@@ -37,26 +39,40 @@ RECORDED = {"baseline_wander": "bw", "electrode_motion": "em", "muscle": "ma"}  
 
 SMALLEST_RATE = 50.0  # Hz of a record; below, half of the kinds lie above half the rate
 MAKING_RATE = 500.0  # Hz, at least, at which noise is made
-PASSED, STOPPED = 0.42, 0.5  # of the record's rate: where the anti-alias filter passes all, and nothing
+PASSED, STOPPED = (
+    0.42,
+    0.5,
+)  # of the record's rate: where the anti-alias filter passes all, and nothing
 ATTENUATION = 60.0  # dB, of that filter
 PERIOD = 20.0  # s; noise of a band repeats after this or the record's length, whichever is longer
 MAINS_WANDER = 0.1  # Hz, as far as the mains frequency wanders
 MAINS_MARGIN = 0.5  # Hz, that a tone and all its wandering stay below half the rate
 HARMONICS = (1.0, 0.15, 0.3, 0.05, 0.15)  # usual heights of the mains tone and its harmonics
 
-# The amplifier's channels I, II, V1-V6 from the electrodes (V against Wilson's terminal), the leads from the channels.
-CHANNELS_FROM_ELECTRODES = np.concatenate([
-    np.eye(9)[[1, 2]] - np.eye(9)[0], np.eye(9)[3:] - np.eye(9)[:3].mean(axis=0)
-]).astype(np.float32)  # fmt: skip
+# The amplifier's channels I, II, V1-V6 from the electrodes (V against Wilson's terminal), the leads
+# from the channels.
+CHANNELS_FROM_ELECTRODES = np.concatenate(
+    [np.eye(9)[[1, 2]] - np.eye(9)[0], np.eye(9)[3:] - np.eye(9)[:3].mean(axis=0)]
+).astype(np.float32)
 LEADS_FROM_CHANNELS = np.zeros((len(LEADS), 8), np.float32)
 LEADS_FROM_CHANNELS[:6, :2], LEADS_FROM_CHANNELS[6:, 2:] = LIMB_FROM_I_AND_II, np.eye(6)
 
-# Largest amplitudes in mV of the published protocol; 2 is the strength of its pretraining. Its "EM noise" is white.
+# Largest amplitudes in mV of the published protocol; 2 is the strength of its pretraining. Its "EM
+# noise" is white.
 PUBLISHED_LEVELS: dict[int, dict[str, float]] = {
     level: dict(zip(("baseline_wander", "muscle", "powerline", "baseline_shift"), sizes))
-    for level, sizes in enumerate([(0.05, 0.25, 0.1, 0.5), (0.1, 0.5, 0.2, 1.0), (0.1, 1.0, 0.2, 2.0),
-                                   (0.2, 1.0, 0.4, 2.0), (0.2, 1.5, 0.4, 2.5), (0.3, 2.0, 0.5, 3.0)], start=1)
-}  # fmt: skip
+    for level, sizes in enumerate(
+        [
+            (0.05, 0.25, 0.1, 0.5),
+            (0.1, 0.5, 0.2, 1.0),
+            (0.1, 1.0, 0.2, 2.0),
+            (0.2, 1.0, 0.4, 2.0),
+            (0.2, 1.5, 0.4, 2.5),
+            (0.3, 2.0, 0.5, 3.0),
+        ],
+        start=1,
+    )
+}
 
 
 class FlatLeadWarning(UserWarning):
@@ -64,7 +80,9 @@ class FlatLeadWarning(UserWarning):
 
 
 class Draws:
-    """Random numbers of a batch, each record's from its own generator, so that no record depends on its batch."""
+    """Random numbers of a batch, each record's from its own generator, so that no record depends on
+    its batch.
+    """
 
     def __init__(self, generators: Sequence[Generator], device: torch.device | str = "cpu") -> None:
         self.generators, self.device = list(generators), device
@@ -86,51 +104,81 @@ class Draws:
 
 
 def record_generator(seed: int, record_id: object, kind: str = "") -> Generator:
-    """A generator of one record, from a seed, its record_id and the kind of noise, the same in every batch and run."""
+    """A generator of one record, from a seed, its record_id and the kind of noise, the same in
+    every batch and run.
+    """
     digest = hashlib.sha256(f"{seed}\0{record_id}\0{kind}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def add_noise(signals: Tensor, kind: str, snr_db: float | Sequence[float] | Tensor, sampling_rate: float,
-              generator: Generator | Sequence[Generator], *, mains: float = 50.0,
-              recorded: Mapping[str, np.ndarray] | None = None) -> Tensor:  # fmt: skip
+def add_noise(
+    signals: Tensor,
+    kind: str,
+    snr_db: float | Sequence[float] | Tensor,
+    sampling_rate: float,
+    generator: Generator | Sequence[Generator],
+    *,
+    mains: float = 50.0,
+    recorded: Mapping[str, np.ndarray] | None = None,
+) -> Tensor:
     """Noisy copies of `signals` `(batch, 12, time)` in mV at `snr_db`, one number or one a record.
 
-    kind: one of KINDS, or "mixed", all additive ones in equal parts. generator: one for the batch, or one a record (see
-    `record_generator`). mains: 50 or 60 Hz. recorded: excerpts of these recordings (see `read_nstdb`) instead of
-    synthetic noise of their kinds. The ratio is met as closely as float32 can, up to about 80 dB. A record without
-    power stays unchanged; a `FlatLeadWarning` counts these and those with a flat lead. DataError for a bad input.
+    kind: one of KINDS, or "mixed", all additive ones in equal parts. generator: one for the batch,
+    or one a record (see `record_generator`). mains: 50 or 60 Hz. recorded: excerpts of these
+    recordings (see `read_nstdb`) instead of synthetic noise of their kinds. The ratio is met as
+    closely as float32 can, up to about 80 dB. A record without power stays unchanged; a
+    `FlatLeadWarning` counts these and those with a flat lead. DataError for a bad input.
     """
-    return prepare_noise(signals, kind, sampling_rate, generator, mains=mains, recorded=recorded).at(snr_db)
+    return prepare_noise(
+        signals, kind, sampling_rate, generator, mains=mains, recorded=recorded
+    ).at(snr_db)
 
 
-def prepare_noise(signals: Tensor, kind: str, sampling_rate: float, generator: Generator | Sequence[Generator], *,
-                  mains: float = 50.0,
-                  recorded: Mapping[str, np.ndarray] | None = None) -> "PreparedNoise":  # fmt: skip
+def prepare_noise(
+    signals: Tensor,
+    kind: str,
+    sampling_rate: float,
+    generator: Generator | Sequence[Generator],
+    *,
+    mains: float = 50.0,
+    recorded: Mapping[str, np.ndarray] | None = None,
+) -> "PreparedNoise":
     """The noise of `add_noise`, drawn once: `.at(snr_db)` then gives the same noise at any ratio."""
     _check(signals, kind, sampling_rate, mains)
     _check_recorded(recorded or {})
     draws = Draws(_generators(generator, len(signals)), signals.device)
     known = _known(signals)
     make = Maker(draws, signals.shape[2], float(sampling_rate), mains, recorded or {})
-    return LeadLoss(signals, known, make) if kind == "lead_loss" else AdditiveNoise(signals, known, make, kind)
+    return (
+        LeadLoss(signals, known, make)
+        if kind == "lead_loss"
+        else AdditiveNoise(signals, known, make, kind)
+    )
 
 
 class PreparedNoise:
-    """Noise drawn for `signals` `(batch, 12, time)`, to be had at any ratio; `known` are the samples that count."""
+    """Noise drawn for `signals` `(batch, 12, time)`, to be had at any ratio; `known` are the
+    samples that count.
+    """
 
     def __init__(self, signals: Tensor, known: Tensor) -> None:
         self.signals, self.known = signals, known
         self.clean = torch.where(known, signals, 0.0)
 
     def at(self, snr_db: float | Sequence[float] | Tensor) -> Tensor:
-        """The noisy signals at `snr_db`, one number or one a record; the clean ones stay as they are."""
+        """The noisy signals at `snr_db`, one number or one a record; the clean ones stay as they
+        are.
+        """
         ratio = torch.as_tensor(snr_db, dtype=torch.float64, device=self.signals.device)
         if ratio.ndim > 1 or (ratio.ndim == 1 and len(ratio) != len(self.signals)):
-            raise DataError(f"Ratios of shape {tuple(ratio.shape)} do not fit {len(self.signals)} records; give one "
-                            "number or one a record.")  # fmt: skip
+            raise DataError(
+                f"Ratios of shape {tuple(ratio.shape)} do not fit {len(self.signals)} records; give one "
+                "number or one a record."
+            )
         if not bool(torch.isfinite(ratio).all()):
-            raise DataError(f"A signal-to-noise ratio of {snr_db} dB is not a finite number; give dB such as 12.")
+            raise DataError(
+                f"A signal-to-noise ratio of {snr_db} dB is not a finite number; give dB such as 12."
+            )
         return torch.where(self.known, self._noisy(ratio.expand(len(self.signals))), self.signals)
 
     def _noisy(self, snr_db: Tensor) -> Tensor:
@@ -151,19 +199,25 @@ class AdditiveNoise(PreparedNoise):
         noise = torch.where(self.known, noise, 0.0)
         signal_power, noise_power = _energy(self.clean), _energy(noise)
         if bool(((noise_power == 0) & (signal_power > 0)).any()):
-            raise DataError("The recorded noise is silent where a record needs it; give recordings without gaps.")
+            raise DataError(
+                "The recorded noise is silent where a record needs it; give recordings without gaps."
+            )
         gain = (signal_power / noise_power.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
         return noise * gain[:, None, None].to(noise.dtype)
 
     def _noisy(self, snr_db: Tensor) -> Tensor:
-        return self.signals + self.noise * (10 ** (-snr_db / 20))[:, None, None].to(self.noise.dtype)
+        return self.signals + self.noise * (10 ** (-snr_db / 20))[:, None, None].to(
+            self.noise.dtype
+        )
 
 
 class LeadLoss(PreparedNoise):
-    """Contact is lost, and a lead reads 0: lead after lead in a random order, each from a random start round its end.
+    """Contact is lost, and a lead reads 0: lead after lead in a random order, each from a random
+    start round its end.
 
-    As many samples are lost as hold the energy that the ratio asks for; the last one fades. At 0 dB all is lost; below,
-    the open inputs add white noise w of the size c for which |c w - s|^2 is what the ratio asks for.
+    As many samples are lost as hold the energy that the ratio asks for; the last one fades. At 0 dB
+    all is lost; below, the open inputs add white noise w of the size c for which |c w - s|^2 is
+    what the ratio asks for.
     """
 
     def __init__(self, signals: Tensor, known: Tensor, make: "Maker") -> None:
@@ -188,12 +242,22 @@ class LeadLoss(PreparedNoise):
         kept = (self.lost > wanted).double()
         last = torch.searchsorted(self.lost, wanted, right=True).clamp(max=self.lost.shape[1] - 1)
         before = (self.lost - self.energies).gather(1, last)
-        part = ((wanted - before).clamp_min(0) / self.energies.gather(1, last).clamp_min(1e-300)).sqrt().clamp(max=1)
+        part = (
+            ((wanted - before).clamp_min(0) / self.energies.gather(1, last).clamp_min(1e-300))
+            .sqrt()
+            .clamp(max=1)
+        )
         kept.scatter_(1, last, kept.gather(1, last) * (1 - part))
-        map_ = torch.zeros_like(kept).scatter_(1, self.path, kept).unflatten(1, self.signals.shape[1:])
+        map_ = (
+            torch.zeros_like(kept).scatter_(1, self.path, kept).unflatten(1, self.signals.shape[1:])
+        )
         noisy = self.clean * map_.to(self.clean.dtype)
         below = snr_db < 0
-        return noisy + self._open_inputs(wanted[:, 0]) * below[:, None, None] if bool(below.any()) else noisy
+        return (
+            noisy + self._open_inputs(wanted[:, 0]) * below[:, None, None]
+            if bool(below.any())
+            else noisy
+        )
 
     def _open_inputs(self, wanted: Tensor) -> Tensor:
         """c w with |c w - s|^2 = `wanted` `(records,)`."""
@@ -205,11 +269,25 @@ class LeadLoss(PreparedNoise):
 
 
 class Maker:
-    """Makes noise `(records, 12, samples)` of any additive kind at the rate of the records, at no particular size."""
+    """Makes noise `(records, 12, samples)` of any additive kind at the rate of the records, at no
+    particular size.
+    """
 
-    def __init__(self, draws: Draws, samples: int, sampling_rate: float, mains: float,
-                 recorded: Mapping[str, np.ndarray]) -> None:  # fmt: skip
-        self.draws, self.samples, self.rate, self.mains, self.recorded = draws, samples, sampling_rate, mains, recorded
+    def __init__(
+        self,
+        draws: Draws,
+        samples: int,
+        sampling_rate: float,
+        mains: float,
+        recorded: Mapping[str, np.ndarray],
+    ) -> None:
+        self.draws, self.samples, self.rate, self.mains, self.recorded = (
+            draws,
+            samples,
+            sampling_rate,
+            mains,
+            recorded,
+        )
         self.factor = math.ceil(MAKING_RATE / sampling_rate)
 
     def leads(self, kind: str) -> Tensor:
@@ -222,17 +300,26 @@ class Maker:
         if kind in self.recorded:
             return leads @ excerpts(self.draws, self.recorded[kind], self.samples, self.rate)
         if kind == "powerline":
-            # A sum of tones below half the rate, written down as it is: there is nothing for a filter to remove.
+            # A sum of tones below half the rate, written down as it is: there is nothing for a
+            # filter to remove.
             return leads @ mains_tones(self.draws, self.samples, self.rate, self.mains)
-        make = {"baseline_wander": wander, "muscle": muscle, "electrode_motion": motion, "baseline_shift": shifts}[kind]
+        make = {
+            "baseline_wander": wander,
+            "muscle": muscle,
+            "electrode_motion": motion,
+            "baseline_shift": shifts,
+        }[kind]
         return leads @ self._decimated(lambda samples, rate: make(self.draws, samples, rate))
 
     def _decimated(self, make: Callable[[int, float], Tensor]) -> Tensor:
-        """What `make(samples, rate)` gives at the making rate, low-passed and every factor-th sample taken."""
+        """What `make(samples, rate)` gives at the making rate, low-passed and every factor-th
+        sample taken.
+        """
         if self.factor == 1:
             return make(self.samples, self.rate)
         taps = anti_alias_taps(self.factor)
-        # The filter sees real noise before the first and after the last sample, so that no end is weaker.
+        # The filter sees real noise before the first and after the last sample, so that no end is
+        # weaker.
         blocks = self.samples + len(taps) // self.factor - 1
         waves = make(blocks * self.factor, self.rate * self.factor)
         phases = waves.flatten(0, 1).unflatten(1, (blocks, self.factor)).transpose(1, 2)
@@ -242,29 +329,46 @@ class Maker:
 
 @cache
 def anti_alias_taps(factor: int) -> np.ndarray:
-    """Low-pass for decimation by `factor`: a Kaiser window's, its length a multiple of the factor, float32."""
+    """Low-pass for decimation by `factor`: a Kaiser window's, its length a multiple of the factor,
+    float32.
+    """
     count, beta = kaiserord(ATTENUATION, 2 * (STOPPED - PASSED) / factor)
     count = factor * math.ceil(count / factor)
     return firwin(count, (PASSED + STOPPED) / factor, window=("kaiser", beta)).astype(np.float32)
 
 
-def band_noise(draws: Draws, channels: int, samples: int, rate: float, low: float, high: float,
-               slope: float = 0.0) -> Tensor:  # fmt: skip
-    """Gaussian noise `(records, channels, samples)` of variance 1 from `low` to `high` Hz, amplitude as f^-slope."""
+def band_noise(
+    draws: Draws,
+    channels: int,
+    samples: int,
+    rate: float,
+    low: float,
+    high: float,
+    slope: float = 0.0,
+) -> Tensor:
+    """Gaussian noise `(records, channels, samples)` of variance 1 from `low` to `high` Hz,
+    amplitude as f^-slope.
+    """
     length = next_fast_len(max(samples, math.ceil(PERIOD * rate)), real=True)
     frequency = torch.arange(length // 2 + 1, device=draws.device) * (rate / length)
     inside = ((frequency >= low) & (frequency <= high)).nonzero()[:, 0]
     weights = frequency[inside] ** -slope
     weights = weights * (length / (2 * weights.square().sum().sqrt()))
     drawn = draws.normal(channels, 2, len(inside)) * weights
-    spectrum = torch.zeros(*drawn.shape[:2], len(frequency), dtype=torch.complex64, device=draws.device)
+    spectrum = torch.zeros(
+        *drawn.shape[:2], len(frequency), dtype=torch.complex64, device=draws.device
+    )
     spectrum[:, :, inside] = torch.complex(drawn[:, :, 0], drawn[:, :, 1])
     return torch.fft.irfft(spectrum, n=length)[:, :, :samples]
 
 
 def bursts(draws: Draws, samples: int, rate: float) -> Tensor:
-    """An envelope `(records, electrodes, samples)` that is mostly low and swells now and then, never 0."""
-    return 0.1 + torch.relu(band_noise(draws, len(ELECTRODES), samples, rate, 0.1, 1.0) - 0.3).square()
+    """An envelope `(records, electrodes, samples)` that is mostly low and swells now and then,
+    never 0.
+    """
+    return (
+        0.1 + torch.relu(band_noise(draws, len(ELECTRODES), samples, rate, 0.1, 1.0) - 0.3).square()
+    )
 
 
 def wander(draws: Draws, samples: int, rate: float) -> Tensor:
@@ -275,13 +379,19 @@ def wander(draws: Draws, samples: int, rate: float) -> Tensor:
 
 def muscle(draws: Draws, samples: int, rate: float) -> Tensor:
     """Muscle noise of electrodes: 20 to 150 Hz in bursts."""
-    waves = band_noise(draws, len(ELECTRODES), samples, rate, 20.0, 150.0) * bursts(draws, samples, rate)
+    waves = band_noise(draws, len(ELECTRODES), samples, rate, 20.0, 150.0) * bursts(
+        draws, samples, rate
+    )
     return draws.sizes(len(ELECTRODES), 0.5) * waves
 
 
 def motion(draws: Draws, samples: int, rate: float) -> Tensor:
-    """Electrode motion: transients of 1 to 10 Hz, which look like beats, as those of the NSTDB record em."""
-    waves = band_noise(draws, len(ELECTRODES), samples, rate, 1.0, 10.0, slope=1.0) * bursts(draws, samples, rate)
+    """Electrode motion: transients of 1 to 10 Hz, which look like beats, as those of the NSTDB
+    record em.
+    """
+    waves = band_noise(draws, len(ELECTRODES), samples, rate, 1.0, 10.0, slope=1.0) * bursts(
+        draws, samples, rate
+    )
     return draws.sizes(len(ELECTRODES), 1.0) * waves
 
 
@@ -290,19 +400,27 @@ def shifts(draws: Draws, samples: int, rate: float) -> Tensor:
     stretches = math.ceil(samples / rate) + 2
     lengths = rate * (1.0 + 4.0 * draws.uniform(len(ELECTRODES), stretches))
     ends = lengths.cumsum(dim=2) - lengths[:, :, :1] * draws.uniform(len(ELECTRODES), 1)
-    clock = torch.arange(samples, device=draws.device, dtype=torch.float32).expand(*ends.shape[:2], -1).contiguous()
+    clock = (
+        torch.arange(samples, device=draws.device, dtype=torch.float32)
+        .expand(*ends.shape[:2], -1)
+        .contiguous()
+    )
     levels = draws.normal(len(ELECTRODES), stretches) * draws.sizes(len(ELECTRODES), 1.0)
     return levels.gather(2, torch.searchsorted(ends.contiguous(), clock).clamp(max=stretches - 1))
 
 
 def mains_tones(draws: Draws, samples: int, rate: float, mains: float) -> Tensor:
-    """Mains hum of electrodes `(records, 9, samples)`: a tone and the harmonics below half the rate, all wandering.
+    """Mains hum of electrodes `(records, 9, samples)`: a tone and the harmonics below half the
+    rate, all wandering.
 
-    The frequency wanders by 0.1 Hz, the amplitude by a fifth, within many seconds. Where the tone sits at half the rate
-    (50 Hz at 100 Hz) it is moved 0.5 Hz below it, so that no part of it folds back. Harmonics above are left out.
+    The frequency wanders by 0.1 Hz, the amplitude by a fifth, within many seconds. Where the tone
+    sits at half the rate (50 Hz at 100 Hz) it is moved 0.5 Hz below it, so that no part of it folds
+    back. Harmonics above are left out.
     """
     tone = min(mains, rate / 2 - MAINS_MARGIN)
-    count = max(1, sum(order * (tone + MAINS_MARGIN) <= rate / 2 for order in range(1, len(HARMONICS) + 1)))
+    count = max(
+        1, sum(order * (tone + MAINS_MARGIN) <= rate / 2 for order in range(1, len(HARMONICS) + 1))
+    )
     clock = torch.arange(samples, device=draws.device, dtype=torch.float64) / rate
     slow = 0.03 + 0.07 * draws.uniform(2, 1).double()  # Hz, of the frequency and of the amplitude
     phase = 2 * math.pi * draws.uniform(2, 1).double()
@@ -313,7 +431,9 @@ def mains_tones(draws: Draws, samples: int, rate: float, mains: float) -> Tensor
     heights = torch.tensor(HARMONICS, device=draws.device) * draws.normal(len(HARMONICS)).abs()
     heights[:, 0] = 1.0
     offsets = 2 * math.pi * draws.uniform(len(ELECTRODES), len(HARMONICS)).double()
-    tones = torch.zeros(len(angle), len(ELECTRODES), samples, dtype=torch.float64, device=draws.device)
+    tones = torch.zeros(
+        len(angle), len(ELECTRODES), samples, dtype=torch.float64, device=draws.device
+    )
     for order in range(count):
         own = (order + 1) * angle[:, None] + offsets[:, :, order, None]
         tones += heights[:, order, None, None] * torch.cos(own)
@@ -323,14 +443,16 @@ def mains_tones(draws: Draws, samples: int, rate: float, mains: float) -> Tensor
 def excerpts(draws: Draws, recording: np.ndarray, samples: int, rate: float) -> Tensor:
     """Electrodes `(records, 9, samples)` from a noise recording `(channels, time)` at 360 Hz.
 
-    Each record gets an excerpt from a random start, without its offset, and each electrode a random mixture of the
-    recording's channels. DataError where the recording is shorter than the records.
+    Each record gets an excerpt from a random start, without its offset, and each electrode a random
+    mixture of the recording's channels. DataError where the recording is shorter than the records.
     """
     recording = np.asarray(recording, dtype=np.float32)
     needed = math.ceil(samples * RECORDED_RATE / rate) + 1
     if recording.shape[1] < needed:
-        raise DataError(f"Noise recorded for {recording.shape[1] / RECORDED_RATE:.1f} s cannot be laid over records of "
-                        f"{samples / rate:.1f} s; give a longer recording.")  # fmt: skip
+        raise DataError(
+            f"Noise recorded for {recording.shape[1] / RECORDED_RATE:.1f} s cannot be laid over records of "
+            f"{samples / rate:.1f} s; give a longer recording."
+        )
     starts = (draws.uniform().cpu().double() * (recording.shape[1] - needed + 1)).long().tolist()
     parts = np.stack([recording[:, start : start + needed] for start in starts])
     parts = resample(parts - parts.mean(axis=2, keepdims=True), RECORDED_RATE, rate)[:, :, :samples]
@@ -339,43 +461,57 @@ def excerpts(draws: Draws, recording: np.ndarray, samples: int, rate: float) -> 
 
 
 def read_nstdb(folder: str | Path) -> dict[str, np.ndarray]:
-    """The noise recordings of the MIT-BIH Noise Stress Test Database, mV `(2, time)` at 360 Hz, for `add_noise`.
+    """The noise recordings of the MIT-BIH Noise Stress Test Database, mV `(2, time)` at 360 Hz, for
+    `add_noise`.
 
     DataError where the folder or a record is missing.
     """
     folder = Path(folder)
     lacking = [name for name in RECORDED.values() if not (folder / f"{name}.hea").exists()]
     if lacking:
-        raise DataError(f"{folder}: the noise record {lacking[0]!r} is not there; fetch it with `python -m "
-                        f"ecglib.sources.download nstdb {folder}`.")  # fmt: skip
+        raise DataError(
+            f"{folder}: the noise record {lacking[0]!r} is not there; fetch it with `python -m "
+            f"ecglib.sources.download nstdb {folder}`."
+        )
     recorded = {}
     for kind, name in RECORDED.items():
         header = read_header(folder / f"{name}.hea")
         if header.sampling_rate != RECORDED_RATE:
-            raise DataError(f"{header.path}: recorded at {header.sampling_rate:g} Hz, not {RECORDED_RATE:g}; fetch "
-                            "the database again.")  # fmt: skip
+            raise DataError(
+                f"{header.path}: recorded at {header.sampling_rate:g} Hz, not {RECORDED_RATE:g}; fetch "
+                "the database again."
+            )
         recorded[kind] = read_millivolts(header)
     return recorded
 
 
-def published_noise(signals: Tensor, level: int, sampling_rate: float,
-                    generator: Generator | Sequence[Generator]) -> Tensor:  # fmt: skip
-    """Noisy copies of windows `(batch, 12, time)` in mV by the published protocol (code of Mehari & Strodthoff 2022).
+def published_noise(
+    signals: Tensor, level: int, sampling_rate: float, generator: Generator | Sequence[Generator]
+) -> Tensor:
+    """Noisy copies of windows `(batch, 12, time)` in mV by the published protocol (code of Mehari &
+    Strodthoff 2022).
 
-    All four kinds, each of a random amplitude up to that of PUBLISHED_LEVELS, are added to every window. Literally, so
-    with its flaws: the wander is the same trace in all leads and has a constant part; the mains tone enters with its
-    amplitude squared, and at 100 Hz it and its harmonics fold to an alternating sign and an offset; "EM noise" is white
-    and breaks Einthoven's law, as the shift does with a gain of its own in each lead. No level fixes a ratio. DataError
+    All four kinds, each of a random amplitude up to that of PUBLISHED_LEVELS, are added to every
+    window. Literally, so with its flaws: the wander is the same trace in all leads and has a
+    constant part; the mains tone enters with its amplitude squared, and at 100 Hz it and its
+    harmonics fold to an alternating sign and an offset; "EM noise" is white and breaks Einthoven's
+    law, as the shift does with a gain of its own in each lead. No level fixes a ratio. DataError
     for an unknown level.
     """
     _check(signals, MIXED, sampling_rate, None)
     if level not in PUBLISHED_LEVELS:
-        raise DataError(f"There is no published noise level {level!r}; choose one of {min(PUBLISHED_LEVELS)} to "
-                        f"{max(PUBLISHED_LEVELS)}.")  # fmt: skip
+        raise DataError(
+            f"There is no published noise level {level!r}; choose one of {min(PUBLISHED_LEVELS)} to "
+            f"{max(PUBLISHED_LEVELS)}."
+        )
     if not isinstance(generator, Generator):
         generators = _generators(generator, len(signals))
-        return torch.cat([published_noise(signals[place : place + 1], level, sampling_rate, own)
-                          for place, own in enumerate(generators)])  # fmt: skip
+        return torch.cat(
+            [
+                published_noise(signals[place : place + 1], level, sampling_rate, own)
+                for place, own in enumerate(generators)
+            ]
+        )
     largest = PUBLISHED_LEVELS[level]
     noisy = baseline_wander(signals, generator, largest["baseline_wander"], sampling_rate)
     noisy = _folded_powerline(noisy, generator, largest["powerline"], sampling_rate)
@@ -383,8 +519,12 @@ def published_noise(signals: Tensor, level: int, sampling_rate: float,
     return baseline_shift(noisy, generator, largest["baseline_shift"], sampling_rate)
 
 
-def _folded_powerline(signals: Tensor, generator: Generator, largest: float, sampling_rate: float) -> Tensor:
-    """C^2 g_lead sum_k a_k cos(2 pi 50 k t + phase) with k = 1, 2, 3, whatever the sampling rate makes of it."""
+def _folded_powerline(
+    signals: Tensor, generator: Generator, largest: float, sampling_rate: float
+) -> Tensor:
+    """C^2 g_lead sum_k a_k cos(2 pi 50 k t + phase) with k = 1, 2, 3, whatever the sampling rate
+    makes of it.
+    """
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, device=signals.device, dtype=signals.dtype)
@@ -399,9 +539,11 @@ def _folded_powerline(signals: Tensor, generator: Generator, largest: float, sam
 
 
 def measured_snr(clean: Tensor, noisy: Tensor, by_variance: bool = False) -> Tensor:
-    """The ratio of each record in dB, 10 log10(sum s^2 / sum n^2), float64 `(batch,)`; missing samples do not count.
+    """The ratio of each record in dB, 10 log10(sum s^2 / sum n^2), float64 `(batch,)`; missing
+    samples do not count.
 
-    With `by_variance` each lead's mean is taken from signal and noise before, so that offsets do not count.
+    With `by_variance` each lead's mean is taken from signal and noise before, so that offsets do
+    not count.
     """
     known = torch.isfinite(clean) & torch.isfinite(noisy)
     parts = []
@@ -420,13 +562,18 @@ def _energy(values: Tensor) -> Tensor:
 
 
 def _known(signals: Tensor) -> Tensor:
-    """Samples that count: those that are there, in leads that move. Warns of flat leads and records without power."""
+    """Samples that count: those that are there, in leads that move. Warns of flat leads and records
+    without power.
+    """
     finite = torch.isfinite(signals)
     high = torch.where(finite, signals, -torch.inf).amax(dim=2)
     low = torch.where(finite, signals, torch.inf).amin(dim=2)
     flat = high - low < FLAT_RANGE  # of a lead without any sample the range is minus infinity
     known = finite & ~flat[:, :, None]
-    some, none = int((flat & finite.any(dim=2)).any(dim=1).sum()), int((~known.any(dim=2).any(dim=1)).sum())
+    some, none = (
+        int((flat & finite.any(dim=2)).any(dim=1).sum()),
+        int((~known.any(dim=2).any(dim=1)).sum()),
+    )
     if some or none:
         message = f"{some} of {len(signals)} records have a flat lead, which stays as it is and does not count"
         whole = f"; {none} have no lead that moves and stay unchanged" if none else ""
@@ -437,36 +584,59 @@ def _known(signals: Tensor) -> Tensor:
 def _generators(generator: Generator | Sequence[Generator], count: int) -> list[Generator]:
     """One generator a record: those given, or new ones with seeds from the one given."""
     if isinstance(generator, Generator):
-        seeds = torch.randint(2**62, (count,), generator=generator, device=generator.device).tolist()
+        seeds = torch.randint(
+            2**62, (count,), generator=generator, device=generator.device
+        ).tolist()
         return [torch.Generator().manual_seed(seed) for seed in seeds]
     if len(generator) != count:
-        raise DataError(f"{len(generator)} generators were given for {count} records; give one, or one a record.")
+        raise DataError(
+            f"{len(generator)} generators were given for {count} records; give one, or one a record."
+        )
     return list(generator)
 
 
 def _check(signals: Tensor, kind: str, sampling_rate: float, mains: float | None) -> None:
-    """DataError where this noise cannot be added to these signals; without `mains` the mains are not looked at."""
+    """DataError where this noise cannot be added to these signals; without `mains` the mains are
+    not looked at.
+    """
     if kind not in (*KINDS, MIXED):
-        raise DataError(f"There is no noise of kind {kind!r}; choose one of {', '.join((*KINDS, MIXED))}.")
-    if signals.ndim != 3 or signals.shape[1] != len(LEADS) or not signals.is_floating_point() or not signals.numel():
-        raise DataError(f"Noise is added to float signals (batch, 12, time) in mV, not {signals.dtype} "
-                        f"{tuple(signals.shape)}; give at least one record as mV.")  # fmt: skip
+        raise DataError(
+            f"There is no noise of kind {kind!r}; choose one of {', '.join((*KINDS, MIXED))}."
+        )
+    if (
+        signals.ndim != 3
+        or signals.shape[1] != len(LEADS)
+        or not signals.is_floating_point()
+        or not signals.numel()
+    ):
+        raise DataError(
+            f"Noise is added to float signals (batch, 12, time) in mV, not {signals.dtype} "
+            f"{tuple(signals.shape)}; give at least one record as mV."
+        )
     if not (SMALLEST_RATE <= sampling_rate < math.inf):
-        raise DataError(f"At {sampling_rate} Hz there is no telling noise from heart; resample to {SMALLEST_RATE:g} Hz "
-                        "or more.")  # fmt: skip
+        raise DataError(
+            f"At {sampling_rate} Hz there is no telling noise from heart; resample to {SMALLEST_RATE:g} Hz "
+            "or more."
+        )
     if mains is None or kind not in ("powerline", MIXED):
         return
     if not 0 < mains <= sampling_rate / 2:
-        raise DataError(f"Mains of {mains:g} Hz lie above {sampling_rate / 2:g} Hz, half the sampling rate, where a "
-                        "recorder's filter has removed them; take records of a higher rate or another kind of "
-                        "noise.")  # fmt: skip
+        raise DataError(
+            f"Mains of {mains:g} Hz lie above {sampling_rate / 2:g} Hz, half the sampling rate, where a "
+            "recorder's filter has removed them; take records of a higher rate or another kind of "
+            "noise."
+        )
 
 
 def _check_recorded(recorded: Mapping[str, np.ndarray]) -> None:
     """DataError where recordings of noise are of an unknown kind or form."""
     for kind, recording in recorded.items():
         if kind not in RECORDED:
-            raise DataError(f"Recorded noise of kind {kind!r} is not known; give {', '.join(RECORDED)}.")
+            raise DataError(
+                f"Recorded noise of kind {kind!r} is not known; give {', '.join(RECORDED)}."
+            )
         if np.ndim(recording) != 2 or not np.isfinite(recording).all():
-            raise DataError(f"The recorded {kind} must be finite numbers (channels, time), not of shape "
-                            f"{np.shape(recording)}; give what read_nstdb gives.")  # fmt: skip
+            raise DataError(
+                f"The recorded {kind} must be finite numbers (channels, time), not of shape "
+                f"{np.shape(recording)}; give what read_nstdb gives."
+            )

@@ -1,13 +1,15 @@
 """Hundreds of L2-regularised logistic probes on cached features, fitted as one batched problem.
 
-A probe of one class on one label subset minimises the objective of scikit-learn's LogisticRegression(C=1/penalty),
+A probe of one class on one label subset minimises the objective of scikit-learn's
+LogisticRegression(C=1/penalty),
 
-    sum_i log(1 + exp(-s_i (w x_i + b))) + penalty/2 |w|^2,   s_i = +1 or -1, the sum over the subset, b not penalised.
+sum_i log(1 + exp(-s_i (w x_i + b))) + penalty/2 |w|^2,   s_i = +1 or -1, the sum over the subset, b
+not penalised.
 
-The solution lies in the span of the subset's rows, so each subset is centred and turned into its principal axes, where
-the Hessian is nearly diagonal. Newton's method with conjugate gradients then moves all classes and penalties of all
-subsets of like size at once: one step of it is two matrix products. The gradient proves how far a solution is from the
-minimum, see `fit_probes`.
+The solution lies in the span of the subset's rows, so each subset is centred and turned into its
+principal axes, where the Hessian is nearly diagonal. Newton's method with conjugate gradients then
+moves all classes and penalties of all subsets of like size at once: one step of it is two matrix
+products. The gradient proves how far a solution is from the minimum, see `fit_probes`.
 """
 
 import warnings
@@ -20,19 +22,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ecglib.errors import DataError
-from ecglib.evaluate import AbsentClassWarning, absent_classes, class_auroc
+from ecglib.evaluate.metrics import AbsentClassWarning, absent_classes, class_auroc
 from ecglib.train import TrainingError
 
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
 LIKE_SIZE = 0.75  # A subset joins a group if it has at least this share of the records of the group's largest,
-# and if the group's feature matrices then hold no more numbers than this: a processor's cache, a GPU's share of memory.
+# and if the group's feature matrices then hold no more numbers than this: a processor's cache, a
+# GPU's share of memory.
 NUMBERS_TOGETHER = {"cpu": 2**18, "cuda": 2**27}
 STILL_RUNNING = 0.9  # finished problems leave the products once no more than this share is running
 NEWTON_STEPS, GRADIENT_STEPS, HALVINGS = 100, 200, 40
 
 
 class Probes(NamedTuple):
-    """weights `(subsets, penalties, classes, d)`, bias `(subsets, penalties, classes)`, both float64, and penalties."""
+    """weights `(subsets, penalties, classes, d)`, bias `(subsets, penalties, classes)`, both
+    float64, and penalties.
+    """
 
     weights: Tensor
     bias: Tensor
@@ -40,17 +45,21 @@ class Probes(NamedTuple):
 
 
 def standardise(features: Tensor | np.ndarray, reference: Tensor | np.ndarray) -> Tensor:
-    """Features `(n, d)` as float64 z-scores: minus the mean of `reference (m, d)`, divided by its standard deviation.
+    """Features `(n, d)` as float64 z-scores: minus the mean of `reference (m, d)`, divided by its
+    standard deviation.
 
-    The reference is the unlabelled training pool, so that every label subset sees the same features. A column that is
-    constant there is only centred. DataError where a feature is not a number.
+    The reference is the unlabelled training pool, so that every label subset sees the same
+    features. A column that is constant there is only centred. DataError where a feature is not a
+    number.
     """
     mean, deviation = feature_scale(_as_features(reference))
     return (_as_features(features) - mean) / deviation
 
 
 def feature_scale(reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation `(d,)` of the columns, 1 in place of the deviation of a constant one."""
+    """Mean and standard deviation `(d,)` of the columns, 1 in place of the deviation of a constant
+    one.
+    """
     mean, deviation = reference.mean(dim=0), reference.std(dim=0, correction=0)
     # What is left of a constant column after averaging is rounding, not variation.
     constant = deviation <= torch.finfo(torch.float32).eps * mean.abs()
@@ -58,59 +67,95 @@ def feature_scale(reference: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unit_length(features: Tensor) -> Tensor:
-    """Each record's features `(n, d)` scaled to length sqrt(d): its direction counts, as in contrastive losses.
+    """Each record's features `(n, d)` scaled to length sqrt(d): its direction counts, as in
+    contrastive losses.
 
     Otherwise a few loud or unusual records outweigh the others where labels are few.
     """
     return F.normalize(features, dim=1) * features.shape[1] ** 0.5
 
 
-def fit_probes(features: Tensor | np.ndarray, targets: Tensor | np.ndarray, subsets: Sequence[np.ndarray],
-               penalties: Sequence[float] = PENALTIES, *, classes: Sequence[str] | None = None,
-               names: Sequence[Hashable] | None = None, tolerance: float = 1e-5) -> Probes:  # fmt: skip
-    """Probes of features `(n, d)` on 0/1 targets `(n, classes)`, one for each subset of positions, penalty and class.
+def fit_probes(
+    features: Tensor | np.ndarray,
+    targets: Tensor | np.ndarray,
+    subsets: Sequence[np.ndarray],
+    penalties: Sequence[float] = PENALTIES,
+    *,
+    classes: Sequence[str] | None = None,
+    names: Sequence[Hashable] | None = None,
+    tolerance: float = 1e-5,
+) -> Probes:
+    """Probes of features `(n, d)` on 0/1 targets `(n, classes)`, one for each subset of positions,
+    penalty and class.
 
-    Computed in float64 on the device of the features; equal subsets are solved once. Each w lies within `tolerance`
-    (Euclidean norm) of the exact one: with b at its minimum the objective is penalty-strongly convex in w, hence
-    penalty * |w - w*| <= |dL/dw| + radius * |dL/db|, radius being the largest norm of a centred row. The iteration ends
-    on this bound and on a Newton step of b below `tolerance`.
+    Computed in float64 on the device of the features; equal subsets are solved once. Each w lies
+    within `tolerance` (Euclidean norm) of the exact one: with b at its minimum the objective is
+    penalty-strongly convex in w, hence penalty * |w - w*| <= |dL/dw| + radius * |dL/db|, radius
+    being the largest norm of a centred row. The iteration ends on this bound and on a Newton step
+    of b below `tolerance`.
 
-    A class that all or none of a subset's records have gets w = 0 and the log odds of its rate (half a record added to
-    each side); an `AbsentClassWarning` names the class and the subset (by `names`, or numbers from 0). DataError for an
-    empty subset, features that are not numbers and unfit shapes; TrainingError where the bound is not reached.
+    A class that all or none of a subset's records have gets w = 0 and the log odds of its rate
+    (half a record added to each side); an `AbsentClassWarning` names the class and the subset (by
+    `names`, or numbers from 0). DataError for an empty subset, features that are not numbers and
+    unfit shapes; TrainingError where the bound is not reached.
     """
     features = _as_features(features)
     labels = _as_labels(targets, len(features)).to(features.device)
     names = list(range(len(subsets))) if names is None else list(names)
-    chosen = [_as_positions(subset, len(features), name) for name, subset in zip(names, subsets, strict=True)]
+    chosen = [
+        _as_positions(subset, len(features), name)
+        for name, subset in zip(names, subsets, strict=True)
+    ]
     penalties = tuple(float(penalty) for penalty in penalties)
     if not chosen or not penalties or not all(0 < penalty < np.inf for penalty in penalties):
-        raise DataError(f"Probes need label subsets and penalties above 0, not {len(chosen)} subsets with {penalties}.")
+        raise DataError(
+            f"Probes need label subsets and penalties above 0, not {len(chosen)} subsets with {penalties}."
+        )
     _warn_absent(labels.cpu().numpy(), chosen, names, classes)
     solved: dict[bytes, tuple[Tensor, Tensor]] = {}
-    for group in _groups_of_like_size(chosen, NUMBERS_TOGETHER[features.device.type] // features.shape[1]):
+    for group in _groups_of_like_size(
+        chosen, NUMBERS_TOGETHER[features.device.type] // features.shape[1]
+    ):
         weights, bias = _fit_group(features, labels, group, penalties, tolerance)
-        solved |= {subset.tobytes(): pair for subset, *pair in zip(group, weights, bias, strict=True)}
+        solved |= {
+            subset.tobytes(): pair for subset, *pair in zip(group, weights, bias, strict=True)
+        }
     pairs = [solved[subset.tobytes()] for subset in chosen]
-    return Probes(torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs]), penalties)
+    return Probes(
+        torch.stack([pair[0] for pair in pairs]),
+        torch.stack([pair[1] for pair in pairs]),
+        penalties,
+    )
 
 
-def choose_penalty(probes: Probes, features: Tensor | np.ndarray, targets: np.ndarray,
-                   classes: Sequence[str] | None = None) -> np.ndarray:  # fmt: skip
-    """Position of each subset's penalty `(subsets,)`: that of the largest macro AUROC on validation records `(n, d)`.
+def choose_penalty(
+    probes: Probes,
+    features: Tensor | np.ndarray,
+    targets: np.ndarray,
+    classes: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Position of each subset's penalty `(subsets,)`: that of the largest macro AUROC on validation
+    records `(n, d)`.
 
-    One penalty a subset, not a class: with few validation records a choice for each class would follow noise. Of equal
-    ones the strongest penalty is taken. Classes absent from the targets `(n, classes)` are left out, in a warning.
-    DataError where all are absent.
+    One penalty a subset, not a class: with few validation records a choice for each class would
+    follow noise. Of equal ones the strongest penalty is taken. Classes absent from the targets `(n,
+    classes)` are left out, in a warning. DataError where all are absent.
     """
-    logits = _logits(probes, _as_features(features)).cpu().numpy()  # they do not saturate, as probabilities do
+    logits = (
+        _logits(probes, _as_features(features)).cpu().numpy()
+    )  # they do not saturate, as probabilities do
     targets = _as_labels(targets, logits.shape[2]).cpu().numpy()
     absent = absent_classes(targets, classes)
     if len(absent) == targets.shape[1]:
-        raise DataError("No class has both positive and negative validation records; no penalty can be chosen.")
+        raise DataError(
+            "No class has both positive and negative validation records; no penalty can be chosen."
+        )
     if absent:
-        warnings.warn(f"The penalty is chosen without {', '.join(absent)}: all or no validation record has it.",
-                      AbsentClassWarning, stacklevel=2)  # fmt: skip
+        warnings.warn(
+            f"The penalty is chosen without {', '.join(absent)}: all or no validation record has it.",
+            AbsentClassWarning,
+            stacklevel=2,
+        )
     columns = logits.transpose(2, 0, 1, 3).reshape(len(targets), -1)
     each = class_auroc(np.tile(targets, columns.shape[1] // targets.shape[1]), columns)
     macro = np.nanmean(each.reshape(*logits.shape[:2], -1), axis=2)
@@ -119,53 +164,87 @@ def choose_penalty(probes: Probes, features: Tensor | np.ndarray, targets: np.nd
 
 
 def probe_scores(probes: Probes, features: Tensor | np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Probabilities `(subsets, n, classes)` of records `(n, d)`, with each subset's penalty at `chosen (subsets,)`."""
+    """Probabilities `(subsets, n, classes)` of records `(n, d)`, with each subset's penalty at
+    `chosen (subsets,)`.
+    """
     places = torch.arange(len(chosen)), torch.as_tensor(chosen)
     picked = Probes(probes.weights[places][:, None], probes.bias[places][:, None], probes.penalties)
     return torch.sigmoid(_logits(picked, _as_features(features)))[:, 0].cpu().numpy()
 
 
-def probe_subsets(features: Tensor | np.ndarray, targets: np.ndarray, subsets: Mapping[Hashable, np.ndarray],
-                  split: Mapping[str, np.ndarray], penalties: Sequence[float] = PENALTIES,
-                  classes: Sequence[str] | None = None) -> dict[Hashable, dict]:  # fmt: skip
-    """One encoder probed on every label subset: key, such as (fraction, seed), -> penalty and probabilities.
+def probe_subsets(
+    features: Tensor | np.ndarray,
+    targets: np.ndarray,
+    subsets: Mapping[Hashable, np.ndarray],
+    split: Mapping[str, np.ndarray],
+    penalties: Sequence[float] = PENALTIES,
+    classes: Sequence[str] | None = None,
+) -> dict[Hashable, dict]:
+    """One encoder probed on every label subset: key, such as (fraction, seed), -> penalty and
+    probabilities.
 
-    features `(n, d)` and targets `(n, classes)` are those of all records, split the positions from `split_indices`.
-    Features are standardised with the training records and brought to unit length, the penalty is chosen on validation.
-    Each value holds "penalty", "validation/probabilities" and "test/probabilities", `(records of the split, classes)`.
-    DataError where a subset holds records outside the training ones.
+    features `(n, d)` and targets `(n, classes)` are those of all records, split the positions from
+    `split_indices`. Features are standardised with the training records and brought to unit length,
+    the penalty is chosen on validation. Each value holds "penalty", "validation/probabilities" and
+    "test/probabilities", `(records of the split, classes)`. DataError where a subset holds records
+    outside the training ones.
     """
     for key, subset in subsets.items():
         if not np.isin(np.arange(len(features))[subset], split["train"]).all():
-            raise DataError(f"Label subset {key} holds records outside the training folds; take it from label_subsets.")
+            raise DataError(
+                f"Label subset {key} holds records outside the training folds; take it from label_subsets."
+            )
     features = unit_length(standardise(features, features[split["train"]]))
     probes, chosen = chosen_probes(features, targets, subsets, split, penalties, classes)
-    scores = {name: probe_scores(probes, features[split[name]], chosen) for name in ("validation", "test")}
-    return {key: {"penalty": probes.penalties[chosen[place]],
-                  **{f"{name}/probabilities": values[place] for name, values in scores.items()}}
-            for place, key in enumerate(subsets)}  # fmt: skip
+    scores = {
+        name: probe_scores(probes, features[split[name]], chosen) for name in ("validation", "test")
+    }
+    return {
+        key: {
+            "penalty": probes.penalties[chosen[place]],
+            **{f"{name}/probabilities": values[place] for name, values in scores.items()},
+        }
+        for place, key in enumerate(subsets)
+    }
 
 
-def chosen_probes(features: Tensor, targets: np.ndarray, subsets: Mapping[Hashable, np.ndarray],
-                  split: Mapping[str, np.ndarray], penalties: Sequence[float] = PENALTIES,
-                  classes: Sequence[str] | None = None) -> tuple[Probes, np.ndarray]:  # fmt: skip
-    """Probes of prepared features `(n, d)` on every subset, and the position of each one's penalty from validation."""
-    probes = fit_probes(features, targets, list(subsets.values()), penalties, classes=classes, names=list(subsets))
+def chosen_probes(
+    features: Tensor,
+    targets: np.ndarray,
+    subsets: Mapping[Hashable, np.ndarray],
+    split: Mapping[str, np.ndarray],
+    penalties: Sequence[float] = PENALTIES,
+    classes: Sequence[str] | None = None,
+) -> tuple[Probes, np.ndarray]:
+    """Probes of prepared features `(n, d)` on every subset, and the position of each one's penalty
+    from validation.
+    """
+    probes = fit_probes(
+        features, targets, list(subsets.values()), penalties, classes=classes, names=list(subsets)
+    )
     validation = split["validation"]
     return probes, choose_penalty(probes, features[validation], targets[validation], classes)
 
 
-def probe_layer(features: np.ndarray, targets: np.ndarray, subset: np.ndarray, split: Mapping[str, np.ndarray],
-                penalties: Sequence[float] = PENALTIES,
-                classes: Sequence[str] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A probe as a linear layer on features as they are: weights `(classes, d)` and bias `(classes,)`.
+def probe_layer(
+    features: np.ndarray,
+    targets: np.ndarray,
+    subset: np.ndarray,
+    split: Mapping[str, np.ndarray],
+    penalties: Sequence[float] = PENALTIES,
+    classes: Sequence[str] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A probe as a linear layer on features as they are: weights `(classes, d)` and bias
+    `(classes,)`.
 
     As in `probe_subsets`, for one subset, but without unit length, which no linear layer can do.
     """
     raw = _as_features(features)
     reference = raw[split["train"]]
     prepared = standardise(raw, reference)
-    probes, chosen = chosen_probes(prepared, targets, {"its own": subset}, split, penalties, classes)
+    probes, chosen = chosen_probes(
+        prepared, targets, {"its own": subset}, split, penalties, classes
+    )
     mean, deviation = feature_scale(reference)
     weights = probes.weights[0, chosen[0]] / deviation
     return weights, probes.bias[0, chosen[0]] - weights @ mean
@@ -178,19 +257,28 @@ def _logits(probes: Probes, features: Tensor) -> Tensor:
             f"The probes were fitted on {probes.weights.shape[-1]} features and cannot score records with "
             f"{features.shape[1]}; use the features of the same encoder."
         )
-    return features @ probes.weights.mT.to(features.device) + probes.bias.to(features.device)[:, :, None]
+    return (
+        features @ probes.weights.mT.to(features.device)
+        + probes.bias.to(features.device)[:, :, None]
+    )
 
 
 def _as_double(values: Tensor | np.ndarray) -> Tensor:
     """Values as float64, a tensor on its device; arrays are copied, for they may be read-only."""
-    return values.detach().double() if isinstance(values, Tensor) else torch.from_numpy(np.array(values, np.float64))
+    return (
+        values.detach().double()
+        if isinstance(values, Tensor)
+        else torch.from_numpy(np.array(values, np.float64))
+    )
 
 
 def _as_features(features: Tensor | np.ndarray) -> Tensor:
     """Features `(n, d)` as float64 on their device, or DataError."""
     features = _as_double(features)
     if features.ndim != 2 or not features.numel():
-        raise DataError(f"Features {tuple(features.shape)} must be a matrix (records, features) that is not empty.")
+        raise DataError(
+            f"Features {tuple(features.shape)} must be a matrix (records, features) that is not empty."
+        )
     wrong = torch.nonzero(~torch.isfinite(features).all(dim=1)).flatten()
     if len(wrong):
         raise DataError(
@@ -224,42 +312,70 @@ def _as_positions(subset: np.ndarray, records: int, name: Hashable) -> np.ndarra
 
 
 def _warn_absent(
-    labels: np.ndarray, chosen: list[np.ndarray], names: list[Hashable], classes: Sequence[str] | None
+    labels: np.ndarray,
+    chosen: list[np.ndarray],
+    names: list[Hashable],
+    classes: Sequence[str] | None,
 ) -> None:
-    """Name once, in one warning, the classes that lack positive or negative records, with their subsets."""
+    """Name once, in one warning, the classes that lack positive or negative records, with their
+    subsets.
+    """
     found: dict[str, list[str]] = {}
     for name, subset in zip(names, chosen, strict=True):
         for absent in absent_classes(labels[subset], classes):
             found.setdefault(absent, []).append(str(name))
     if found:
-        listed = "; ".join(f"{absent} in subset {', '.join(where)}" for absent, where in found.items())
-        warnings.warn(f"All or none of a label subset's records have a class, whose score is constant there: {listed}.",
-                      AbsentClassWarning, stacklevel=3)  # fmt: skip
+        listed = "; ".join(
+            f"{absent} in subset {', '.join(where)}" for absent, where in found.items()
+        )
+        warnings.warn(
+            f"All or none of a label subset's records have a class, whose score is constant there: {listed}.",
+            AbsentClassWarning,
+            stacklevel=3,
+        )
 
 
 def _groups_of_like_size(chosen: list[np.ndarray], most: int) -> list[list[np.ndarray]]:
-    """The different subsets, in groups that waste little when filled up to their longest, of `most` records or one."""
+    """The different subsets, in groups that waste little when filled up to their longest, of `most`
+    records or one.
+    """
     groups: list[list[np.ndarray]] = []
-    for subset in sorted({subset.tobytes(): subset for subset in chosen}.values(), key=len, reverse=True):
+    for subset in sorted(
+        {subset.tobytes(): subset for subset in chosen}.values(), key=len, reverse=True
+    ):
         group = groups[-1] if groups else []
-        if group and (len(group) + 1) * len(group[0]) <= most and len(subset) >= LIKE_SIZE * len(group[0]):
+        if (
+            group
+            and (len(group) + 1) * len(group[0]) <= most
+            and len(subset) >= LIKE_SIZE * len(group[0])
+        ):
             group.append(subset)
         else:
             groups.append([subset])
     return groups
 
 
-def _fit_group(features: Tensor, labels: Tensor, group: list[np.ndarray], penalties: tuple[float, ...],
-               tolerance: float) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Weights `(g, penalties, classes, d)` and bias `(g, penalties, classes)` of subsets of like size.
+def _fit_group(
+    features: Tensor,
+    labels: Tensor,
+    group: list[np.ndarray],
+    penalties: tuple[float, ...],
+    tolerance: float,
+) -> tuple[Tensor, Tensor]:
+    """Weights `(g, penalties, classes, d)` and bias `(g, penalties, classes)` of subsets of like
+    size.
 
-    Shorter subsets are filled up with rows of zeros. The ones of the intercept are 0 there too, so that these rows have
-    no part in any product with the transposed matrix.
+    Shorter subsets are filled up with rows of zeros. The ones of the intercept are 0 there too, so
+    that these rows have no part in any product with the transposed matrix.
     """
     longest, device = max(map(len, group)), features.device
-    positions = torch.tensor(np.array([np.resize(subset, longest) for subset in group]), device=device)
+    positions = torch.tensor(
+        np.array([np.resize(subset, longest) for subset in group]), device=device
+    )
     counts = torch.tensor([len(subset) for subset in group], device=device)
-    present = (torch.arange(longest, device=device) < counts[:, None]).to(features.dtype)[:, :, None]
+    present = (torch.arange(longest, device=device) < counts[:, None]).to(features.dtype)[
+        :, :, None
+    ]
     rows, positive = features[positions] * present, labels[positions] * present
     mean = rows.sum(dim=1, keepdim=True) / counts[:, None, None]
     rows = (rows - mean) * present
@@ -267,7 +383,9 @@ def _fit_group(features: Tensor, labels: Tensor, group: list[np.ndarray], penalt
     hits, counts = positive.sum(dim=1), counts[:, None]
     absent = (hits == 0) | (hits == counts)
     signs = ((1 - 2 * positive) * present * ~absent[:, None]).mT
-    each_penalty = torch.tensor(penalties, dtype=rows.dtype, device=device).repeat_interleave(labels.shape[1])
+    each_penalty = torch.tensor(penalties, dtype=rows.dtype, device=device).repeat_interleave(
+        labels.shape[1]
+    )
     rows = torch.cat([rows @ axes, present], dim=2)
     solution = _minimise(rows, signs.repeat(1, len(penalties), 1), each_penalty, tolerance)
     weights = solution[..., :-1] @ axes.mT
@@ -278,7 +396,9 @@ def _fit_group(features: Tensor, labels: Tensor, group: list[np.ndarray], penalt
 
 
 def _principal_axes(rows: Tensor) -> Tensor:
-    """Orthonormal columns `(g, d, min(n, d))` that span the rows `(g, n, d)` and make them uncorrelated."""
+    """Orthonormal columns `(g, d, min(n, d))` that span the rows `(g, n, d)` and make them
+    uncorrelated.
+    """
     span = torch.linalg.qr(rows.mT).Q if rows.shape[1] < rows.shape[2] else None
     inside = rows if span is None else rows @ span
     turned = torch.linalg.eigh(inside.mT @ inside).eigenvectors
@@ -286,20 +406,29 @@ def _principal_axes(rows: Tensor) -> Tensor:
 
 
 def _minimise(rows: Tensor, signs: Tensor, penalty: Tensor, tolerance: float) -> Tensor:
-    """Coefficients `(g, k, r)` of all k problems of g subsets with rows `(g, n, r)`, the last column the intercept.
+    """Coefficients `(g, k, r)` of all k problems of g subsets with rows `(g, n, r)`, the last
+    column the intercept.
 
-    signs `(g, k, n)` are -1 for a positive record, 1 for a negative one and 0 for one without a say (a problem that has
-    no other is at its minimum from the start, with 0); penalty `(k,)`. Newton's method with a halving line search;
-    problems that have reached the bound of `fit_probes` in all subsets are set aside. TrainingError where one has not
-    in `NEWTON_STEPS`.
+    signs `(g, k, n)` are -1 for a positive record, 1 for a negative one and 0 for one without a say
+    (a problem that has no other is at its minimum from the start, with 0); penalty `(k,)`. Newton's
+    method with a halving line search; problems that have reached the bound of `fit_probes` in all
+    subsets are set aside. TrainingError where one has not in `NEWTON_STEPS`.
     """
     single, radius = rows.float(), rows[:, :, :-1].norm(dim=2).amax(dim=1)[:, None]
-    ridge = torch.cat([penalty[:, None].expand(-1, rows.shape[2] - 1), torch.zeros_like(penalty)[:, None]], dim=1)
+    ridge = torch.cat(
+        [penalty[:, None].expand(-1, rows.shape[2] - 1), torch.zeros_like(penalty)[:, None]], dim=1
+    )
     solution = rows.new_zeros(len(rows), len(penalty), rows.shape[2])
-    running, current, logits = torch.arange(len(penalty), device=rows.device), solution.clone(), torch.zeros_like(signs)
+    running, current, logits = (
+        torch.arange(len(penalty), device=rows.device),
+        solution.clone(),
+        torch.zeros_like(signs),
+    )
     first = None
     for _ in range(NEWTON_STEPS):
-        wrong = torch.sigmoid(signs * logits)  # the probability of the class that the record has not
+        wrong = torch.sigmoid(
+            signs * logits
+        )  # the probability of the class that the record has not
         gradient = (signs * wrong) @ rows + ridge * current
         curvature = wrong * (1 - wrong)
         bound = (gradient[..., :-1].norm(dim=2) + radius * gradient[..., -1].abs()) / ridge[:, 0]
@@ -311,9 +440,11 @@ def _minimise(rows: Tensor, signs: Tensor, penalty: Tensor, tolerance: float) ->
             return solution
         running, ridge = running[live], ridge[live]
         current, logits, signs, curvature, gradient, bound, first = (
-            tensor[:, live] for tensor in (current, logits, signs, curvature, gradient, bound, first)
+            tensor[:, live]
+            for tensor in (current, logits, signs, curvature, gradient, bound, first)
         )
-        # Far from the minimum a rough direction does as well; near it, no more than the tolerance asks for.
+        # Far from the minimum a rough direction does as well; near it, no more than the tolerance
+        # asks for.
         accuracy = (bound / first).sqrt().clamp(1e-3, 0.1).maximum(0.3 * tolerance / bound)
         accuracy = accuracy.masked_fill(bound <= tolerance, np.inf)
         direction = _newton_direction(single, curvature, ridge, gradient, accuracy)
@@ -325,14 +456,20 @@ def _minimise(rows: Tensor, signs: Tensor, penalty: Tensor, tolerance: float) ->
     )
 
 
-def _newton_direction(rows: Tensor, curvature: Tensor, ridge: Tensor, gradient: Tensor, accuracy: Tensor) -> Tensor:
-    """-(rows' curvature rows + ridge)^-1 gradient, `(g, k, r)`, by conjugate gradients with the Hessian's diagonal.
+def _newton_direction(
+    rows: Tensor, curvature: Tensor, ridge: Tensor, gradient: Tensor, accuracy: Tensor
+) -> Tensor:
+    """-(rows' curvature rows + ridge)^-1 gradient, `(g, k, r)`, by conjugate gradients with the
+    Hessian's diagonal.
 
-    curvature `(g, k, n)`, ridge `(k, r)`; accuracy `(g, k)` is relative, infinite for a problem that is to stand still.
-    In the float32 of the rows, for a direction need not be exact. Problems that are done leave the products.
+    curvature `(g, k, n)`, ridge `(k, r)`; accuracy `(g, k)` is relative, infinite for a problem
+    that is to stand still. In the float32 of the rows, for a direction need not be exact. Problems
+    that are done leave the products.
     """
     scale = gradient.norm(dim=2, keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
-    residual, curvature, ridge = (tensor.to(rows.dtype) for tensor in (-gradient / scale, curvature, ridge))
+    residual, curvature, ridge = (
+        tensor.to(rows.dtype) for tensor in (-gradient / scale, curvature, ridge)
+    )
     running, result = torch.arange(len(ridge), device=rows.device), torch.zeros_like(residual)
     inverse, columns = 1 / (curvature @ rows.square() + ridge), rows.mT
     step = inverse * residual
@@ -347,7 +484,8 @@ def _newton_direction(rows: Tensor, curvature: Tensor, ridge: Tensor, gradient: 
         if remaining <= STILL_RUNNING * len(live):
             running, ridge = running[live], ridge[live]
             residual, curvature, inverse, step, energy, target, wanted = (
-                tensor[:, live] for tensor in (residual, curvature, inverse, step, energy, target, wanted)
+                tensor[:, live]
+                for tensor in (residual, curvature, inverse, step, energy, target, wanted)
             )
         product = ((step @ columns).mul_(curvature) @ rows).addcmul_(ridge, step)
         length = torch.where(wanted, energy / torch.linalg.vecdot(step, product)[..., None], 0)
@@ -355,13 +493,24 @@ def _newton_direction(rows: Tensor, curvature: Tensor, ridge: Tensor, gradient: 
         residual.addcmul_(length, product, value=-1)
         downhill = inverse * residual
         before, energy = energy, torch.linalg.vecdot(residual, downhill)[..., None]
-        step = torch.addcmul(downhill, energy / before.clamp_min_(torch.finfo(rows.dtype).tiny), step)
+        step = torch.addcmul(
+            downhill, energy / before.clamp_min_(torch.finfo(rows.dtype).tiny), step
+        )
     return result.to(gradient.dtype) * scale
 
 
-def _line_search(rows: Tensor, signs: Tensor, ridge: Tensor, current: Tensor, logits: Tensor, gradient: Tensor,
-                 direction: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The coefficients `(g, k, r)` and logits `(g, k, n)` after the longest of 1, 1/2, 1/4 ... steps that descends."""
+def _line_search(
+    rows: Tensor,
+    signs: Tensor,
+    ridge: Tensor,
+    current: Tensor,
+    logits: Tensor,
+    gradient: Tensor,
+    direction: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The coefficients `(g, k, r)` and logits `(g, k, n)` after the longest of 1, 1/2, 1/4 ...
+    steps that descends.
+    """
 
     def objective(coefficients: Tensor, logits: Tensor) -> Tensor:
         loss = F.softplus(signs * logits, threshold=40).sum(dim=2, keepdim=True)

@@ -1,4 +1,6 @@
-"""Which layers deserve a higher rank: CE-SSL's one-shot allocation, and AdaLoRA's, which goes on while training."""
+"""Which layers deserve a higher rank: CE-SSL's one-shot allocation, and AdaLoRA's, which goes on
+while training.
+"""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -13,17 +15,22 @@ from ecglib.errors import DataError
 from ecglib.lora import LowRankLayer, add_lora, low_rank_layers
 
 
-def importance(model: nn.Module, batches: Iterable[Batch], rank: int, seed: int = 0) -> pd.DataFrame:
-    """Importance of each adaptable layer of `model`, before anything is trained; the model stays as it is.
+def importance(
+    model: nn.Module, batches: Iterable[Batch], rank: int, seed: int = 0
+) -> pd.DataFrame:
+    """Importance of each adaptable layer of `model`, before anything is trained; the model stays as
+    it is.
 
-    With B = 0 the loss has a gradient in B alone, and G' = (dL/dB) A = G A'A stands for the gradient G of the weight.
-    A row a layer, in order, with its mean over batches of the mean over entries of
+    With B = 0 the loss has a gradient in B alone, and G' = (dL/dB) A = G A'A stands for the
+    gradient G of the weight. A row a layer, in order, with its mean over batches of the mean over
+    entries of
 
-        published    (W0 * G')^2
-        corrected    (W0 * G' / (rank sigma^2))^2    since A'A is rank sigma^2 times the unit matrix on average.
+    published    (W0 * G')^2 corrected    (W0 * G' / (rank sigma^2))^2    since A'A is rank sigma^2
+    times the unit matrix on average.
 
-    A fused layer starts A with a larger sigma than the others, so the published score favours it (10.5 times at a width
-    of 256) for no reason that lies in the data; it takes the mean of its parts. DataError where there is no batch.
+    A fused layer starts A with a larger sigma than the others, so the published score favours it
+    (10.5 times at a width of 256) for no reason that lies in the data; it takes the mean of its
+    parts. DataError where there is no batch.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -34,7 +41,9 @@ def importance(model: nn.Module, batches: Iterable[Batch], rank: int, seed: int 
         F.binary_cross_entropy_with_logits(probe(batch.signals).float(), batch.targets).backward()
         rows.append({name: float(_score(layer).detach()) for name, layer in layers.items()})
     if not rows:
-        raise DataError("There is no labelled batch to measure the importance of layers on; label some records.")
+        raise DataError(
+            "There is no labelled batch to measure the importance of layers on; label some records."
+        )
     published = pd.DataFrame(rows).mean()
     scale = pd.Series({name: rank * layer.start_deviation**2 for name, layer in layers.items()})
     return pd.DataFrame({"published": published, "corrected": published / scale**2})
@@ -48,7 +57,8 @@ def _score(layer: LowRankLayer) -> Tensor:
 
 
 def ranks_by_importance(scores: Mapping[str, float], rank: int, share: float) -> dict[str, int]:
-    """`rank` for the `share` of layers with the largest scores, half of it (an even number, as published) for the rest.
+    """`rank` for the `share` of layers with the largest scores, half of it (an even number, as
+    published) for the rest.
 
     DataError for a share outside [0, 1].
     """
@@ -61,9 +71,16 @@ def ranks_by_importance(scores: Mapping[str, float], rank: int, share: float) ->
     return {name: rank if name in important else max(rank // 4 * 2, 1) for name in scores}
 
 
-def allocate_ranks(model: nn.Module, batches: Iterable[Batch], rank: int, share: float, score: str = "corrected",
-                   seed: int = 0) -> dict[str, int]:  # fmt: skip
-    """Ranks for `lora.add_lora`: the full `rank` for the important `share` of the layers, half of it for the others.
+def allocate_ranks(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    rank: int,
+    share: float,
+    score: str = "corrected",
+    seed: int = 0,
+) -> dict[str, int]:
+    """Ranks for `lora.add_lora`: the full `rank` for the important `share` of the layers, half of
+    it for the others.
 
     One pass over the labelled `batches` before any training; `score` is a column of `importance`.
     """
@@ -71,16 +88,27 @@ def allocate_ranks(model: nn.Module, batches: Iterable[Batch], rank: int, share:
 
 
 class AdaptiveRanks(nn.Module):
-    """AdaLoRA (Zhang et al. 2023) around an `objective`: the ranks of `network` shrink to a budget while it learns.
+    """AdaLoRA (Zhang et al. 2023) around an `objective`: the ranks of `network` shrink to a budget
+    while it learns.
 
-    Every difference is B diag(values) A with B'B and AA' kept near the unit matrix by a penalty. A triple is as
-    important as its value's and its vectors' mean of |weight x gradient|, smoothed, times how much that varies. From
-    1.5 times the `rank` at the start, along a cubic, the least important values are set to 0 until `rank` a layer
-    remain on average. `network` must have been adapted with `singular_values=True` and 1.5 times the `rank`.
+    Every difference is B diag(values) A with B'B and AA' kept near the unit matrix by a penalty. A
+    triple is as important as its value's and its vectors' mean of |weight x gradient|, smoothed,
+    times how much that varies. From 1.5 times the `rank` at the start, along a cubic, the least
+    important values are set to 0 until `rank` a layer remain on average. `network` must have been
+    adapted with `singular_values=True` and 1.5 times the `rank`.
     """
 
-    def __init__(self, objective: nn.Module, network: nn.Module, rank: int, *, penalty: float = 0.1,
-                 smoothing: float = 0.85, begin: float = 0.1, end: float = 0.7) -> None:  # fmt: skip
+    def __init__(
+        self,
+        objective: nn.Module,
+        network: nn.Module,
+        rank: int,
+        *,
+        penalty: float = 0.1,
+        smoothing: float = 0.85,
+        begin: float = 0.1,
+        end: float = 0.7,
+    ) -> None:
         super().__init__()
         self.objective = objective
         self.layers = list(low_rank_layers(network).values())
@@ -90,11 +118,15 @@ class AdaptiveRanks(nn.Module):
         for index, layer in enumerate(self.layers):
             for part in ("A", "B", "values"):
                 for kind in ("mean", "spread"):
-                    self.register_buffer(f"{kind}_{part}_{index}", torch.zeros_like(getattr(layer, part)))
+                    self.register_buffer(
+                        f"{kind}_{part}_{index}", torch.zeros_like(getattr(layer, part))
+                    )
 
     def loss(self, batch: Batch) -> Tensor:
         """The objective's loss and the penalty on vectors that are not orthonormal."""
-        return self.objective.loss(batch) + self.penalty * sum(_lack_of_orthogonality(layer) for layer in self.layers)
+        return self.objective.loss(batch) + self.penalty * sum(
+            _lack_of_orthogonality(layer) for layer in self.layers
+        )
 
     def budget(self, progress: float) -> int:
         """How many values may differ from 0."""
@@ -103,25 +135,39 @@ class AdaptiveRanks(nn.Module):
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Measure the importance of every triple and set the values of the least important ones to 0."""
+        """Measure the importance of every triple and set the values of the least important ones to
+        0.
+        """
         if hasattr(self.objective, "after_step"):
             self.objective.after_step(progress)
         scores = torch.cat([self._triples(index, layer) for index, layer in enumerate(self.layers)])
         kept = scores.new_zeros(len(scores), dtype=torch.bool)
         kept[scores.topk(self.budget(progress)).indices] = True
-        for layer, mask in zip(self.layers, kept.split([len(layer.values) for layer in self.layers]), strict=True):
+        for layer, mask in zip(
+            self.layers, kept.split([len(layer.values) for layer in self.layers]), strict=True
+        ):
             layer.values.mul_(mask)
 
     def _triples(self, index: int, layer: LowRankLayer) -> Tensor:
         """Importance of each (value, row of A, column of B) of a layer, `(parts x rank,)`."""
         rows = self._sensitivity("A", index, layer).mean(dim=1)
-        columns = self._sensitivity("B", index, layer).unflatten(0, (layer.parts, -1)).mean(dim=1).flatten()
+        columns = (
+            self._sensitivity("B", index, layer)
+            .unflatten(0, (layer.parts, -1))
+            .mean(dim=1)
+            .flatten()
+        )
         return self._sensitivity("values", index, layer) + rows + columns
 
     def _sensitivity(self, part: str, index: int, layer: LowRankLayer) -> Tensor:
-        """Smoothed |weight x gradient| times its smoothed deviation, updated with this step's gradient."""
+        """Smoothed |weight x gradient| times its smoothed deviation, updated with this step's
+        gradient.
+        """
         weight = getattr(layer, part)
-        mean, spread = getattr(self, f"mean_{part}_{index}"), getattr(self, f"spread_{part}_{index}")
+        mean, spread = (
+            getattr(self, f"mean_{part}_{index}"),
+            getattr(self, f"spread_{part}_{index}"),
+        )
         if weight.grad is not None:
             now = (weight * weight.grad).abs()
             mean.lerp_(now, 1.0 - self.smoothing)
@@ -131,7 +177,10 @@ class AdaptiveRanks(nn.Module):
     def report(self) -> dict:
         """What the objective tells, and the number of values in use."""
         told = self.objective.report() if hasattr(self.objective, "report") else {}
-        return {**told, "ranks_in_use": int(sum((layer.values != 0).sum() for layer in self.layers))}
+        return {
+            **told,
+            "ranks_in_use": int(sum((layer.values != 0).sum() for layer in self.layers)),
+        }
 
 
 def _lack_of_orthogonality(layer: LowRankLayer) -> Tensor:

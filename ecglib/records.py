@@ -1,7 +1,7 @@
 """`Records`: the one data type that flows through the study.
 
-Signals are int16 counts `(record, lead, time)`, memory-mapped from disk, with one scale for all of them. The count
--32768 marks a missing sample, as in WFDB format 16.
+Signals are int16 counts `(record, lead, time)`, memory-mapped from disk, with one scale for all of
+them. The count -32768 marks a missing sample, as in WFDB format 16.
 """
 
 import hashlib
@@ -29,7 +29,9 @@ LIMB_FROM_I_AND_II = np.array(
     [[1.0, 0.0], [0.0, 1.0], [-1.0, 1.0], [-0.5, -0.5], [1.0, -0.5], [-0.5, 1.0]], dtype=np.float32
 )
 
-FLAT_RANGE = 0.005  # mV; a lead that moves less than this over the whole record carries no heart beat
+FLAT_RANGE = (
+    0.005  # mV; a lead that moves less than this over the whole record carries no heart beat
+)
 ABSURD_PEAK = 20.0  # mV; no surface ECG reaches this, a wrong gain does
 ABSURDLY_SMALL = 0.01  # mV; largest lead range below this is a wrong gain the other way
 SATURATED_SHARE = 0.05  # share of a lead's samples that sit at its own extreme value
@@ -47,10 +49,10 @@ def empty_left_out() -> pd.DataFrame:
 class Records:
     """12-lead ECGs with their table, targets and classes.
 
-    signals `(n, 12, time)` int16 counts; scale `unit` per count; sampling_rate Hz; table one row a record with at least
-    `record_id, patient_id, fold, source`; targets `(n, classes)` 0/1; left_out one row for each repair or omission;
-    about a JSON-like description (source, version, whether simulated, the unit where it is not mV). Raises DataError
-    where the parts do not fit.
+    signals `(n, 12, time)` int16 counts; scale `unit` per count; sampling_rate Hz; table one row a
+    record with at least `record_id, patient_id, fold, source`; targets `(n, classes)` 0/1; left_out
+    one row for each repair or omission; about a JSON-like description (source, version, whether
+    simulated, the unit where it is not mV). Raises DataError where the parts do not fit.
     """
 
     signals: np.ndarray
@@ -68,7 +70,11 @@ class Records:
         self.table = self.table.reset_index(drop=True)
         self.targets = np.asarray(self.targets)
         count = len(self.signals)
-        if self.signals.ndim != 3 or self.signals.shape[1] != len(LEADS) or self.signals.dtype != np.int16:
+        if (
+            self.signals.ndim != 3
+            or self.signals.shape[1] != len(LEADS)
+            or self.signals.dtype != np.int16
+        ):
             raise DataError(
                 f"Records need int16 signals (records, 12, time), not {self.signals.dtype} {self.signals.shape}; "
                 "use Records.from_millivolts for signals in mV."
@@ -80,29 +86,42 @@ class Records:
             )
         lacking = [column for column in TABLE_COLUMNS if column not in self.table]
         if lacking:
-            raise DataError(f"The records' table lacks the column {lacking[0]!r}; it needs {', '.join(TABLE_COLUMNS)}.")
+            raise DataError(
+                f"The records' table lacks the column {lacking[0]!r}; it needs {', '.join(TABLE_COLUMNS)}."
+            )
         if not (
-            np.isfinite(self.scale) and self.scale > 0 and np.isfinite(self.sampling_rate) and self.sampling_rate > 0
+            np.isfinite(self.scale)
+            and self.scale > 0
+            and np.isfinite(self.sampling_rate)
+            and self.sampling_rate > 0
         ):
-            raise DataError(f"scale {self.scale} and sampling rate {self.sampling_rate} must both be positive numbers.")
+            raise DataError(
+                f"scale {self.scale} and sampling rate {self.sampling_rate} must both be positive numbers."
+            )
 
     @classmethod
     def from_millivolts(cls, millivolts: np.ndarray, *arguments, **keywords) -> "Records":
-        """Records from float signals `(n, 12, time)` in mV, NaN where missing; the rest as in the constructor."""
+        """Records from float signals `(n, 12, time)` in mV, NaN where missing; the rest as in the
+        constructor.
+        """
         return cls(to_counts(millivolts), MICROVOLT, *arguments, **keywords)
 
     def __len__(self) -> int:
         return len(self.signals)
 
     def millivolts(self, indices: np.ndarray | slice | None = None) -> np.ndarray:
-        """Signals in mV (in `unit` where that is another), float32 `(n, 12, time)`, NaN where a sample is missing."""
+        """Signals in mV (in `unit` where that is another), float32 `(n, 12, time)`, NaN where a
+        sample is missing.
+        """
         counts = np.asarray(self.signals if indices is None else self.signals[indices])
         values = counts.astype(np.float32) * np.float32(self.scale)
         values[counts == MISSING] = np.nan
         return values
 
     def select(self, mask_or_indices: np.ndarray | Sequence[int]) -> "Records":
-        """The records of a boolean mask or of an index list, in that order; out of range raises DataError."""
+        """The records of a boolean mask or of an index list, in that order; out of range raises
+        DataError.
+        """
         chosen = np.asarray(mask_or_indices)
         if chosen.dtype == bool:
             if chosen.shape != (len(self),):
@@ -117,36 +136,55 @@ class Records:
             )
         part = hashlib.sha256(self.fingerprint.encode() + chosen.tobytes()).hexdigest()
         return Records(
-            self.signals[chosen], self.scale, self.sampling_rate, self.table.iloc[chosen], self.targets[chosen],
-            self.classes, self.left_out, self.about, part,
-        )  # fmt: skip
+            self.signals[chosen],
+            self.scale,
+            self.sampling_rate,
+            self.table.iloc[chosen],
+            self.targets[chosen],
+            self.classes,
+            self.left_out,
+            self.about,
+            part,
+        )
 
     @property
     def unit(self) -> str:
-        """What one count times `scale` is measured in: mV, or what `preprocess.preprocess` made of it."""
+        """What one count times `scale` is measured in: mV, or what `preprocess.preprocess` made of
+        it.
+        """
         return self.about.get("unit", "mV")
 
     @property
     def name(self) -> str:
-        """What tables and titles call these data: `simulated`, or their source, with `subset` where it is one."""
+        """What tables and titles call these data: `simulated`, or their source, with `subset` where
+        it is one.
+        """
         if self.about.get("simulated"):
             return "simulated"
         return self.about.get("source", "records") + (" subset" if self.about.get("subset") else "")
 
     @property
     def caveat(self) -> str:
-        """What a title must say about scores on these data, in brackets; empty for a complete real data set."""
+        """What a title must say about scores on these data, in brackets; empty for a complete real
+        data set.
+        """
         if self.about.get("simulated"):
             return " (SIMULATED records)"
-        return " (a subset: not comparable with published tables)" if self.about.get("subset") else ""
+        return (
+            " (a subset: not comparable with published tables)" if self.about.get("subset") else ""
+        )
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over signals, targets, classes and the table's identifying columns; runs are keyed by it."""
+        """SHA-256 over signals, targets, classes and the table's identifying columns; runs are
+        keyed by it.
+        """
         if self.known_fingerprint:
             return self.known_fingerprint
         digest = hashlib.sha256(
-            repr((self.classes, float(self.scale), float(self.sampling_rate), self.signals.shape)).encode()
+            repr(
+                (self.classes, float(self.scale), float(self.sampling_rate), self.signals.shape)
+            ).encode()
         )
         for start in range(0, len(self), CHUNK):
             digest.update(np.ascontiguousarray(self.signals[start : start + CHUNK]))
@@ -156,12 +194,15 @@ class Records:
         return digest.hexdigest()
 
     def validate(self) -> pd.DataFrame:
-        """Faults of the stored signals: one row each with record_id, lead, fault and detail; empty when all is well.
+        """Faults of the stored signals: one row each with record_id, lead, fault and detail; empty
+        when all is well.
 
         The limits are in mV: signals in another unit raise DataError.
         """
         if self.unit != "mV":
-            raise DataError(f"{self.name}: the signals are in {self.unit}; validate the records in mV they came from.")
+            raise DataError(
+                f"{self.name}: the signals are in {self.unit}; validate the records in mV they came from."
+            )
         rows = []
         for start in range(0, len(self), CHUNK):
             part = slice(start, min(start + CHUNK, len(self)))
@@ -171,7 +212,9 @@ class Records:
         return pd.DataFrame(rows, columns=["record_id", "lead", "fault", "detail"])
 
     def save(self, folder: str | Path) -> Path:
-        """Write everything below `folder` atomically; raises StorageError and leaves an older folder as it was."""
+        """Write everything below `folder` atomically; raises StorageError and leaves an older
+        folder as it was.
+        """
         folder = Path(folder)
         with atomic_folder(folder) as temporary:
             needed = self.signals.nbytes + self.targets.nbytes + 1_000_000
@@ -179,38 +222,63 @@ class Records:
             with explain_storage(folder):
                 if free < needed:
                     raise OSError(28, f"{needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
-            # Plain writes, not a memory map: on a full disk they raise an error where a map would kill the process.
+            # Plain writes, not a memory map: on a full disk they raise an error where a map would
+            # kill the process.
             with (temporary / "signals.npy").open("wb") as stored:
                 header = {"descr": "<i2", "fortran_order": False, "shape": self.signals.shape}
                 np.lib.format.write_array_header_1_0(stored, header)
                 for start in range(0, len(self), CHUNK):
-                    stored.write(np.ascontiguousarray(self.signals[start : start + CHUNK], dtype="<i2"))
+                    stored.write(
+                        np.ascontiguousarray(self.signals[start : start + CHUNK], dtype="<i2")
+                    )
             np.save(temporary / "targets.npy", self.targets)
             self.table.to_csv(temporary / "table.csv", index=False)
             self.left_out.to_csv(temporary / "left_out.csv", index=False)
-            write_json(temporary / "records.json", {
-                "scale": float(self.scale), "sampling_rate": float(self.sampling_rate), "classes": list(self.classes),
-                "leads": list(LEADS), "shape": list(self.signals.shape), "fingerprint": self.fingerprint,
-                "about": self.about,
-            })  # fmt: skip
+            write_json(
+                temporary / "records.json",
+                {
+                    "scale": float(self.scale),
+                    "sampling_rate": float(self.sampling_rate),
+                    "classes": list(self.classes),
+                    "leads": list(LEADS),
+                    "shape": list(self.signals.shape),
+                    "fingerprint": self.fingerprint,
+                    "about": self.about,
+                },
+            )
         return folder
 
     @classmethod
     def load(cls, folder: str | Path) -> "Records":
-        """Open a saved folder; signals stay on disk. Raises DataError where the folder is missing or damaged."""
+        """Open a saved folder; signals stay on disk. Raises DataError where the folder is missing
+        or damaged.
+        """
         folder = Path(folder)
         if not folder.is_dir():
-            raise DataError(f"{folder}: there is no such records folder; run notebook 00_prepare_data first.")
+            raise DataError(
+                f"{folder}: there is no such records folder; run notebook 00_prepare_data first."
+            )
         about = read_json(folder / "records.json")
         try:
             signals = np.load(folder / "signals.npy", mmap_mode="r", allow_pickle=False)
             targets = np.load(folder / "targets.npy", allow_pickle=False)
-            table = pd.read_csv(folder / "table.csv", dtype={"record_id": str, "patient_id": str, "source": str})
+            table = pd.read_csv(
+                folder / "table.csv", dtype={"record_id": str, "patient_id": str, "source": str}
+            )
             left_out = pd.read_csv(folder / "left_out.csv", dtype=str, keep_default_na=False)
             if list(signals.shape) != about["shape"] or about["leads"] != list(LEADS):
                 raise ValueError("signals do not match records.json")
-            return cls(signals, about["scale"], about["sampling_rate"], table, targets, about["classes"], left_out,
-                       about["about"], about["fingerprint"])  # fmt: skip
+            return cls(
+                signals,
+                about["scale"],
+                about["sampling_rate"],
+                table,
+                targets,
+                about["classes"],
+                left_out,
+                about["about"],
+                about["fingerprint"],
+            )
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise DataError(
                 f"{folder}: damaged records ({error}); delete the folder and prepare the data again."
@@ -218,45 +286,68 @@ class Records:
 
 
 def to_counts(values: np.ndarray, scale: float = MICROVOLT) -> np.ndarray:
-    """Values, NaN where missing, as int16 counts of `scale` each (mV as microvolts); clipped beyond +-32,767 counts."""
-    counts = np.clip(np.rint(np.asarray(values, dtype=np.float32) / np.float32(scale)), -32767, 32767)
+    """Values, NaN where missing, as int16 counts of `scale` each (mV as microvolts); clipped beyond
+    +-32,767 counts.
+    """
+    counts = np.clip(
+        np.rint(np.asarray(values, dtype=np.float32) / np.float32(scale)), -32767, 32767
+    )
     return np.where(np.isnan(counts), MISSING, counts).astype(np.int16)
 
 
 def find_faults(millivolts: np.ndarray) -> list[tuple[int, str, str, str]]:
-    """Faults in signals `(n, 12, time)` in mV as (position, lead, fault, detail); limits are the constants above."""
+    """Faults in signals `(n, 12, time)` in mV as (position, lead, fault, detail); limits are the
+    constants above.
+    """
     faults: list[tuple[int, str, str, str]] = []
     missing = np.isnan(millivolts)
     signals = np.where(missing, np.float32(0), millivolts) if missing.any() else millivolts
     high, low = signals.max(axis=2), signals.min(axis=2)
     span = high - low
-    at_extreme = np.maximum((signals == high[..., None]).mean(axis=2), (signals == low[..., None]).mean(axis=2))
+    at_extreme = np.maximum(
+        (signals == high[..., None]).mean(axis=2), (signals == low[..., None]).mean(axis=2)
+    )
 
     def add(where: np.ndarray, fault: str, detail: str, values: np.ndarray) -> None:
         for index, lead in zip(*np.nonzero(where), strict=True):
-            faults.append((int(index), LEADS[lead], fault, detail.format(float(values[index, lead]))))
+            faults.append(
+                (int(index), LEADS[lead], fault, detail.format(float(values[index, lead])))
+            )
 
     flat = span < FLAT_RANGE
     share = missing.mean(axis=2)
     add(share > 0, "missing samples", "{:.1%} of the samples", share)
     add(flat, "flat lead", "range {:.3f} mV", span)
-    add((at_extreme > SATURATED_SHARE) & ~flat & (span > 1.0), "saturated", "{:.1%} at one extreme", at_extreme)
+    add(
+        (at_extreme > SATURATED_SHARE) & ~flat & (span > 1.0),
+        "saturated",
+        "{:.1%} at one extreme",
+        at_extreme,
+    )
     peak = np.maximum(np.abs(high), np.abs(low))
     add(peak > ABSURD_PEAK, "absurd amplitude", "peak {:.1f} mV", peak)
     for index in np.flatnonzero((span.max(axis=1) < ABSURDLY_SMALL) & ~flat.all(axis=1)):
-        faults.append((int(index), "all", "absurd amplitude", f"largest range {span[index].max():.4f} mV"))
+        faults.append(
+            (int(index), "all", "absurd amplitude", f"largest range {span[index].max():.4f} mV")
+        )
     residual = limb_residual(signals)
     for index in np.flatnonzero(
         (residual > LAW_TOLERANCE) & ~flat[:, :6].any(axis=1) & (share[:, :6].max(axis=1) == 0)
     ):
         faults.append(
-            (int(index), "limb leads", "Einthoven's law broken", _law_detail(signals[index], residual[index]))
+            (
+                int(index),
+                "limb leads",
+                "Einthoven's law broken",
+                _law_detail(signals[index], residual[index]),
+            )
         )
     return faults
 
 
 def limb_residual(millivolts: np.ndarray) -> np.ndarray:
-    """How far limb leads `(n, 12, time)` are from Einthoven's and Goldberger's laws: rms error over rms signal, `(n,)`.
+    """How far limb leads `(n, 12, time)` are from Einthoven's and Goldberger's laws: rms error over
+    rms signal, `(n,)`.
 
     Means are removed first: an offset of the amplifier is not a permuted lead.
     """
@@ -268,12 +359,16 @@ def limb_residual(millivolts: np.ndarray) -> np.ndarray:
 
 
 def limb_permutation(millivolts: np.ndarray) -> tuple[int, ...] | None:
-    """The one order of the six limb leads of `(12, time)` that obeys the laws, or None where none or several do."""
+    """The one order of the six limb leads of `(12, time)` that obeys the laws, or None where none
+    or several do.
+    """
     fitting = []
     limb = millivolts[:6] - millivolts[:6].mean(axis=1, keepdims=True)
     covariance = (limb @ limb.T) / limb.shape[1]
     size = max(float(np.trace(covariance)), 1e-12)
-    laws = np.concatenate([LIMB_FROM_I_AND_II[2:], -np.eye(4, dtype=np.float32)], axis=1)  # law @ limb == 0
+    laws = np.concatenate(
+        [LIMB_FROM_I_AND_II[2:], -np.eye(4, dtype=np.float32)], axis=1
+    )  # law @ limb == 0
     for order in itertools.permutations(range(6)):
         error = np.einsum("ij,jk,ik->", laws, covariance[np.ix_(order, order)], laws)
         if np.sqrt(max(error, 0.0) / size) < LAW_TOLERANCE / 2:

@@ -1,7 +1,9 @@
-"""Attribution: how much each lead and sample of an ECG speaks for a class, by the network that was scored.
+"""Attribution: how much each lead and sample of an ECG speaks for a class, by the network that was
+scored.
 
-captum does the work wherever it has the method; it is imported where it is used. Attributions are signed where the
-method is: positive speaks for the class. What is said of them is measured by `ecglib.localisation`.
+captum does the work wherever it has the method; it is imported where it is used. Attributions are
+signed where the method is: positive speaks for the class. What is said of them is measured by
+`ecgstudy.analysis.localisation`.
 """
 
 import warnings
@@ -22,7 +24,7 @@ from ecglib.encoders.conv_transformer import ConvBlock
 from ecglib.encoders.transformer import TransformerBlock
 from ecglib.encoders.xresnet1d import Bottleneck
 from ecglib.errors import DataError
-from ecglib.evaluate import window_starts
+from ecglib.evaluate.windows import window_starts
 from ecglib.records import Records
 
 STEPS = 16  # points of the path of integrated gradients
@@ -32,72 +34,112 @@ BEFORE, AFTER = 0.4, 0.6  # seconds of a beat about its R peak
 ROWS_TOGETHER = 512  # windows that go through the network at once
 
 
-def attribute(model: nn.Module, signals: Tensor, class_index: int, method: str, **options: object) -> Tensor:
-    """Attribution of logit `class_index` to `signals (batch, leads, time)` in mV: float32 of the same shape.
+def attribute(
+    model: nn.Module, signals: Tensor, class_index: int, method: str, **options: object
+) -> Tensor:
+    """Attribution of logit `class_index` to `signals (batch, leads, time)` in mV: float32 of the
+    same shape.
 
-    `model` maps signals to logits `(batch, classes)`; it is put in evaluation mode meanwhile. `method` is one of
-    `METHODS`; options are its keywords. DataError where there is no such method or class, or where the network lacks
-    the layer that the method looks at.
+    `model` maps signals to logits `(batch, classes)`; it is put in evaluation mode meanwhile.
+    `method` is one of `METHODS`; options are its keywords. DataError where there is no such method
+    or class, or where the network lacks the layer that the method looks at.
     """
     if method not in METHODS:
-        raise DataError(f"There is no attribution method {method!r}; choose one of {', '.join(METHODS)}.")
+        raise DataError(
+            f"There is no attribution method {method!r}; choose one of {', '.join(METHODS)}."
+        )
     if signals.ndim != 3 or not signals.numel():
-        raise DataError(f"Attribution needs signals (batch, leads, time), not {tuple(signals.shape)}.")
+        raise DataError(
+            f"Attribution needs signals (batch, leads, time), not {tuple(signals.shape)}."
+        )
     fitting = fitting_methods(model)
     if method not in fitting:
-        raise DataError(f"{_encoder_name(model)} has no {LAYERS[method]}, which {method} looks at; for this network "
-                        f"choose one of {', '.join(fitting)}.")  # fmt: skip
+        raise DataError(
+            f"{_encoder_name(model)} has no {LAYERS[method]}, which {method} looks at; for this network "
+            f"choose one of {', '.join(fitting)}."
+        )
     place = next(iter(model.parameters()), signals).device
-    with _evaluation(model), torch.backends.cudnn.flags(enabled=False):  # cuDNN's LSTM has no gradient in evaluation
+    with (
+        _evaluation(model),
+        torch.backends.cudnn.flags(enabled=False),
+    ):  # cuDNN's LSTM has no gradient in evaluation
         inputs = signals.detach().to(place, torch.float32)
         with torch.no_grad():
             classes = model(inputs[:1]).shape[1]
         if not 0 <= class_index < classes:
-            raise DataError(f"Class {class_index} does not exist: the network has {classes} classes, counted from 0.")
+            raise DataError(
+                f"Class {class_index} does not exist: the network has {classes} classes, counted from 0."
+            )
         found = METHODS[method](model, inputs, int(class_index), **options)
     return found.detach().float().to(signals.device)
 
 
 def fitting_methods(model: nn.Module) -> tuple[str, ...]:
     """Names of the methods for which `model` has the layers."""
-    convolutional, attentive = bool(_convolutional_stages(model)), bool(_of_type(model, TransformerBlock))
+    convolutional, attentive = (
+        bool(_convolutional_stages(model)),
+        bool(_of_type(model, TransformerBlock)),
+    )
     smooth = bool(_of_type(model, (nn.GELU, nn.SiLU, nn.LSTM)))
-    lacking = {"gradcam": not convolutional, "guided_gradcam": not convolutional or smooth,
-               "attention_rollout": not attentive}  # fmt: skip
+    lacking = {
+        "gradcam": not convolutional,
+        "guided_gradcam": not convolutional or smooth,
+        "attention_rollout": not attentive,
+    }
     return tuple(method for method in METHODS if not lacking.get(method, False))
 
 
-def attribute_records(network: nn.Module, records: Records, indices: Sequence[int] | np.ndarray, class_index: int,
-                      method: str, window_seconds: float, stride_seconds: float | None = None,
-                      baseline: np.ndarray | None = None, **options: object) -> np.ndarray:  # fmt: skip
-    """Attribution to whole records, float32 `(n, 12, time)` in the order of `indices`: the mean over their windows.
+def attribute_records(
+    network: nn.Module,
+    records: Records,
+    indices: Sequence[int] | np.ndarray,
+    class_index: int,
+    method: str,
+    window_seconds: float,
+    stride_seconds: float | None = None,
+    baseline: np.ndarray | None = None,
+    **options: object,
+) -> np.ndarray:
+    """Attribution to whole records, float32 `(n, 12, time)` in the order of `indices`: the mean
+    over their windows.
 
-    A record's windows overlap by half, as where networks are scored, or begin every `stride_seconds`. `baseline` are
-    the signals `(n, 12, time)` in mV from which integrated gradients start. Missing samples become 0 mV. DataError as
-    `attribute`, and where there is no record.
+    A record's windows overlap by half, as where networks are scored, or begin every
+    `stride_seconds`. `baseline` are the signals `(n, 12, time)` in mV from which integrated
+    gradients start. Missing samples become 0 mV. DataError as `attribute`, and where there is no
+    record.
     """
     indices = np.arange(len(records))[indices]  # a mask will do as well
     if not len(indices):
         raise DataError("There is no record to attribute; choose a class or a split that has some.")
-    window, stride = (max(1, round(seconds * records.sampling_rate))
-                      for seconds in (window_seconds, stride_seconds or window_seconds / 2))  # fmt: skip
+    window, stride = (
+        max(1, round(seconds * records.sampling_rate))
+        for seconds in (window_seconds, stride_seconds or window_seconds / 2)
+    )
     starts = window_starts(records.signals.shape[2], window, stride)
     together = max(1, ROWS_TOGETHER // len(starts))
     parts = []
     for first in range(0, len(indices), together):
-        counts = torch.from_numpy(np.ascontiguousarray(records.signals[indices[first : first + together]]))
+        counts = torch.from_numpy(
+            np.ascontiguousarray(records.signals[indices[first : first + together]])
+        )
         signals = to_millivolts(counts, records.scale)
         windows = torch.cat([signals[:, :, start : start + window] for start in starts])
         if baseline is not None:
             part = torch.from_numpy(np.asarray(baseline[first : first + together], np.float32))
-            options["baseline"] = torch.cat([part[:, :, start : start + window] for start in starts])
-        found = attribute(network, windows, class_index, method, **options).unflatten(0, (len(starts), len(counts)))
+            options["baseline"] = torch.cat(
+                [part[:, :, start : start + window] for start in starts]
+            )
+        found = attribute(network, windows, class_index, method, **options).unflatten(
+            0, (len(starts), len(counts))
+        )
         parts.append(_mean_over_windows(found, starts, signals.shape[2]))
     return torch.cat(parts).numpy()
 
 
 def _mean_over_windows(found: Tensor, starts: Sequence[int], time: int) -> Tensor:
-    """Windows `(windows, n, leads, window)` back in their places, `(n, leads, time)`: the mean where they overlap."""
+    """Windows `(windows, n, leads, window)` back in their places, `(n, leads, time)`: the mean
+    where they overlap.
+    """
     total, times = torch.zeros(*found.shape[1:3], time), torch.zeros(time)
     for each, start in zip(found, starts, strict=True):
         total[:, :, start : start + found.shape[3]] += each
@@ -105,11 +147,15 @@ def _mean_over_windows(found: Tensor, starts: Sequence[int], time: int) -> Tenso
     return total / times.clamp(min=1)
 
 
-def relevance(attribution: np.ndarray, sign: str = "absolute", smoothing: int = 1, power: int = 1) -> np.ndarray:
-    """What is scored, never negative: |a|, or the positive part of a, as mean over `smoothing` samples in time.
+def relevance(
+    attribution: np.ndarray, sign: str = "absolute", smoothing: int = 1, power: int = 1
+) -> np.ndarray:
+    """What is scored, never negative: |a|, or the positive part of a, as mean over `smoothing`
+    samples in time.
 
-    With the positive sign, a is averaged before its part is taken, so that what alternates cancels. With a `power` of 2
-    it is squared at the end: its energy, which counts the peaks and hardly the floor between them.
+    With the positive sign, a is averaged before its part is taken, so that what alternates cancels.
+    With a `power` of 2 it is squared at the end: its energy, which counts the peaks and hardly the
+    floor between them.
     """
     from scipy.ndimage import uniform_filter1d
 
@@ -118,32 +164,39 @@ def relevance(attribution: np.ndarray, sign: str = "absolute", smoothing: int = 
     if smoothing < 1:
         raise DataError(f"Smoothing over {smoothing} samples does not exist; give 1 for none.")
     if power < 1:
-        raise DataError(f"Relevance to the power of {power} is no mass; give 1, or 2 for its energy.")
+        raise DataError(
+            f"Relevance to the power of {power} is no mass; give 1, or 2 for its energy."
+        )
     values = np.abs(attribution) if sign == "absolute" else attribution
     return np.maximum(uniform_filter1d(values, smoothing, axis=-1, mode="nearest"), 0.0) ** power
 
 
 def find_r_peaks(millivolts: np.ndarray, sampling_rate: float) -> np.ndarray:
-    """Samples of the R peaks of one record `(12, time)`: where the 5-20 Hz energy of all leads together is largest.
+    """Samples of the R peaks of one record `(12, time)`: where the 5-20 Hz energy of all leads
+    together is largest.
 
-    The threshold follows the record, and two peaks lie at least 0.3 s apart. Empty where nothing beats.
+    The threshold follows the record, and two peaks lie at least 0.3 s apart. Empty where nothing
+    beats.
     """
     from scipy.signal import butter, find_peaks, sosfiltfilt
 
     filled = np.nan_to_num(millivolts)
     sections = butter(2, (5, 20), "bandpass", fs=sampling_rate, output="sos")
     width = max(1, round(0.08 * sampling_rate))
-    energy = np.convolve(np.abs(sosfiltfilt(sections, filled, axis=1)).sum(axis=0), np.ones(width) / width, "same")
+    energy = np.convolve(
+        np.abs(sosfiltfilt(sections, filled, axis=1)).sum(axis=0), np.ones(width) / width, "same"
+    )
     threshold = max(0.35 * float(np.quantile(energy, 0.98)), 1e-6)
     return find_peaks(energy, height=threshold, distance=round(0.3 * sampling_rate))[0]
 
 
 @dataclass
 class HealthyBeats:
-    """Median beats of healthy records: what integrated gradients may start from instead of a flat line.
+    """Median beats of healthy records: what integrated gradients may start from instead of a flat
+    line.
 
-    beats `(n, 12, samples)` in mV about each lead's median, from `BEFORE` to `AFTER` seconds about the R peak; rates in
-    beats a minute `(n,)`.
+    beats `(n, 12, samples)` in mV about each lead's median, from `BEFORE` to `AFTER` seconds about
+    the R peak; rates in beats a minute `(n,)`.
     """
 
     beats: np.ndarray
@@ -156,17 +209,28 @@ class HealthyBeats:
 
         DataError where none of them shows a beat.
         """
-        found = [median_beat(signal, records.sampling_rate) for signal in np.nan_to_num(records.millivolts(indices))]
+        found = [
+            median_beat(signal, records.sampling_rate)
+            for signal in np.nan_to_num(records.millivolts(indices))
+        ]
         kept = [(beat, rate) for beat, rate, _ in found if beat is not None]
         if not kept:
-            raise DataError("No healthy record shows three whole beats; give more records without a finding.")
-        return cls(np.stack([beat for beat, _ in kept]), np.array([rate for _, rate in kept]), records.sampling_rate)
+            raise DataError(
+                "No healthy record shows three whole beats; give more records without a finding."
+            )
+        return cls(
+            np.stack([beat for beat, _ in kept]),
+            np.array([rate for _, rate in kept]),
+            records.sampling_rate,
+        )
 
     def baseline(self, millivolts: np.ndarray, nearest: int = 100) -> np.ndarray:
-        """The records `(n, 12, time)` with a healthy heart, float32: in each beat what is departed from is put back.
+        """The records `(n, 12, time)` with a healthy heart, float32: in each beat what is departed
+        from is put back.
 
-        The departure is the record's median beat less the mean beat of the `nearest` healthy records by heart rate, so
-        noise, drift and what differs from beat to beat stay. A record without three whole beats stays as it is.
+        The departure is the record's median beat less the mean beat of the `nearest` healthy
+        records by heart rate, so noise, drift and what differs from beat to beat stay. A record
+        without three whole beats stays as it is.
         """
         filled = np.nan_to_num(np.asarray(millivolts, np.float32))
         return np.stack([self._one(signal, nearest) for signal in filled])
@@ -176,23 +240,33 @@ class HealthyBeats:
         beat, rate, peaks = median_beat(signal, self.sampling_rate)
         if beat is None:
             return signal
-        healthy = self.beats[np.argsort(np.abs(self.rates - rate), kind="stable")[:nearest]].mean(axis=0)
+        healthy = self.beats[np.argsort(np.abs(self.rates - rate), kind="stable")[:nearest]].mean(
+            axis=0
+        )
         before, length = round(BEFORE * self.sampling_rate), beat.shape[1]
         edge = max(2, length // 20)  # the departure rises and ends softly
-        taper = np.minimum(1.0, np.minimum(np.arange(1, length + 1), np.arange(length, 0, -1)) / edge)
+        taper = np.minimum(
+            1.0, np.minimum(np.arange(1, length + 1), np.arange(length, 0, -1)) / edge
+        )
         departure, result = (beat - healthy) * taper, signal.copy()
         # Where the stretches of two beats overlap, each has its half.
         borders = (peaks[:-1] + peaks[1:] + length - 2 * before) // 2
         for place, peak in enumerate(peaks):
             first = max(peak - before, borders[place - 1] if place else 0, 0)
-            last = min(peak - before + length, borders[place] if place < len(borders) else signal.shape[1],
-                       signal.shape[1])  # fmt: skip
+            last = min(
+                peak - before + length,
+                borders[place] if place < len(borders) else signal.shape[1],
+                signal.shape[1],
+            )
             result[:, first:last] -= departure[:, first - peak + before : last - peak + before]
         return result
 
 
-def median_beat(signal: np.ndarray, sampling_rate: float) -> tuple[np.ndarray | None, float, np.ndarray]:
-    """Median beat of one record `(12, time)` about each lead's median, beats a minute, and its R peaks.
+def median_beat(
+    signal: np.ndarray, sampling_rate: float
+) -> tuple[np.ndarray | None, float, np.ndarray]:
+    """Median beat of one record `(12, time)` about each lead's median, beats a minute, and its R
+    peaks.
 
     The beat is None where fewer than three lie wholly inside the record.
     """
@@ -211,31 +285,49 @@ def gradient(model: nn.Module, signals: Tensor, class_index: int) -> Tensor:
     return _captum().Saliency(model).attribute(signals.requires_grad_(), class_index, abs=False)
 
 
-def integrated_gradients(model: nn.Module, signals: Tensor, class_index: int, steps: int = STEPS,
-                         baseline: Tensor | None = None) -> Tensor:  # fmt: skip
-    """(x - b) times the mean gradient on the straight way from b to x (Sundararajan et al. 2017), in logits.
+def integrated_gradients(
+    model: nn.Module,
+    signals: Tensor,
+    class_index: int,
+    steps: int = STEPS,
+    baseline: Tensor | None = None,
+) -> Tensor:
+    """(x - b) times the mean gradient on the straight way from b to x (Sundararajan et al. 2017),
+    in logits.
 
-    Without a `baseline` b `(batch, leads, time)` it is flat: 0 mV in all leads, the isoelectric line. That is no
-    healthy heart: where a wave is lost, nothing differs from it and nothing is attributed. `HealthyBeats` gives one.
+    Without a `baseline` b `(batch, leads, time)` it is flat: 0 mV in all leads, the isoelectric
+    line. That is no healthy heart: where a wave is lost, nothing differs from it and nothing is
+    attributed. `HealthyBeats` gives one.
     """
     start = torch.zeros_like(signals) if baseline is None else baseline.to(signals)
     return (
         _captum()
         .IntegratedGradients(model, multiply_by_inputs=True)
-        .attribute(signals, start, class_index, n_steps=steps, internal_batch_size=max(ROWS_TOGETHER, len(signals)))
+        .attribute(
+            signals,
+            start,
+            class_index,
+            n_steps=steps,
+            internal_batch_size=max(ROWS_TOGETHER, len(signals)),
+        )
     )
 
 
-def gradcam(model: nn.Module, signals: Tensor, class_index: int, coarsest: int = COARSEST) -> Tensor:
-    """Grad-CAM (Selvaraju et al. 2017): the channels of a convolutional stage weighted by their mean gradient.
+def gradcam(
+    model: nn.Module, signals: Tensor, class_index: int, coarsest: int = COARSEST
+) -> Tensor:
+    """Grad-CAM (Selvaraju et al. 2017): the channels of a convolutional stage weighted by their
+    mean gradient.
 
-    The stage is the last one whose steps stand for at most `coarsest` samples. Its map knows no leads: all get the
-    same.
+    The stage is the last one whose steps stand for at most `coarsest` samples. Its map knows no
+    leads: all get the same.
     """
     return _class_activation(model, signals, class_index, coarsest).expand(signals.shape).clone()
 
 
-def guided_gradcam(model: nn.Module, signals: Tensor, class_index: int, coarsest: int = COARSEST) -> Tensor:
+def guided_gradcam(
+    model: nn.Module, signals: Tensor, class_index: int, coarsest: int = COARSEST
+) -> Tensor:
     """Grad-CAM times guided backpropagation (Springenberg et al. 2015): where and in which leads."""
     return _class_activation(model, signals, class_index, coarsest) * guided_backpropagation(
         model, signals, class_index
@@ -245,60 +337,89 @@ def guided_gradcam(model: nn.Module, signals: Tensor, class_index: int, coarsest
 def guided_backpropagation(model: nn.Module, signals: Tensor, class_index: int) -> Tensor:
     """Gradient that rectifiers let through only where it is positive.
 
-    captum changes the backward pass of `nn.ReLU` modules alone; rectifiers that are called as functions, in place or
-    leaky get theirs from `_GuidedRectifiers`.
+    captum changes the backward pass of `nn.ReLU` modules alone; rectifiers that are called as
+    functions, in place or leaky get theirs from `_GuidedRectifiers`.
     """
     with _GuidedRectifiers(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Setting backward hooks on ReLU")
-        return _captum().GuidedBackprop(model).attribute(signals.detach().requires_grad_(), class_index)
+        return (
+            _captum()
+            .GuidedBackprop(model)
+            .attribute(signals.detach().requires_grad_(), class_index)
+        )
 
 
 def occlusion(model: nn.Module, signals: Tensor, class_index: int, patch: int = PATCH) -> Tensor:
-    """Fall of the logit when `patch` samples of one lead are drawn as a straight line (Zeiler & Fergus 2014).
+    """Fall of the logit when `patch` samples of one lead are drawn as a straight line (Zeiler &
+    Fergus 2014).
 
     A fill with zeros would leave isoelectric stretches as they are and cut steps into the others.
     """
     with torch.no_grad():
-        return _captum().Occlusion(model).attribute(
-            signals, (1, patch), (1, patch), bridged(signals, patch), class_index,
-            perturbations_per_eval=max(1, ROWS_TOGETHER // len(signals)),
-        )  # fmt: skip
+        return (
+            _captum()
+            .Occlusion(model)
+            .attribute(
+                signals,
+                (1, patch),
+                (1, patch),
+                bridged(signals, patch),
+                class_index,
+                perturbations_per_eval=max(1, ROWS_TOGETHER // len(signals)),
+            )
+        )
 
 
 def attention_rollout(model: nn.Module, signals: Tensor, class_index: int) -> Tensor:
-    """Product over the blocks of (attention + identity) / 2, mean over heads (Abnar & Zuidema 2020).
+    """Product over the blocks of (attention + identity) / 2, mean over heads (Abnar & Zuidema
+    2020).
 
-    Read from `model` itself while it answers: mean over its tokens of what each takes from each piece of the signal.
-    It knows neither classes nor leads: all get the same.
+    Read from `model` itself while it answers: mean over its tokens of what each takes from each
+    piece of the signal. It knows neither classes nor leads: all get the same.
     """
     maps: list[Tensor] = []
     blocks = _of_type(model, TransformerBlock)
-    _answer_watched(model, signals, [
-        block.register_forward_pre_hook(lambda block, inputs: maps.append(block.attention(inputs[0])))
-        for block in blocks
-    ])  # fmt: skip
+    _answer_watched(
+        model,
+        signals,
+        [
+            block.register_forward_pre_hook(
+                lambda block, inputs: maps.append(block.attention(inputs[0]))
+            )
+            for block in blocks
+        ],
+    )
     rolled = torch.eye(maps[0].shape[2], device=signals.device)
     for attention in maps:
         mean = attention.float().mean(dim=1)
         rolled = (0.5 * (mean + torch.eye(mean.shape[1], device=mean.device))) @ rolled
     taken, time = rolled.mean(dim=1), signals.shape[2]  # (batch, tokens)
     if hasattr(_transformer(model), "class_token"):
-        # Half of the features is [CLS], half the mean of the patches; [CLS] itself is no place in the signal.
+        # Half of the features is [CLS], half the mean of the patches; [CLS] itself is no place in
+        # the signal.
         taken = (0.5 * (rolled[:, 0] + rolled[:, 1:].mean(dim=1)))[:, 1:]
     samples = -(-time // taken.shape[1])
     return taken.repeat_interleave(samples, dim=1)[:, None, :time].expand(signals.shape) / samples
 
 
 METHODS: dict[str, Callable[..., Tensor]] = {
-    "gradient": gradient, "integrated_gradients": integrated_gradients, "guided_gradcam": guided_gradcam,
-    "gradcam": gradcam, "occlusion": occlusion, "attention_rollout": attention_rollout,
-}  # fmt: skip
-LAYERS = {"gradcam": "convolution over time", "attention_rollout": "attention",
-          "guided_gradcam": "convolution over time with rectifiers throughout"}  # fmt: skip
+    "gradient": gradient,
+    "integrated_gradients": integrated_gradients,
+    "guided_gradcam": guided_gradcam,
+    "gradcam": gradcam,
+    "occlusion": occlusion,
+    "attention_rollout": attention_rollout,
+}
+LAYERS = {
+    "gradcam": "convolution over time",
+    "attention_rollout": "attention",
+    "guided_gradcam": "convolution over time with rectifiers throughout",
+}
 
 
 def bridged(signals: Tensor, patch: int) -> Tensor:
-    """Each run of `patch` samples replaced by the straight line between the samples beside it, `(..., time)`.
+    """Each run of `patch` samples replaced by the straight line between the samples beside it,
+    `(..., time)`.
 
     At the ends of the signal, where there is a sample on one side alone, the line is level.
     """
@@ -313,23 +434,36 @@ def bridged(signals: Tensor, patch: int) -> Tensor:
 def _class_activation(model: nn.Module, signals: Tensor, class_index: int, coarsest: int) -> Tensor:
     """Rectified Grad-CAM map over time, `(batch, 1, time)`."""
     layer = _cam_layer(model, signals[:1], coarsest)
-    coarse = _captum().LayerGradCam(model, layer).attribute(signals, class_index, relu_attributions=True)
+    coarse = (
+        _captum().LayerGradCam(model, layer).attribute(signals, class_index, relu_attributions=True)
+    )
     coarse = coarse.detach().flatten(1)  # (batch, steps)
-    # A kernel is centred on its step's first sample, which a plain stretching would miss by half a step.
+    # A kernel is centred on its step's first sample, which a plain stretching would miss by half a
+    # step.
     step = -(-signals.shape[2] // coarse.shape[1])
-    place = (torch.arange(signals.shape[2], device=coarse.device) / step).clamp(max=coarse.shape[1] - 1)
+    place = (torch.arange(signals.shape[2], device=coarse.device) / step).clamp(
+        max=coarse.shape[1] - 1
+    )
     left = place.floor().long().clamp(max=max(coarse.shape[1] - 2, 0))
     right = (left + 1).clamp(max=coarse.shape[1] - 1)
     return (coarse[:, left] + (place - left) * (coarse[:, right] - coarse[:, left])).unsqueeze(1)
 
 
 def _cam_layer(model: nn.Module, signals: Tensor, coarsest: int) -> nn.Module:
-    """The last convolutional stage whose output has a step for each `coarsest` samples or fewer, else the first."""
+    """The last convolutional stage whose output has a step for each `coarsest` samples or fewer,
+    else the first.
+    """
     stages, lengths = _convolutional_stages(model), {}
-    _answer_watched(model, signals, [
-        stage.register_forward_hook(lambda stage, _, output: lengths.update({stage: output.shape[-1]}))
-        for stage in stages
-    ])  # fmt: skip
+    _answer_watched(
+        model,
+        signals,
+        [
+            stage.register_forward_hook(
+                lambda stage, _, output: lengths.update({stage: output.shape[-1]})
+            )
+            for stage in stages
+        ],
+    )
     fine = [stage for stage in stages if lengths.get(stage, 0) * coarsest >= signals.shape[2]]
     return fine[-1] if fine else stages[0]
 
@@ -352,7 +486,9 @@ def _convolutional_stages(model: nn.Module) -> list[nn.Module]:
 
 
 def _captum() -> ModuleType:
-    """captum's methods, imported at their first use and without what its progress bars say about Jupyter's widgets."""
+    """captum's methods, imported at their first use and without what its progress bars say about
+    Jupyter's widgets.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import captum.attr
@@ -366,8 +502,12 @@ def _of_type(model: nn.Module, types: type | tuple[type, ...]) -> list[nn.Module
 
 def _transformer(model: nn.Module) -> nn.Module:
     """The innermost module that holds the attention blocks and their tokens."""
-    holders = [module for module in model.modules() if _of_type(module, TransformerBlock)
-               and not isinstance(module, (TransformerBlock, nn.ModuleList, nn.Sequential))]  # fmt: skip
+    holders = [
+        module
+        for module in model.modules()
+        if _of_type(module, TransformerBlock)
+        and not isinstance(module, (TransformerBlock, nn.ModuleList, nn.Sequential))
+    ]
     return holders[-1]
 
 

@@ -43,7 +43,9 @@ if data:
 else:
     source = simulate_cohort(simulated_patients, seed, sampling_rate=sampling_rate, task=task)
     records = source.records
-version = "simulated" if records.about["simulated"] else records.about.get("version", "no version known")
+version = (
+    "simulated" if records.about["simulated"] else records.about.get("version", "no version known")
+)
 print(f"{records.about['source']}, {version}: {len(records):,} recordings")
 
 # %% [markdown]
@@ -57,8 +59,10 @@ records.table.head()
 # gigabyte and can stay on a GPU.
 
 # %%
-print(f"signals {records.signals.shape}, {records.signals.dtype}, {records.signals.nbytes / 1e6:.0f} MB, "
-      f"one count = {1000 * records.scale:g} µV")  # fmt: skip
+print(
+    f"signals {records.signals.shape}, {records.signals.dtype}, {records.signals.nbytes / 1e6:.0f} MB, "
+    f"one count = {1000 * records.scale:g} µV"
+)
 
 # %% [markdown]
 # ## Check: Einthoven's law
@@ -117,7 +121,9 @@ counts
 
 # %%
 unlabelled = int((~records.targets.any(axis=1)).sum())
-print(f"{unlabelled} recordings carry none of these classes: they may be used without labels, but not for scoring.")
+print(
+    f"{unlabelled} recordings carry none of these classes: they may be used without labels, but not for scoring."
+)
 
 # %% [markdown]
 # Which classes come together? The diagonal is 1 by definition; a row tells how often the other classes accompany it.
@@ -126,12 +132,22 @@ print(f"{unlabelled} recordings carry none of these classes: they may be used wi
 import matplotlib.pyplot as plt
 import seaborn as sns
 
-from ecglib.plots import save_figure
+from ecgstudy.analysis.figures import save_figure
 
-together = (records.targets.T.astype(float) @ records.targets) / np.maximum(records.targets.sum(axis=0), 1)[:, None]
+together = (records.targets.T.astype(float) @ records.targets) / np.maximum(
+    records.targets.sum(axis=0), 1
+)[:, None]
 figure, axes = plt.subplots(figsize=(5.5, 4.5), layout="constrained")
-sns.heatmap(pd.DataFrame(together, records.classes, records.classes), annot=len(records.classes) <= 12, fmt=".2f",
-            cmap="crest", vmin=0, vmax=1, ax=axes, cbar_kws={"label": "share of the row's recordings"})  # fmt: skip
+sns.heatmap(
+    pd.DataFrame(together, records.classes, records.classes),
+    annot=len(records.classes) <= 12,
+    fmt=".2f",
+    cmap="crest",
+    vmin=0,
+    vmax=1,
+    ax=axes,
+    cbar_kws={"label": "share of the row's recordings"},
+)
 axes.set(
     xlabel="also has this class",
     ylabel="recordings of this class",
@@ -151,8 +167,15 @@ figure
 from ecglib.labels import label_subsets, split_indices
 
 split = split_indices(records)
-pd.DataFrame({name: {"recordings": len(where), "patients": records.table["patient_id"].iloc[where].nunique()}
-              for name, where in split.items()}).T  # fmt: skip
+pd.DataFrame(
+    {
+        name: {
+            "recordings": len(where),
+            "patients": records.table["patient_id"].iloc[where].nunique(),
+        }
+        for name, where in split.items()
+    }
+).T
 
 # %% [markdown]
 # The check, written out: no patient of the test fold appears among the training patients.
@@ -173,9 +196,16 @@ len(crossing)
 # %%
 labelled = records.select(records.targets.any(axis=1))
 subsets = label_subsets(labelled, fractions, seed)
-assert all(set(subsets[a]) <= set(subsets[b]) for a, b in zip(sorted(fractions), sorted(fractions)[1:]))
-pd.DataFrame({f"{100 * fraction:g} %": labelled.targets[where].sum(axis=0) for fraction, where in subsets.items()},
-             index=labelled.classes)  # fmt: skip
+assert all(
+    set(subsets[a]) <= set(subsets[b]) for a, b in zip(sorted(fractions), sorted(fractions)[1:])
+)
+pd.DataFrame(
+    {
+        f"{100 * fraction:g} %": labelled.targets[where].sum(axis=0)
+        for fraction, where in subsets.items()
+    },
+    index=labelled.classes,
+)
 
 # %% [markdown]
 # ## Keep the records
@@ -225,7 +255,7 @@ leaking = patients.iloc[test].isin(set(patients.iloc[train])).mean()
 print(f"{leaking:.1%} of the test recordings would have a twin in training")
 
 # %% tags=["check"]
-from ecglib.exercises import number, numbers
+from ecgtools.exercises import number, numbers
 
 tenth, twins = len(patients) // 10, patients.value_counts()
 tested, known = numbers(test, (tenth,)), numbers(train, (len(patients) - tenth,))
@@ -234,7 +264,9 @@ assert whole, "`test` must hold a tenth of the positions and `train` all others,
 assert (np.diff(tested) != 1).any(), "the recordings are still in their order: shuffle them first"
 inside = patients.iloc[tested.astype(int)].value_counts()
 strangers = inside[inside == twins[inside.index]].sum()  # all their recordings lie in the test set
-assert abs(number(leaking) - (1 - strangers / tenth)) < 1e-9, "`leaking` is not that share of the test recordings"
+assert abs(number(leaking) - (1 - strangers / tenth)) < 1e-9, (
+    "`leaking` is not that share of the test recordings"
+)
 print("right")
 
 # %% [markdown]

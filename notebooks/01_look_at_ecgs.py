@@ -32,7 +32,8 @@ print(f"{len(records):,} recordings: {origin}")
 # after the other, the lowest row is lead II throughout.
 
 # %%
-from ecglib.plots import plot_ecg, save_figure
+from ecglib.plot_ecg import plot_ecg
+from ecgstudy.analysis.figures import save_figure
 
 generator = np.random.default_rng(examples_seed)
 
@@ -48,8 +49,11 @@ def example_of(class_name: str) -> int:
 present = [name for name, count in zip(records.classes, records.targets.sum(axis=0)) if count]
 first = "NORM" if "NORM" in present else present[0]
 index = example_of(first)
-figure = plot_ecg(records.millivolts([index])[0], records.sampling_rate,
-                  f"{first}, record {records.table['record_id'][index]}, {origin}")  # fmt: skip
+figure = plot_ecg(
+    records.millivolts([index])[0],
+    records.sampling_rate,
+    f"{first}, record {records.table['record_id'][index]}, {origin}",
+)
 save_figure(figure, Path(results) / "figures" / "ecg_first.svg")
 figure
 
@@ -110,12 +114,18 @@ from scipy.signal import find_peaks
 
 def beats(lead: np.ndarray, rate: float) -> np.ndarray:
     """Sample positions of the QRS complexes of one lead `(time,)`."""
-    steepness = np.convolve(np.gradient(lead) ** 2, np.ones(round(0.1 * rate)) / round(0.1 * rate), "same")
-    return find_peaks(steepness, height=0.25 * np.quantile(steepness, 0.99), distance=round(0.25 * rate))[0]
+    steepness = np.convolve(
+        np.gradient(lead) ** 2, np.ones(round(0.1 * rate)) / round(0.1 * rate), "same"
+    )
+    return find_peaks(
+        steepness, height=0.25 * np.quantile(steepness, 0.99), distance=round(0.25 * rate)
+    )[0]
 
 
 intervals = [np.diff(beats(signal[LEADS.index("II")], records.sampling_rate)) for signal in signals]
-rates = np.array([60 * records.sampling_rate / np.median(gaps) for gaps in intervals if len(gaps) > 2])
+rates = np.array(
+    [60 * records.sampling_rate / np.median(gaps) for gaps in intervals if len(gaps) > 2]
+)
 low, middle, high = np.quantile(rates, [0.05, 0.5, 0.95])
 print(f"heart rate: median {middle:.0f}/min, 5 to 95 % of recordings: {low:.0f} to {high:.0f}")
 assert 50 < middle < 100, "the sampling rate or the beat finder is wrong"
@@ -131,10 +141,14 @@ assert 50 < middle < 100, "the sampling rate or the beat finder is wrong"
 import matplotlib.pyplot as plt
 from scipy.signal import welch
 
-frequency, power = welch(signals[:, LEADS.index("II")], records.sampling_rate, nperseg=min(512, signals.shape[2]))
+frequency, power = welch(
+    signals[:, LEADS.index("II")], records.sampling_rate, nperseg=min(512, signals.shape[2])
+)
 figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
 axes.semilogy(frequency, np.median(power, axis=0), label="median recording")
-axes.fill_between(frequency, *np.quantile(power, [0.1, 0.9], axis=0), alpha=0.25, label="10 to 90 % of recordings")
+axes.fill_between(
+    frequency, *np.quantile(power, [0.1, 0.9], axis=0), alpha=0.25, label="10 to 90 % of recordings"
+)
 axes.set(xlabel="Frequency (Hz)", ylabel="Power (mV²/Hz)", title=f"Spectrum of lead II: {origin}")
 axes.legend(frameon=False)
 save_figure(figure, Path(results) / "figures" / "spectrum.svg")
@@ -192,31 +206,48 @@ assert after > 0.005, "channel resize should break Einthoven's law"
 some = np.arange(min(len(records), records_looked_at))
 signals = np.nan_to_num(records.millivolts(some))
 
+
 # %% tags=["solution"]
 def sokolow_lyon(signals: np.ndarray) -> np.ndarray:
     """S of V1 plus the larger R of V5 and V6 in mV, `(records,)`, from signals in mV, `(records, leads, time)`."""
     centred = signals - np.median(signals, axis=2, keepdims=True)
     deep_s = -np.quantile(centred[:, LEADS.index("V1")], 0.005, axis=1)
-    tall_r = np.quantile(centred[:, LEADS.index("V5") : LEADS.index("V6") + 1], 0.995, axis=2).max(axis=1)
+    tall_r = np.quantile(centred[:, LEADS.index("V5") : LEADS.index("V6") + 1], 0.995, axis=2).max(
+        axis=1
+    )
     return deep_s + tall_r
 
 
 voltage = pd.Series(sokolow_lyon(signals), name="voltage (mV)")
-labels = pd.Series(np.where(records.targets[some, records.classes.index("HYP")] == 1, "HYP", "other")
-                   if "HYP" in records.classes else "all", name="class")  # fmt: skip
+labels = pd.Series(
+    np.where(records.targets[some, records.classes.index("HYP")] == 1, "HYP", "other")
+    if "HYP" in records.classes
+    else "all",
+    name="class",
+)
 voltage.groupby(labels).describe()[["count", "25%", "50%", "75%"]].round(2)
 
 # %% tags=["check"]
-from ecglib.exercises import numbers
+from ecgtools.exercises import numbers
 
 drawn, beat = np.zeros((3, 12, 1000)), np.arange(1000) % 100  # three recordings, a beat a second
-for name, depths, when in (("V1", [-1.2, -0.5, -1.2], 10), ("V5", [2.0, 3.0, 0.4], 20), ("V6", [2.5, 1.0, 0.3], 20),
-                           ("V1", [0.9] * 3, 30), ("V2", [-3.0] * 3, 10), ("V5", [-0.8] * 3, 40)):  # fmt: skip
+for name, depths, when in (
+    ("V1", [-1.2, -0.5, -1.2], 10),
+    ("V5", [2.0, 3.0, 0.4], 20),
+    ("V6", [2.5, 1.0, 0.3], 20),
+    ("V1", [0.9] * 3, 30),
+    ("V2", [-3.0] * 3, 10),
+    ("V5", [-0.8] * 3, 40),
+):
     drawn[:, LEADS.index(name), (beat >= when) & (beat < when + 4)] = np.array(depths)[:, None]
 baselines = np.linspace(-1, 1, 12)[:, None]
 found, shifted = numbers(sokolow_lyon(drawn), (3,)), numbers(sokolow_lyon(drawn + baselines), (3,))
-assert np.allclose(found, [3.7, 3.5, 1.6], atol=0.05), "S waves of 1.2, 0.5, 1.2 mV with R waves of 2.5, 3.0, 0.4 mV"
-assert np.allclose(shifted, found, atol=0.05), "the leads' baselines change the voltage: measure from the medians"
+assert np.allclose(found, [3.7, 3.5, 1.6], atol=0.05), (
+    "S waves of 1.2, 0.5, 1.2 mV with R waves of 2.5, 3.0, 0.4 mV"
+)
+assert np.allclose(shifted, found, atol=0.05), (
+    "the leads' baselines change the voltage: measure from the medians"
+)
 print("right")
 
 # %% [markdown]

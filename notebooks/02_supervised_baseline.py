@@ -39,7 +39,9 @@ from ecglib.records import Records
 
 everything = Records.load(Path(results) / "records")
 records = everything.select(everything.targets.any(axis=1))
-print(f"{records.name}: {len(records):,} of {len(everything):,} recordings carry a class of {records.about['task']!r}")
+print(
+    f"{records.name}: {len(records):,} of {len(everything):,} recordings carry a class of {records.about['task']!r}"
+)
 note = f"{records.name}, fold 10{records.caveat}"
 print(f"All scores below: {note}")
 
@@ -59,7 +61,9 @@ from ecglib.supervised import Classifier
 torch.manual_seed(0)
 network = Classifier(make_encoder(encoder), len(records.classes))
 window = round(crop_seconds * records.sampling_rate)
-print(f"{sum(p.numel() for p in network.parameters()):,} parameters, {network.encoder.feature_size} features")
+print(
+    f"{sum(p.numel() for p in network.parameters()):,} parameters, {network.encoder.feature_size} features"
+)
 network(torch.zeros(2, 12, window)).shape
 
 # %% [markdown]
@@ -100,7 +104,9 @@ network.train()
 by_hand = binary_cross_entropy(network(batch.signals), batch.targets).item()
 by_package = Supervised(network).loss(batch).item()
 assert abs(by_hand - by_package) < 1e-5, (by_hand, by_package)
-print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; all answers 0.5 would give log 2 = 0.693147")
+print(
+    f"by hand {by_hand:.6f}, by the package {by_package:.6f}; all answers 0.5 would give log 2 = 0.693147"
+)
 
 # %% [markdown]
 # ## Check: before training, the score should be about chance
@@ -109,11 +115,15 @@ print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; all answers 0.5 
 # mean over classes. A 10 s recording is scored as the mean over seven overlapping windows of 2.5 s.
 
 # %%
-from ecglib.evaluate import bootstrap_interval, predict_windows
+from ecglib.evaluate.draws import bootstrap_interval
+from ecglib.evaluate.windows import predict_windows
 
 untrained = predict_windows(network, records, split["validation"], crop_seconds)
-before = bootstrap_interval(records.targets[split["validation"]], untrained,
-                            records.table["patient_id"].iloc[split["validation"]])  # fmt: skip
+before = bootstrap_interval(
+    records.targets[split["validation"]],
+    untrained,
+    records.table["patient_id"].iloc[split["validation"]],
+)
 assert 0.3 < before.value < 0.7, before
 print(f"untrained, fold 9: {before.value:.3f} [{before.low:.3f}, {before.high:.3f}]")
 
@@ -124,22 +134,39 @@ print(f"untrained, fold 9: {before.value:.3f} [{before.low:.3f}, {before.high:.3
 # fall, nothing that follows means anything.
 
 # %%
-from ecglib.plots import plot_label_curve, plot_training, save_figure
-from ecglib.runs import RunSpec, run_grid, run_or_load, seed_summary, tidy
-from ecglib.supervised import supervised_run
+from ecgstudy.analysis.label_curve import plot_label_curve
+from ecgstudy.analysis.training_curves import plot_training
+from ecgstudy.analysis.figures import save_figure
+from ecgstudy.runs import RunSpec, run_grid, run_or_load, tidy
+from ecgstudy.analysis.summary import seed_summary
+from ecgstudy.arms.supervised import supervised_run
 from ecglib.train import default_device
 
 settings = {
-    "encoder": encoder, "batch_size": batch_size, "crop_seconds": crop_seconds, "learning_rate": learning_rate,
-    "weight_decay": weight_decay, "dropout": dropout, "transforms": transforms, "fractions": fractions,
+    "encoder": encoder,
+    "batch_size": batch_size,
+    "crop_seconds": crop_seconds,
+    "learning_rate": learning_rate,
+    "weight_decay": weight_decay,
+    "dropout": dropout,
+    "transforms": transforms,
+    "fractions": fractions,
     "protocol": "supervised",
-}  # fmt: skip
+}
 
 
 def specification(fraction: float, seed: int) -> RunSpec:
     """What identifies one supervised run."""
     task, steps = records.about["task"], steps_few if fraction <= 0.1 else steps_many
-    return RunSpec("supervised", records.name, records.fingerprint, task, fraction, seed, {**settings, "steps": steps})
+    return RunSpec(
+        "supervised",
+        records.name,
+        records.fingerprint,
+        task,
+        fraction,
+        seed,
+        {**settings, "steps": steps},
+    )
 
 
 device = default_device()
@@ -166,8 +193,11 @@ print(f"{last['seconds']:.0f} s for {last['step']} steps on {device} in {last['p
 # are opened; the others are computed now. Nothing is chosen on fold 10.
 
 # %%
-grid = [specification(fraction, seed) for fraction in fractions
-        for seed in range(seeds_few if fraction <= 0.1 else seeds_many)]  # fmt: skip
+grid = [
+    specification(fraction, seed)
+    for fraction in fractions
+    for seed in range(seeds_few if fraction <= 0.1 else seeds_many)
+]
 runs = run_grid(grid, train_and_score, results, workers=workers)
 
 # %%
@@ -187,7 +217,9 @@ summary.style.format(precision=3).set_caption(f"Macro AUROC, mean over seeds: {n
 
 # %%
 macro = rows[(rows["metric"] == "macro_auroc") & (rows["split"] == "test")]
-curve = macro.drop(columns=["low", "high"]).merge(summary[["fraction", "low", "high"]], on="fraction")
+curve = macro.drop(columns=["low", "high"]).merge(
+    summary[["fraction", "low", "high"]], on="fraction"
+)
 title = f"Supervised from scratch: {records.name}, fold 10 ({len(split['test'])} recordings)"
 figure = plot_label_curve(curve, len(split["train"]), title=title)
 save_figure(figure, Path(results) / "figures" / "supervised.svg")
@@ -199,8 +231,12 @@ figure
 # %%
 classes = rows[rows["metric"].str.startswith("auroc:") & (rows["split"] == "test")]
 per_class = classes.assign(metric=classes["metric"].str.removeprefix("auroc:"))
-by_class = per_class.pivot_table(index="metric", columns="fraction", values="value").rename_axis("class")
-by_class.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"AUROC of each class: {note}")
+by_class = per_class.pivot_table(index="metric", columns="fraction", values="value").rename_axis(
+    "class"
+)
+by_class.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(
+    f"AUROC of each class: {note}"
+)
 
 # %% [markdown]
 # ## Does it decide, not only rank?
@@ -209,10 +245,19 @@ by_class.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f
 # and the test records are judged by it. Ranking loss and coverage are better when small.
 
 # %%
-measures = ["ranking_loss", "coverage", "mean_average_precision", "macro_f2", "macro_g2", "hamming_loss"]
+measures = [
+    "ranking_loss",
+    "coverage",
+    "mean_average_precision",
+    "macro_f2",
+    "macro_g2",
+    "hamming_loss",
+]
 decisions = rows[rows["metric"].isin(measures) & (rows["split"] == "test")]
 measured = decisions.pivot_table(index="metric", columns="fraction", values="value").loc[measures]
-measured.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"Rankings and decisions: {note}")
+measured.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(
+    f"Rankings and decisions: {note}"
+)
 
 # %% [markdown]
 # ## Exercise
@@ -226,25 +271,33 @@ macro = pd.read_csv(Path(results) / "tables" / "supervised.csv")
 macro = macro[(macro["metric"] == "macro_auroc") & (macro["split"] == "test")]
 
 # %% tags=["solution"]
-few, many = (macro[macro["fraction"] == bound]["value"] for bound in macro["fraction"].agg(["min", "max"]))
+few, many = (
+    macro[macro["fraction"] == bound]["value"] for bound in macro["fraction"].agg(["min", "max"])
+)
 gap, spread = many.mean() - few.mean(), few.std()
 print(f"gap {gap:.3f}; spread of the seeds at the smallest fraction {spread:.3f}")
 
 # %% tags=["check"]
-from ecglib.exercises import number
+from ecgtools.exercises import number
 
 told = pd.read_csv(Path(results) / "tables" / "supervised_summary.csv").sort_values("fraction")
 rise = told["value"].iloc[-1] - told["value"].iloc[0]
-assert abs(number(gap) - rise) < 1e-6, "`gap` is not the mean with all labels minus the mean with the fewest"
-assert abs(number(spread) - told["sd_seeds"].iloc[0]) < 1e-6, "`spread` is not the seeds' deviation with the fewest"
+assert abs(number(gap) - rise) < 1e-6, (
+    "`gap` is not the mean with all labels minus the mean with the fewest"
+)
+assert abs(number(spread) - told["sd_seeds"].iloc[0]) < 1e-6, (
+    "`spread` is not the seeds' deviation with the fewest"
+)
 print("right")
 
 # %% [markdown]
 # ## What was seen
 
 # %%
-lines = [f"{100 * row.fraction:g} % of the labels: macro AUROC {row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
-         for row in summary.itertuples()]  # fmt: skip
+lines = [
+    f"{100 * row.fraction:g} % of the labels: macro AUROC {row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
+    for row in summary.itertuples()
+]
 print(f"{note}, {records.about['task']}, mean over seeds\n" + "\n".join(lines))
 
 # %% [markdown]

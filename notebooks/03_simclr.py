@@ -101,8 +101,12 @@ from ecglib.selfsup.simclr import SimCLR, nt_xent
 z1, z2 = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))
 by_hand, by_package = nt_xent_by_hand(z1, z2, 0.5), nt_xent(z1, z2, 0.5)
 assert torch.allclose(by_hand, by_package, atol=1e-5), (by_hand, by_package)
-assert math.isclose(nt_xent(torch.ones(32, 16), torch.ones(32, 16), 0.5).item(), math.log(63), rel_tol=1e-5)
-print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; all views alike: log 63 = {math.log(63):.4f}")
+assert math.isclose(
+    nt_xent(torch.ones(32, 16), torch.ones(32, 16), 0.5).item(), math.log(63), rel_tol=1e-5
+)
+print(
+    f"by hand {by_hand:.6f}, by the package {by_package:.6f}; all views alike: log 63 = {math.log(63):.4f}"
+)
 
 # %% [markdown]
 # A trap from published code: instead of leaving the view itself out of the sum, the number $e$ is subtracted. A view's
@@ -110,7 +114,9 @@ print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; all views alike:
 
 # %%
 z = torch.nn.functional.normalize(torch.cat([z1, z2]), dim=1)
-wrong = (torch.log((z @ z.T / 0.5).exp().sum(dim=1) - math.e) - (z * z.roll(32, 0)).sum(dim=1) / 0.5).mean()
+wrong = (
+    torch.log((z @ z.T / 0.5).exp().sum(dim=1) - math.e) - (z * z.roll(32, 0)).sum(dim=1) / 0.5
+).mean()
 print(f"with e subtracted at T = 0.5: {wrong:.4f} instead of {by_package:.4f}")
 
 # %% [markdown]
@@ -123,14 +129,20 @@ print(f"with e subtracted at T = 0.5: {wrong:.4f} instead of {by_package:.4f}")
 # collapse.
 
 # %%
-from ecglib.runs import run_or_load
-from ecglib.selfsup.pretrain import encode_run, keep_pretrained, pretrain_run, pretraining_spec
+from ecgstudy.runs import run_or_load
+from ecgstudy.arms.pretrain import encode_run, keep_pretrained, pretrain_run, pretraining_spec
 from ecglib.train import default_device
 
 settings = {
-    "encoder": encoder, "steps": steps, "batch_size": batch_size, "crop_seconds": crop_seconds,
-    "learning_rate": learning_rate, "weight_decay": weight_decay, "transforms": transforms, "options": options,
-}  # fmt: skip
+    "encoder": encoder,
+    "steps": steps,
+    "batch_size": batch_size,
+    "crop_seconds": crop_seconds,
+    "learning_rate": learning_rate,
+    "weight_decay": weight_decay,
+    "transforms": transforms,
+    "options": options,
+}
 device = default_device()
 specification = pretraining_spec("simclr", records, seed, settings)
 pretrained = run_or_load(specification, pretrain_run(records, SimCLR, device), results)
@@ -139,7 +151,8 @@ keep_pretrained(pretrained, results)
 # %%
 import pandas as pd
 
-from ecglib.plots import plot_pretraining, save_figure
+from ecgstudy.analysis.training_curves import plot_pretraining
+from ecgstudy.analysis.figures import save_figure
 
 history = pd.DataFrame(pretrained.about["notes"]["history"])
 figure = plot_pretraining(history, f"SimCLR: {note}")
@@ -153,8 +166,10 @@ figure
 last = history.iloc[-1]
 assert last["loss"] < history["loss"].iloc[1], "the loss did not fall"
 assert last["effective_rank"] > 2, "the features have collapsed"
-print(f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {device}; "
-      f"effective rank {last['effective_rank']:.0f} of {pretrained.predictions()['features'].shape[1]}")  # fmt: skip
+print(
+    f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {device}; "
+    f"effective rank {last['effective_rank']:.0f} of {pretrained.predictions()['features'].shape[1]}"
+)
 
 # %% [markdown]
 # ## Did it learn anything that labels need?
@@ -164,13 +179,20 @@ print(f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['secon
 # surprisingly strong start, and a method that does not beat them has learnt nothing of use.
 
 # %%
-from ecglib.transfer import frozen_validation
+from ecgstudy.analysis.label_curve import frozen_validation
 
-random_spec = pretraining_spec("random", records, seed, {"encoder": encoder, "crop_seconds": crop_seconds})
+random_spec = pretraining_spec(
+    "random", records, seed, {"encoder": encoder, "crop_seconds": crop_seconds}
+)
 untrained = run_or_load(random_spec, encode_run(records, device), results)
-features = {"SimCLR": pretrained.predictions()["features"], "random": untrained.predictions()["features"]}
+features = {
+    "SimCLR": pretrained.predictions()["features"],
+    "random": untrained.predictions()["features"],
+}
 probed = frozen_validation(records, features, fractions, probe_seeds)
-probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"Macro AUROC, fold 9: {note}")
+probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(
+    f"Macro AUROC, fold 9: {note}"
+)
 
 # %% [markdown]
 # ## Exercise
@@ -180,7 +202,10 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"M
 # Compare $T = 0.5$ with $T = 0.05$ for these `z`.
 
 # %% tags=["given"]
-z = torch.nn.functional.normalize(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+z = torch.nn.functional.normalize(
+    torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), dim=1
+)
+
 
 # %% tags=["solution"]
 def hardest_share(z: torch.Tensor, temperature: float, hardest: int = 10) -> torch.Tensor:
@@ -194,15 +219,19 @@ for temperature in (0.5, 0.05):
     print(f"T = {temperature}: {share:.0%} of the push comes from 10 of {len(z) - 2} negatives")
 
 # %% tags=["check"]
-from ecglib.exercises import number
+from ecgtools.exercises import number
 
 apart = torch.eye(32).repeat(2, 1)  # partners are equal, all others at right angles
 twin = apart.clone()
 twin[40] = twin[0]  # one negative of view 0 is equal to it
 for tried in (0.5, 0.05):
     even, one = number(hardest_share(apart, tried)), number(hardest_share(twin, tried, 1))
-    assert abs(even - 10 / 62) < 1e-5, "64 views, all negatives equally far: 10 of 62, without the view and its partner"
-    assert abs(one - 1 / (1 + 61 * math.exp(-1 / tried))) < 1e-5, f"one equal negative among 62 at T = {tried}"
+    assert abs(even - 10 / 62) < 1e-5, (
+        "64 views, all negatives equally far: 10 of 62, without the view and its partner"
+    )
+    assert abs(one - 1 / (1 + 61 * math.exp(-1 / tried))) < 1e-5, (
+        f"one equal negative among 62 at T = {tried}"
+    )
 print("right")
 
 # %% [markdown]

@@ -65,7 +65,11 @@ batch = CropBatches(records, split["train"], 32, crop_seconds, seed)(step=0)
 torch.manual_seed(seed)
 model = BYOL(make_encoder(encoder), named_transforms(transforms), **options)
 model.loss(batch).backward()
-reached = {name for name, part in model.named_children() if any(w.grad is not None for w in part.parameters())}
+reached = {
+    name
+    for name, part in model.named_children()
+    if any(w.grad is not None for w in part.parameters())
+}
 assert reached == {"encoder", "projector", "predictor"}, reached  # and not the target
 
 # %% [markdown]
@@ -78,10 +82,13 @@ assert reached == {"encoder", "projector", "predictor"}, reached  # and not the 
 #
 # It is 0 for equal directions, 2 for a right angle and 4 for opposite directions.
 
+
 # %%
 def byol_by_hand(p: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """The squared distance of unit vectors, one record after the other; the target is taken as it is."""
-    losses = [(one / one.norm() - aim / aim.norm()).square().sum() for one, aim in zip(p, z.detach())]
+    losses = [
+        (one / one.norm() - aim / aim.norm()).square().sum() for one, aim in zip(p, z.detach())
+    ]
     return torch.stack(losses).mean()
 
 
@@ -91,7 +98,9 @@ assert torch.allclose(by_hand, by_package, atol=1e-5), (by_hand, by_package)
 ways = torch.eye(8)
 known = [byol_loss(3 * ways, aim).item() for aim in (ways, ways.roll(1, dims=0), -ways)]
 assert np.allclose(known, [0, 2, 4], atol=1e-6), known
-print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; same, right angle, opposite: {known}")
+print(
+    f"by hand {by_hand:.6f}, by the package {by_package:.6f}; same, right angle, opposite: {known}"
+)
 
 # %% [markdown]
 # ## How slow should the copy be?
@@ -111,8 +120,12 @@ for start, name in {0.996: "published", momentum: "sized by the steps"}.items():
     rising = np.array([momentum_at(share, start) for share in progress])
     left = np.cumprod(rising)
     axes.plot(steps * progress, left, label=f"{start:.4g}, {name}")
-    assert np.isclose((1 - rising).sum(), (1 - start) * (steps - 1) / 2), "this sum has a closed form"
-    print(f"m = {start:.4g}, {name}: turnover {(1 - rising).sum():.2f}, {left[-1]:.2%} of the start is left")
+    assert np.isclose((1 - rising).sum(), (1 - start) * (steps - 1) / 2), (
+        "this sum has a closed form"
+    )
+    print(
+        f"m = {start:.4g}, {name}: turnover {(1 - rising).sum():.2f}, {left[-1]:.2%} of the start is left"
+    )
 axes.set(xlabel="step", ylabel="share of the start\nin the target", ylim=(0, 1.02))
 axes.legend(frameon=False)
 plt.close(figure)
@@ -126,14 +139,20 @@ figure
 # %%
 from copy import deepcopy
 
-online, ours, published = deepcopy(model.encoder), average_of(model.encoder), average_of(model.encoder)
+online, ours, published = (
+    deepcopy(model.encoder),
+    average_of(model.encoder),
+    average_of(model.encoder),
+)
 torch._foreach_add_([parameter.data for parameter in online.parameters()], 1.0)
 for _ in range(100):
     update_average(ours, online, 0.95)
     for (name, kept), value in zip(published.named_parameters(), online.parameters()):
         kept.lerp_(value.detach(), 0.05 if "weight" in name else 0.0)
 for rule, target in {"every parameter": ours, "published rule": published}.items():
-    change = {name: value - model.encoder.get_parameter(name) for name, value in target.named_parameters()}
+    change = {
+        name: value - model.encoder.get_parameter(name) for name, value in target.named_parameters()
+    }
     gone = torch.cat([way for name, way in change.items() if name.endswith("bias")]).mean().item()
     assert np.isclose(gone, 1 - 0.95**100 if target is ours else 0.0, atol=1e-4), gone
     print(f"{rule}: the biases have gone {gone:.1%} of their way")
@@ -145,15 +164,20 @@ for rule, target in {"every parameter": ours, "published rule": published}.items
 # records moved to one point, the loss would be perfect and the rank 1. No negatives push them apart.
 
 # %%
-from ecglib.runs import run_or_load
-from ecglib.selfsup.pretrain import encode_run, keep_pretrained, pretrain_run, pretraining_spec
+from ecgstudy.runs import run_or_load
+from ecgstudy.arms.pretrain import encode_run, keep_pretrained, pretrain_run, pretraining_spec
 from ecglib.train import default_device
 
 settings = {
-    "encoder": encoder, "steps": steps, "batch_size": batch_size, "crop_seconds": crop_seconds,
-    "learning_rate": learning_rate, "weight_decay": weight_decay, "transforms": transforms,
+    "encoder": encoder,
+    "steps": steps,
+    "batch_size": batch_size,
+    "crop_seconds": crop_seconds,
+    "learning_rate": learning_rate,
+    "weight_decay": weight_decay,
+    "transforms": transforms,
     "options": {"momentum": momentum, **options},
-}  # fmt: skip
+}
 device = default_device()
 specification = pretraining_spec("byol", records, seed, settings)
 pretrained = run_or_load(specification, pretrain_run(records, BYOL, device), results)
@@ -162,7 +186,8 @@ keep_pretrained(pretrained, results)
 # %%
 import pandas as pd
 
-from ecglib.plots import plot_pretraining, save_figure
+from ecgstudy.analysis.training_curves import plot_pretraining
+from ecgstudy.analysis.figures import save_figure
 
 history = pd.DataFrame(pretrained.about["notes"]["history"])
 figure = plot_pretraining(history, f"BYOL: {note}")
@@ -176,8 +201,10 @@ figure
 last = history.iloc[-1]
 assert last["loss"] < history["loss"].iloc[1], "the loss did not fall"
 assert last["effective_rank"] > 2, "the features have collapsed"
-print(f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {device}; "
-      f"effective rank {last['effective_rank']:.0f} of {pretrained.predictions()['features'].shape[1]}")  # fmt: skip
+print(
+    f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {device}; "
+    f"effective rank {last['effective_rank']:.0f} of {pretrained.predictions()['features'].shape[1]}"
+)
 
 # %% [markdown]
 # ## Why does it not collapse?
@@ -193,13 +220,20 @@ print(f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['secon
 # surprisingly strong start, and a method that does not beat them has learnt nothing of use.
 
 # %%
-from ecglib.transfer import frozen_validation
+from ecgstudy.analysis.label_curve import frozen_validation
 
-random_spec = pretraining_spec("random", records, seed, {"encoder": encoder, "crop_seconds": crop_seconds})
+random_spec = pretraining_spec(
+    "random", records, seed, {"encoder": encoder, "crop_seconds": crop_seconds}
+)
 untrained = run_or_load(random_spec, encode_run(records, device), results)
-features = {"BYOL": pretrained.predictions()["features"], "random": untrained.predictions()["features"]}
+features = {
+    "BYOL": pretrained.predictions()["features"],
+    "random": untrained.predictions()["features"],
+}
 probed = frozen_validation(records, features, fractions, probe_seeds)
-probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"Macro AUROC, fold 9: {note}")
+probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(
+    f"Macro AUROC, fold 9: {note}"
+)
 
 # %% [markdown]
 # ## Exercise
@@ -220,7 +254,9 @@ def after_20_steps(objective: type[BYOL]) -> tuple[float, float]:
     batches = CropBatches(records, split["train"], 32, crop_seconds, seed, device)
     final = fit(tried, batches, 20, learning_rate=learning_rate, log_every=5)["loss"].iloc[-1]
     with torch.no_grad():
-        z = torch.nn.functional.normalize(tried.projector(tried.encoder(batches(20).signals)), dim=1)
+        z = torch.nn.functional.normalize(
+            tried.projector(tried.encoder(batches(20).signals)), dim=1
+        )
     return float(final), (z @ z.T)[~torch.eye(32, dtype=torch.bool)].mean().item()
 
 
@@ -230,7 +266,9 @@ class Meeting(BYOL):
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The loss of a batch, 0 where both views have the same direction in every record."""
-        views = torch.cat([apply(self.transforms, batch.signals, batch.generator) for _ in range(2)])
+        views = torch.cat(
+            [apply(self.transforms, batch.signals, batch.generator) for _ in range(2)]
+        )
         z1, z2 = self.projector(self.encoder(views)).chunk(2)
         return 4.0 - 4.0 * torch.nn.functional.cosine_similarity(z1, z2).mean()
 
@@ -240,22 +278,28 @@ for objective in (BYOL, Meeting):
     print(f"{objective.__name__}: loss {loss:.4f}, mean cosine of different records {alike:.3f}")
 
 # %% tags=["check"]
-from ecglib.exercises import number
+from ecgtools.exercises import number
 
 torch.manual_seed(seed)
 first_batches = CropBatches(records, split["train"], 32, crop_seconds, seed)
 fresh = Meeting(make_encoder(encoder), named_transforms(transforms), **options)
 value = fresh.loss(first_batches(0))
-assert number(value) > 0 and getattr(value, "requires_grad", False), "`Meeting.loss` must return a loss with a gradient"
+assert number(value) > 0 and getattr(value, "requires_grad", False), (
+    "`Meeting.loss` must return a loss with a gradient"
+)
 value.backward()
 idle = [weight.grad is None for weight in fresh.predictor.parameters()]
 assert all(idle), "the predictor still takes part"
-assert all(weight.grad is not None for weight in fresh.projector.parameters()), "the gradient reaches no projection"
+assert all(weight.grad is not None for weight in fresh.projector.parameters()), (
+    "the gradient reaches no projection"
+)
 for weight in [*fresh.target_encoder.parameters(), *fresh.target_projector.parameters()]:
     weight.data.zero_()
 assert number(fresh.loss(first_batches(0))) == number(value), "the slow copy still takes part"
 left, cosine = after_20_steps(Meeting)
-assert left < 0.2 and cosine > 0.95, f"no collapse: loss {left:.2f}, mean cosine of different records {cosine:.2f}"
+assert left < 0.2 and cosine > 0.95, (
+    f"no collapse: loss {left:.2f}, mean cosine of different records {cosine:.2f}"
+)
 print("right")
 
 # %% [markdown]
@@ -264,7 +308,9 @@ print("right")
 # %%
 for fraction in fractions:
     gain = probed.loc["BYOL", fraction] - probed.loc["random", fraction]
-    print(f"{fraction:.0%} of the labels, fold 9: {probed.loc['BYOL', fraction]:.3f}, {gain:+.3f} over random filters")
+    print(
+        f"{fraction:.0%} of the labels, fold 9: {probed.loc['BYOL', fraction]:.3f}, {gain:+.3f} over random filters"
+    )
 
 # %% [markdown]
 # Notebook 09 fits and fine-tunes this encoder for every label subset and scores it on fold 10. Written:

@@ -26,7 +26,13 @@ transforms = {  # the same views for every objective, see notebook 01
     "baseline_wander": {"largest": 0.05},
     "time_out": {"low": 0.0, "high": 0.4},
 }
-options = {"prototypes": 100, "hidden": 512, "outputs": 64, "queue": 4, "views": 2}  # SwAV's own settings
+options = {
+    "prototypes": 100,
+    "hidden": 512,
+    "outputs": 64,
+    "queue": 4,
+    "views": 2,
+}  # SwAV's own settings
 
 # %%
 from pathlib import Path
@@ -62,7 +68,9 @@ model = SwAV(make_encoder(encoder), batch_size=batch_size, **options)
 with torch.no_grad():
     embeddings = model.projector(model.encoder(batch.signals))
     scores = model.prototypes(embeddings)
-print(f"{scores.shape[0]} records, {scores.shape[1]} prototypes; cosines from {scores.min():.2f} to {scores.max():.2f}")
+print(
+    f"{scores.shape[0]} records, {scores.shape[1]} prototypes; cosines from {scores.min():.2f} to {scores.max():.2f}"
+)
 
 # %% [markdown]
 # ## Balanced codes
@@ -91,17 +99,25 @@ def sinkhorn_by_hand(scores: torch.Tensor, epsilon: float, iterations: int) -> t
 
 codes = sinkhorn(scores, epsilon=0.05, iterations=3)
 assert torch.allclose(sinkhorn_by_hand(scores, 0.05, 3), codes, atol=1e-5)
-assert torch.allclose(codes.sum(dim=1), torch.ones(len(codes)), atol=1e-5), "each record is given away once"
-assert torch.allclose(sinkhorn(torch.zeros(6, 4)), torch.tensor(0.25)), "equal scores: everything to everyone"
+assert torch.allclose(codes.sum(dim=1), torch.ones(len(codes)), atol=1e-5), (
+    "each record is given away once"
+)
+assert torch.allclose(sinkhorn(torch.zeros(6, 4)), torch.tensor(0.25)), (
+    "equal scores: everything to everyone"
+)
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True, layout="constrained")
-for axes, shares, name in zip(panels, [torch.softmax(scores / 0.05, dim=1), codes], ["softmax", "balanced"]):
+for axes, shares, name in zip(
+    panels, [torch.softmax(scores / 0.05, dim=1), codes], ["softmax", "balanced"]
+):
     usage = shares.sum(dim=0).sort(descending=True).values
     axes.bar(range(len(usage)), usage, width=1)
     axes.axhline(len(scores) / len(usage), color="0.3", linestyle=":")
     axes.set(title=f"{name}, before any training", xlabel="prototype, fullest first")
-    print(f"{name}: the fullest prototype holds {usage[0]:.2f} of {len(scores)} records, the emptiest {usage[-1]:.2f}")
+    print(
+        f"{name}: the fullest prototype holds {usage[0]:.2f} of {len(scores)} records, the emptiest {usage[-1]:.2f}"
+    )
 panels[0].set_ylabel("records in it")
 plt.close(figure)
 figure
@@ -119,6 +135,7 @@ figure
 # averaged over the pairs $v \ne w$, where $v$ is one of the first two views. A view without an opinion pays $\log K$;
 # if all records had the same place, balancing would make their codes even, and no answer could pay less.
 
+
 # %%
 def swav_by_hand(scores: torch.Tensor, codes: torch.Tensor, temperature: float) -> torch.Tensor:
     """One pair of views after the other, as the formula says."""
@@ -131,10 +148,17 @@ views = torch.stack([scores, scores.flip(0), scores.roll(1, dims=0)])
 both = torch.stack([sinkhorn(view) for view in views[:2]])
 by_hand, by_package = swav_by_hand(views, both, 0.1), swav_loss(views, both, 0.1)
 assert torch.allclose(by_hand, by_package, atol=1e-4), (by_hand, by_package)
-no_opinion, collapsed = swav_loss(torch.zeros_like(views), both), scores[:1].expand(2, *scores.shape)
+no_opinion, collapsed = (
+    swav_loss(torch.zeros_like(views), both),
+    scores[:1].expand(2, *scores.shape),
+)
 assert math.isclose(no_opinion, math.log(scores.shape[1]), abs_tol=1e-4), no_opinion
-assert swav_loss(collapsed, torch.stack([sinkhorn(view) for view in collapsed])) >= no_opinion - 1e-4
-print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; without an opinion {no_opinion:.4f}")
+assert (
+    swav_loss(collapsed, torch.stack([sinkhorn(view) for view in collapsed])) >= no_opinion - 1e-4
+)
+print(
+    f"by hand {by_hand:.6f}, by the package {by_package:.6f}; without an opinion {no_opinion:.4f}"
+)
 
 # %% [markdown]
 # ## Published size, laptop size
@@ -149,11 +173,15 @@ print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; without an opini
 
 # %%
 for prototypes in (options["prototypes"], 3000):
-    directions = torch.randn(prototypes, embeddings.shape[1], generator=torch.Generator().manual_seed(0))
+    directions = torch.randn(
+        prototypes, embeddings.shape[1], generator=torch.Generator().manual_seed(0)
+    )
     unit = torch.nn.functional.normalize(embeddings, dim=1)
     full = sinkhorn(unit @ torch.nn.functional.normalize(directions, dim=1).T, iterations=100)
     assert full.max() <= len(full) / prototypes + 1e-3, full.max()
-    print(f"{prototypes} prototypes, {len(full)} records: the largest share in a code is {full.max():.3f}")
+    print(
+        f"{prototypes} prototypes, {len(full)} records: the largest share in a code is {full.max():.3f}"
+    )
 
 # %% [markdown]
 # ## Pretraining, watched
@@ -161,15 +189,20 @@ for prototypes in (options["prototypes"], 3000):
 # No label is used. The quantities measured along the way are those of notebook 03.
 
 # %%
-from ecglib.runs import run_or_load
-from ecglib.selfsup.pretrain import encode_run, keep_pretrained, pretrain_run, pretraining_spec
+from ecgstudy.runs import run_or_load
+from ecgstudy.arms.pretrain import encode_run, keep_pretrained, pretrain_run, pretraining_spec
 from ecglib.train import default_device
 
 settings = {
-    "encoder": encoder, "steps": steps, "batch_size": batch_size, "crop_seconds": crop_seconds,
-    "learning_rate": learning_rate, "weight_decay": weight_decay, "transforms": transforms,
+    "encoder": encoder,
+    "steps": steps,
+    "batch_size": batch_size,
+    "crop_seconds": crop_seconds,
+    "learning_rate": learning_rate,
+    "weight_decay": weight_decay,
+    "transforms": transforms,
     "options": {"batch_size": batch_size, **options},  # the queue must know the size of a batch
-}  # fmt: skip
+}
 device = default_device()
 specification = pretraining_spec("swav", records, seed, settings)
 pretrained = run_or_load(specification, pretrain_run(records, SwAV, device), results)
@@ -178,7 +211,8 @@ keep_pretrained(pretrained, results)
 # %%
 import pandas as pd
 
-from ecglib.plots import plot_pretraining, save_figure
+from ecgstudy.analysis.training_curves import plot_pretraining
+from ecgstudy.analysis.figures import save_figure
 
 history = pd.DataFrame(pretrained.about["notes"]["history"])
 figure = plot_pretraining(history, f"SwAV: {note}")
@@ -192,8 +226,10 @@ figure
 last = history.iloc[-1]
 assert last["loss"] < history["loss"].iloc[1], "the loss did not fall"
 assert last["effective_rank"] > 2, "the features have collapsed"
-print(f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {device}; "
-      f"effective rank {last['effective_rank']:.0f} of {pretrained.predictions()['features'].shape[1]}")  # fmt: skip
+print(
+    f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {device}; "
+    f"effective rank {last['effective_rank']:.0f} of {pretrained.predictions()['features'].shape[1]}"
+)
 
 # %% [markdown]
 # ## Did it learn anything that labels need?
@@ -203,13 +239,20 @@ print(f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['secon
 # surprisingly strong start, and a method that does not beat them has learnt nothing of use.
 
 # %%
-from ecglib.transfer import frozen_validation
+from ecgstudy.analysis.label_curve import frozen_validation
 
-random_spec = pretraining_spec("random", records, seed, {"encoder": encoder, "crop_seconds": crop_seconds})
+random_spec = pretraining_spec(
+    "random", records, seed, {"encoder": encoder, "crop_seconds": crop_seconds}
+)
 untrained = run_or_load(random_spec, encode_run(records, device), results)
-features = {"SwAV": pretrained.predictions()["features"], "random": untrained.predictions()["features"]}
+features = {
+    "SwAV": pretrained.predictions()["features"],
+    "random": untrained.predictions()["features"],
+}
 probed = frozen_validation(records, features, fractions, probe_seeds)
-probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"Macro AUROC, fold 9: {note}")
+probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(
+    f"Macro AUROC, fold 9: {note}"
+)
 
 # %% [markdown]
 # ## Exercise
@@ -217,6 +260,7 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"M
 # The $\epsilon$ decides how sharp codes are. Write two measures of codes: `spread_of`, over how many prototypes a code
 # spreads (the exponential of its entropy, as a mean over records), and `fullest_of`, how much the fullest prototype
 # holds, in equal shares. Compare $\epsilon$ of 0.5, 0.05 and 0.01 after three rounds.
+
 
 # %% tags=["solution"]
 def spread_of(codes: torch.Tensor) -> torch.Tensor:
@@ -231,19 +275,32 @@ def fullest_of(codes: torch.Tensor) -> torch.Tensor:
 
 for epsilon in (0.5, 0.05, 0.01):
     tried = sinkhorn(scores, epsilon, iterations=3)
-    print(f"epsilon = {epsilon}: a code spreads over {spread_of(tried):.1f} prototypes; "
-          f"the fullest holds {fullest_of(tried):.2f} shares")  # fmt: skip
+    print(
+        f"epsilon = {epsilon}: a code spreads over {spread_of(tried):.1f} prototypes; "
+        f"the fullest holds {fullest_of(tried):.2f} shares"
+    )
 
 # %% tags=["check"]
-from ecglib.exercises import number
+from ecgtools.exercises import number
 
 single, halves = torch.eye(4).repeat(3, 1), torch.tensor([[0.5, 0.5, 0, 0]]).repeat(12, 1)
 mixed = torch.cat([single, torch.full((12, 4), 0.25)])
-known = ((single, 1, 1), (halves, 2, 2), (torch.full((12, 4), 0.25), 4, 1), (mixed, 2.5, 1))  # spread, fullest
+known = (
+    (single, 1, 1),
+    (halves, 2, 2),
+    (torch.full((12, 4), 0.25), 4, 1),
+    (mixed, 2.5, 1),
+)  # spread, fullest
 for made, wide, full in known:
-    assert abs(number(spread_of(made)) - wide) < 1e-5, f"these codes spread over {wide} of 4 prototypes:\n{made}"
-    assert abs(number(fullest_of(made)) - full) < 1e-5, f"the fullest prototype holds {full} equal shares:\n{made}"
-sharp, soft = (number(spread_of(sinkhorn(scores, softness, iterations=3))) for softness in (0.01, 0.5))
+    assert abs(number(spread_of(made)) - wide) < 1e-5, (
+        f"these codes spread over {wide} of 4 prototypes:\n{made}"
+    )
+    assert abs(number(fullest_of(made)) - full) < 1e-5, (
+        f"the fullest prototype holds {full} equal shares:\n{made}"
+    )
+sharp, soft = (
+    number(spread_of(sinkhorn(scores, softness, iterations=3))) for softness in (0.01, 0.5)
+)
 assert 1 <= sharp < soft <= scores.shape[1] + 1e-3, "a small epsilon must give sharper codes"
 print("right")
 
@@ -253,7 +310,9 @@ print("right")
 # %%
 for fraction in fractions:
     gain = probed.loc["SwAV", fraction] - probed.loc["random", fraction]
-    print(f"{fraction:.0%} of the labels, fold 9: {probed.loc['SwAV', fraction]:.3f}, {gain:+.3f} over random filters")
+    print(
+        f"{fraction:.0%} of the labels, fold 9: {probed.loc['SwAV', fraction]:.3f}, {gain:+.3f} over random filters"
+    )
 
 # %% [markdown]
 # Notebook 09 fits and fine-tunes this encoder for every label subset and scores it on fold 10. Written:

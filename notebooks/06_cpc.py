@@ -27,7 +27,12 @@ transforms = {  # the same views for every objective, see notebook 01; the paper
     "baseline_wander": {"largest": 0.05},
     "time_out": {"low": 0.0, "high": 0.4},
 }
-options = {"steps": 25, "negatives": 128, "all_horizons": False, "reduction": "mean"}  # CPC's own settings
+options = {
+    "steps": 25,
+    "negatives": 128,
+    "all_horizons": False,
+    "reduction": "mean",
+}  # CPC's own settings
 
 # %%
 from pathlib import Path
@@ -68,7 +73,9 @@ with torch.no_grad():
     context = network.eval().encoder.context(latents)
     predictions = network.predictors[-1](context)
 ahead, negatives, piece = options["steps"], options["negatives"], crop_seconds / latents.shape[1]
-print(f"{latents.shape[1]} latents of {1000 * piece:.0f} ms; {ahead} ahead are {1000 * ahead * piece:.0f} ms")
+print(
+    f"{latents.shape[1]} latents of {1000 * piece:.0f} ms; {ahead} ahead are {1000 * ahead * piece:.0f} ms"
+)
 
 # %% [markdown]
 # The wrong answers come from the *same record*. Among pieces of other records it would be enough to recognise the
@@ -82,9 +89,21 @@ now, trace = latents.shape[1] // 2, batch.signals[0, 1]
 figure, axes = plt.subplots(figsize=(11, 2.6), layout="constrained")
 axes.plot(torch.arange(len(trace)) / records.sampling_rate, trace, color="black", linewidth=1)
 axes.axvspan(0, (now + 1) * piece, color="tab:blue", alpha=0.15, label="seen so far")
-axes.axvspan((now + ahead) * piece, (now + ahead + 1) * piece, color="tab:green", alpha=0.7, label="to be picked")
+axes.axvspan(
+    (now + ahead) * piece,
+    (now + ahead + 1) * piece,
+    color="tab:green",
+    alpha=0.7,
+    label="to be picked",
+)
 for number, time in enumerate(chosen[0, now, :10] * piece):
-    axes.axvspan(time, time + piece, color="tab:red", alpha=0.3, label=None if number else "some wrong answers")
+    axes.axvspan(
+        time,
+        time + piece,
+        color="tab:red",
+        alpha=0.3,
+        label=None if number else "some wrong answers",
+    )
 axes.set(xlabel="s", ylabel="mV", title=f"One prediction, lead II: {note}")
 figure.legend(loc="outside lower center", ncols=3, frameon=False)
 plt.close(figure)
@@ -113,12 +132,17 @@ assert difference[now + 1 :].min() > 1e-4, "the context sees nothing"
 # The paper takes the mean over records and the *sum* over times. The mean over both keeps the learning rate from
 # depending on the length of a crop.
 
+
 # %%
-def info_nce_by_hand(predictions: torch.Tensor, latents: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+def info_nce_by_hand(
+    predictions: torch.Tensor, latents: torch.Tensor, chosen: torch.Tensor
+) -> torch.Tensor:
     """One time after the other, as published; `chosen` `(batch, times, negatives)` says where the wrong ones are."""
     records, losses = torch.arange(len(latents))[:, None], []
     for time in range(latents.shape[1] - ahead):
-        places = torch.nn.functional.pad(chosen[:, time], (1, 0), value=time + ahead)  # the right one first
+        places = torch.nn.functional.pad(
+            chosen[:, time], (1, 0), value=time + ahead
+        )  # the right one first
         candidates = latents[records, places]  # (batch, 1 + negatives, width)
         scores = (candidates * predictions[:, time, None]).sum(dim=2)
         losses.append(torch.logsumexp(scores, dim=1) - scores[:, 0])
@@ -133,12 +157,23 @@ def info_nce_by_hand(predictions: torch.Tensor, latents: torch.Tensor, chosen: t
 import math
 
 by_hand = info_nce_by_hand(predictions, latents, chosen)
-by_package = info_nce(predictions, latents, ahead, negatives, step_generator(seed, 0), reduction="mean")
-alike = info_nce(predictions, torch.ones_like(latents), ahead, negatives, step_generator(seed, 0), reduction="mean")
+by_package = info_nce(
+    predictions, latents, ahead, negatives, step_generator(seed, 0), reduction="mean"
+)
+alike = info_nce(
+    predictions,
+    torch.ones_like(latents),
+    ahead,
+    negatives,
+    step_generator(seed, 0),
+    reduction="mean",
+)
 chance = math.log(1 + negatives)
 assert torch.allclose(by_hand, by_package, rtol=1e-5), (by_hand, by_package)
 assert math.isclose(alike.item(), chance, rel_tol=1e-5)
-print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; all latents alike: log {1 + negatives} = {chance:.4f}")
+print(
+    f"by hand {by_hand:.6f}, by the package {by_package:.6f}; all latents alike: log {1 + negatives} = {chance:.4f}"
+)
 
 # %% [markdown]
 # A trap from published code: the loop above. It copies $1+N$ candidates for each time, and training has to keep the
@@ -151,7 +186,9 @@ sizes = {"here": (*latents.shape, ahead, negatives), "in the paper": (32, 1000, 
 for name, (crops, time, width, k, n) in sizes.items():
     copies = crops * (time - k) * (1 + n) * width * gigabytes
     scores = crops * (time - k) * (time + 1 + n) * gigabytes
-    print(f"{name}, {crops} crops of {time} latents: {copies:.2f} GB of candidates, or {scores:.3f} GB of scores")
+    print(
+        f"{name}, {crops} crops of {time} latents: {copies:.2f} GB of candidates, or {scores:.3f} GB of scores"
+    )
 
 # %% [markdown]
 # ## The encoder
@@ -162,7 +199,9 @@ for name, (crops, time, width, k, n) in sizes.items():
 # %%
 from ecglib.encoders.cpc_lstm import CPCEncoder
 
-published, own = (sum(p.numel() for p in model.parameters()) for model in (CPC(CPCEncoder()), network))
+published, own = (
+    sum(p.numel() for p in model.parameters()) for model in (CPC(CPCEncoder()), network)
+)
 assert published == 5_261_312
 print(f"the paper's: {published:,} parameters; {encoder}: {own:,}")
 
@@ -179,7 +218,9 @@ layer, signal = StateSpace(width=8, state=8), torch.randn(2, 400, 8)
 with torch.no_grad():
     at_once, one_by_one = layer(signal), layer.recurrent(signal)
 assert torch.allclose(at_once, one_by_one, atol=1e-3)
-print(f"largest difference {(at_once - one_by_one).abs().max():.0e} of values up to {at_once.abs().max():.0f}")
+print(
+    f"largest difference {(at_once - one_by_one).abs().max():.0e} of values up to {at_once.abs().max():.0f}"
+)
 
 # %% [markdown]
 # ## Pretraining, watched
@@ -191,14 +232,20 @@ print(f"largest difference {(at_once - one_by_one).abs().max():.0e} of values up
 # collapse. CPC never sees two views of one crop, so nothing but its own task brings them together.
 
 # %%
-from ecglib.runs import run_or_load
-from ecglib.selfsup.pretrain import encode_run, keep_pretrained, pretrain_run, pretraining_spec
+from ecgstudy.runs import run_or_load
+from ecgstudy.arms.pretrain import encode_run, keep_pretrained, pretrain_run, pretraining_spec
 from ecglib.train import default_device
 
 settings = {
-    "encoder": encoder, "steps": steps, "batch_size": batch_size, "crop_seconds": crop_seconds,
-    "learning_rate": learning_rate, "weight_decay": weight_decay, "transforms": transforms, "options": options,
-}  # fmt: skip
+    "encoder": encoder,
+    "steps": steps,
+    "batch_size": batch_size,
+    "crop_seconds": crop_seconds,
+    "learning_rate": learning_rate,
+    "weight_decay": weight_decay,
+    "transforms": transforms,
+    "options": options,
+}
 device = default_device()
 specification = pretraining_spec("cpc", records, seed, settings)
 pretrained = run_or_load(specification, pretrain_run(records, CPC, device), results)
@@ -207,7 +254,8 @@ keep_pretrained(pretrained, results)
 # %%
 import pandas as pd
 
-from ecglib.plots import plot_pretraining, save_figure
+from ecgstudy.analysis.training_curves import plot_pretraining
+from ecgstudy.analysis.figures import save_figure
 
 history = pd.DataFrame(pretrained.about["notes"]["history"])
 figure = plot_pretraining(history, f"CPC: {note}")
@@ -223,8 +271,10 @@ figure
 last = history.iloc[-1]
 assert last["loss"] < history["loss"].iloc[1], "the loss did not fall"
 assert last["effective_rank"] > 2, "the features have collapsed"
-print(f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {device}; "
-      f"effective rank {last['effective_rank']:.0f} of {pretrained.predictions()['features'].shape[1]}")  # fmt: skip
+print(
+    f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {device}; "
+    f"effective rank {last['effective_rank']:.0f} of {pretrained.predictions()['features'].shape[1]}"
+)
 
 # %% [markdown]
 # ## Did it learn anything that labels need?
@@ -234,13 +284,20 @@ print(f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['secon
 # surprisingly strong start, and a method that does not beat them has learnt nothing of use.
 
 # %%
-from ecglib.transfer import frozen_validation
+from ecgstudy.analysis.label_curve import frozen_validation
 
-random_spec = pretraining_spec("random", records, seed, {"encoder": encoder, "crop_seconds": crop_seconds})
+random_spec = pretraining_spec(
+    "random", records, seed, {"encoder": encoder, "crop_seconds": crop_seconds}
+)
 untrained = run_or_load(random_spec, encode_run(records, device), results)
-features = {"CPC": pretrained.predictions()["features"], "random": untrained.predictions()["features"]}
+features = {
+    "CPC": pretrained.predictions()["features"],
+    "random": untrained.predictions()["features"],
+}
 probed = frozen_validation(records, features, fractions, probe_seeds)
-probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"Macro AUROC, fold 9: {note}")
+probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(
+    f"Macro AUROC, fold 9: {note}"
+)
 
 # %% [markdown]
 # A trap from published tables: there, CPC differs from SimCLR and BYOL also by six times as many parameters, crops four
@@ -259,8 +316,11 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"M
 
 # %% tags=["given"]
 samples = batch.signals.shape[2] // latents.shape[1]
-pieces = batch.signals.unfold(2, samples, samples).transpose(1, 2).flatten(2)  # (batch, time, leads x samples)
+pieces = (
+    batch.signals.unfold(2, samples, samples).transpose(1, 2).flatten(2)
+)  # (batch, time, leads x samples)
 pieces = torch.nn.functional.normalize(pieces, dim=2)
+
 
 # %% tags=["solution"]
 def wins_ahead(pieces: torch.Tensor, distance: int) -> torch.Tensor:
@@ -275,16 +335,24 @@ def wins_ahead(pieces: torch.Tensor, distance: int) -> torch.Tensor:
 
 
 for distance in (1, 2, 4, 8, 16, 32):
-    print(f"{distance:2d} ahead, {1000 * distance * piece:3.0f} ms: {wins_ahead(pieces, distance):.0%}")
+    print(
+        f"{distance:2d} ahead, {1000 * distance * piece:3.0f} ms: {wins_ahead(pieces, distance):.0%}"
+    )
 
 # %% tags=["check"]
-from ecglib.exercises import number
+from ecgtools.exercises import number
 
 rhythm = torch.eye(4).repeat(3, 1).repeat(2, 1, 1)  # 12 pieces that come again after 4
-assert abs(number(wins_ahead(rhythm, 4)) - 0.9) < 1e-5, "4 ahead all is the same: 9 wins and a tie among 10 others"
+assert abs(number(wins_ahead(rhythm, 4)) - 0.9) < 1e-5, (
+    "4 ahead all is the same: 9 wins and a tie among 10 others"
+)
 assert abs(number(wins_ahead(rhythm, 2))) < 1e-5, "2 ahead nothing is the same: no win"
-onwards = torch.nn.functional.normalize(torch.tril(torch.ones(6, 6)), dim=1)[None]  # each piece a little further
-assert abs(number(wins_ahead(onwards, 1)) - 1) < 1e-5, "nothing is more like a piece than the next one here"
+onwards = torch.nn.functional.normalize(torch.tril(torch.ones(6, 6)), dim=1)[
+    None
+]  # each piece a little further
+assert abs(number(wins_ahead(onwards, 1)) - 1) < 1e-5, (
+    "nothing is more like a piece than the next one here"
+)
 near, far = number(wins_ahead(pieces, 1)), number(wins_ahead(pieces, 32))
 assert 1 >= near > far > 0, "the next piece must be easier to find than one 32 ahead"
 print("right")
@@ -295,7 +363,9 @@ print("right")
 # %%
 for fraction in fractions:
     gain = probed.loc["CPC", fraction] - probed.loc["random", fraction]
-    print(f"{fraction:.0%} of the labels, fold 9: {probed.loc['CPC', fraction]:.3f}, {gain:+.3f} over random filters")
+    print(
+        f"{fraction:.0%} of the labels, fold 9: {probed.loc['CPC', fraction]:.3f}, {gain:+.3f} over random filters"
+    )
 
 # %% [markdown]
 # Notebook 09 fits and fine-tunes this encoder for every label subset and scores it on fold 10. Written:

@@ -26,7 +26,12 @@ transforms = {  # the same views for every objective, see notebook 01
     "baseline_wander": {"largest": 0.05},
     "time_out": {"low": 0.0, "high": 0.4},
 }
-options = {"prototypes": 512, "hidden": 256, "bottleneck": 64, "local_views": 2}  # DINO's own settings
+options = {
+    "prototypes": 512,
+    "hidden": 256,
+    "bottleneck": 64,
+    "local_views": 2,
+}  # DINO's own settings
 turnover = 4.0  # how often the teacher is renewed during the run; gives its momentum
 
 # %%
@@ -71,7 +76,12 @@ for row, share in enumerate([1.0, *model.shares]):
     seconds = (start.item() + np.arange(length)) / records.sampling_rate
     axes.plot(seconds, piece[0, 1] - 2 * row, linewidth=0.8, color=f"C{(row > 0) + (row > 2)}")
 names = ["record", "long", "long"] + ["short"] * (len(model.shares) - 2)
-axes.set(xlabel="second", yticks=[-2 * row for row in range(len(names))], yticklabels=names, title="lead II")
+axes.set(
+    xlabel="second",
+    yticks=[-2 * row for row in range(len(names))],
+    yticklabels=names,
+    title="lead II",
+)
 plt.close(figure)
 figure
 
@@ -85,6 +95,7 @@ figure
 # L = -\sum_k P_t(a)_k \log P_s(b)_k,$$
 #
 # averaged over records and over all pairs of a long piece $a$ for the teacher and another piece $b$ for the student.
+
 
 # %%
 def dino_by_hand(student: list, teacher: list, center: torch.Tensor) -> torch.Tensor:
@@ -101,7 +112,9 @@ by_hand, by_package = dino_by_hand(student, teacher, center), dino_loss(student,
 assert torch.allclose(by_hand, by_package, atol=1e-5), (by_hand, by_package)
 no_opinion = dino_loss([torch.zeros(8, 16)] * 6, teacher, center).item()
 assert np.isclose(no_opinion, np.log(16)), no_opinion
-print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; without an opinion log 16 = {no_opinion:.4f}")
+print(
+    f"by hand {by_hand:.6f}, by the package {by_package:.6f}; without an opinion log 16 = {no_opinion:.4f}"
+)
 
 # %% [markdown]
 # A trap from published code: the network is kept from the moment when this loss was lowest. But if student and teacher
@@ -109,7 +122,9 @@ print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; without an opini
 
 # %%
 same_for_all = 10 * torch.eye(16)[torch.zeros(8, dtype=torch.long)]
-print(f"one sure answer for all: {dino_loss([same_for_all] * 6, [same_for_all] * 2, torch.zeros(16)):.6f}")
+print(
+    f"one sure answer for all: {dino_loss([same_for_all] * 6, [same_for_all] * 2, torch.zeros(16)):.6f}"
+)
 
 # %% [markdown]
 # ## Centring and sharpening
@@ -123,11 +138,18 @@ with torch.no_grad():
     outputs = model.teacher_head(model.encoder(batch.signals))
 common = next_center(torch.zeros(outputs.shape[1]), [outputs], momentum=0.0)
 for name, answers in {
-    "neither": torch.softmax(outputs, dim=1), "centred": torch.softmax(outputs - common, dim=1),
-    "sharpened": torch.softmax(outputs / 0.04, dim=1), "both": torch.softmax((outputs - common) / 0.04, dim=1),
-}.items():  # fmt: skip
-    spread, winners = torch.special.entr(answers).sum(dim=1).exp().mean(), answers.argmax(dim=1).bincount()
-    print(f"{name}: an answer spreads over {spread:.0f} prototypes; one wins for {winners.max() / len(answers):.0%}")
+    "neither": torch.softmax(outputs, dim=1),
+    "centred": torch.softmax(outputs - common, dim=1),
+    "sharpened": torch.softmax(outputs / 0.04, dim=1),
+    "both": torch.softmax((outputs - common) / 0.04, dim=1),
+}.items():
+    spread, winners = (
+        torch.special.entr(answers).sum(dim=1).exp().mean(),
+        answers.argmax(dim=1).bincount(),
+    )
+    print(
+        f"{name}: an answer spreads over {spread:.0f} prototypes; one wins for {winners.max() / len(answers):.0%}"
+    )
 
 # %% [markdown]
 # This is the network as drawn at random: whatever record it is shown, it says nearly the same.
@@ -144,8 +166,12 @@ from ecglib.ema import momentum_at, momentum_for_steps
 momentum = momentum_for_steps(steps, turnover)
 for start in (0.9995, 0.996, momentum):
     rising = np.array([momentum_at(step / steps, start) for step in range(1, steps + 1)])
-    assert np.isclose((1 - rising).sum(), (1 - start) * (steps - 1) / 2), "this sum has a closed form"
-    print(f"momentum {start:.4g}: the teacher goes {1 - rising.prod():.1%} of the way to a student that stands still")
+    assert np.isclose((1 - rising).sum(), (1 - start) * (steps - 1) / 2), (
+        "this sum has a closed form"
+    )
+    print(
+        f"momentum {start:.4g}: the teacher goes {1 - rising.prod():.1%} of the way to a student that stands still"
+    )
 
 # %% [markdown]
 # ## Pretraining, watched
@@ -154,15 +180,20 @@ for start in (0.9995, 0.996, momentum):
 # little: what it asks for changes with the teacher. Look at alignment and effective rank instead.
 
 # %%
-from ecglib.runs import run_or_load
-from ecglib.selfsup.pretrain import encode_run, keep_pretrained, pretrain_run, pretraining_spec
+from ecgstudy.runs import run_or_load
+from ecgstudy.arms.pretrain import encode_run, keep_pretrained, pretrain_run, pretraining_spec
 from ecglib.train import default_device
 
 settings = {
-    "encoder": encoder, "steps": steps, "batch_size": batch_size, "crop_seconds": crop_seconds,
-    "learning_rate": learning_rate, "weight_decay": weight_decay, "transforms": transforms,
+    "encoder": encoder,
+    "steps": steps,
+    "batch_size": batch_size,
+    "crop_seconds": crop_seconds,
+    "learning_rate": learning_rate,
+    "weight_decay": weight_decay,
+    "transforms": transforms,
     "options": {"momentum": momentum, **options},
-}  # fmt: skip
+}
 device = default_device()
 specification = pretraining_spec("dino", records, seed, settings)
 pretrained = run_or_load(specification, pretrain_run(records, DINO, device), results)
@@ -171,7 +202,8 @@ keep_pretrained(pretrained, results)
 # %%
 import pandas as pd
 
-from ecglib.plots import plot_pretraining, save_figure
+from ecgstudy.analysis.training_curves import plot_pretraining
+from ecgstudy.analysis.figures import save_figure
 
 history = pd.DataFrame(pretrained.about["notes"]["history"])
 figure = plot_pretraining(history, f"DINO: {note}")
@@ -184,9 +216,11 @@ figure
 # %%
 last = history.iloc[-1]
 assert last["effective_rank"] > 2, "the features have collapsed"
-print(f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {device}; "
-      f"alignment {history['alignment'].iloc[0]:.2f} to {last['alignment']:.2f}; "
-      f"effective rank {last['effective_rank']:.0f} of {pretrained.predictions()['features'].shape[1]}")  # fmt: skip
+print(
+    f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {device}; "
+    f"alignment {history['alignment'].iloc[0]:.2f} to {last['alignment']:.2f}; "
+    f"effective rank {last['effective_rank']:.0f} of {pretrained.predictions()['features'].shape[1]}"
+)
 
 # %% [markdown]
 # ## Did it learn anything that labels need?
@@ -196,13 +230,20 @@ print(f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['secon
 # surprisingly strong start, and a method that does not beat them has learnt nothing of use.
 
 # %%
-from ecglib.transfer import frozen_validation
+from ecgstudy.analysis.label_curve import frozen_validation
 
-random_spec = pretraining_spec("random", records, seed, {"encoder": encoder, "crop_seconds": crop_seconds})
+random_spec = pretraining_spec(
+    "random", records, seed, {"encoder": encoder, "crop_seconds": crop_seconds}
+)
 untrained = run_or_load(random_spec, encode_run(records, device), results)
-features = {"DINO": pretrained.predictions()["features"], "random": untrained.predictions()["features"]}
+features = {
+    "DINO": pretrained.predictions()["features"],
+    "random": untrained.predictions()["features"],
+}
 probed = frozen_validation(records, features, fractions, probe_seeds)
-probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"Macro AUROC, fold 9: {note}")
+probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(
+    f"Macro AUROC, fold 9: {note}"
+)
 
 # %% [markdown]
 # ## Exercise
@@ -212,6 +253,7 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"M
 # tokens student and teacher read of it, and how many comparisons a block makes. Then compare `model.shares` with a
 # student whose pieces are all long.
 
+
 # %% tags=["solution"]
 def cost_of(shares: tuple[float, ...]) -> tuple[int, int]:
     """Tokens and comparisons; `shares` of the record are the student's pieces, the teacher sees the first two."""
@@ -220,17 +262,22 @@ def cost_of(shares: tuple[float, ...]) -> tuple[int, int]:
     return sum(counts), sum(count**2 for count in counts)
 
 
-for name, shares in {"long and short": model.shares, "all long": model.shares[:1] * len(model.shares)}.items():
+for name, shares in {
+    "long and short": model.shares,
+    "all long": model.shares[:1] * len(model.shares),
+}.items():
     tokens, comparisons = cost_of(shares)
     print(f"{name}: {tokens} tokens, {comparisons:,} comparisons")
 
 # %% tags=["check"]
-from ecglib.exercises import numbers
+from ecgtools.exercises import numbers
 
 for tried, known in {(1.0, 1.0): [204, 10404], (0.8, 0.8, 0.4): [185, 7165]}.items():
     read, compared = numbers(cost_of(tried), (2,)) == known
     assert read, f"student and teacher read {known[0]} tokens of pieces {tried}, [CLS] included"
-    assert compared, f"a block compares {known[1]:,} pairs of tokens of pieces {tried}, each piece by itself"
+    assert compared, (
+        f"a block compares {known[1]:,} pairs of tokens of pieces {tried}, each piece by itself"
+    )
 print("right")
 
 # %% [markdown]
@@ -239,7 +286,9 @@ print("right")
 # %%
 for fraction in fractions:
     gain = probed.loc["DINO", fraction] - probed.loc["random", fraction]
-    print(f"{fraction:.0%} of the labels, fold 9: {probed.loc['DINO', fraction]:.3f}, {gain:+.3f} over random filters")
+    print(
+        f"{fraction:.0%} of the labels, fold 9: {probed.loc['DINO', fraction]:.3f}, {gain:+.3f} over random filters"
+    )
 
 # %% [markdown]
 # Notebook 09 fits and fine-tunes this encoder for every label subset and scores it on fold 10. Written:

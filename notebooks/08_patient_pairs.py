@@ -53,7 +53,9 @@ from ecglib.labels import split_indices
 
 split = split_indices(records)
 sizes = records.table.iloc[split["train"]]["patient_id"].value_counts()
-print(f"{(sizes > 1).sum():,} of {len(sizes):,} training patients have several recordings: {(sizes > 1).mean():.1%}")
+print(
+    f"{(sizes > 1).sum():,} of {len(sizes):,} training patients have several recordings: {(sizes > 1).mean():.1%}"
+)
 sizes.value_counts().sort_index().rename_axis("recordings").rename("patients").to_frame().T
 
 # %% [markdown]
@@ -66,9 +68,13 @@ from ecglib.batches import PatientBatches
 
 batch = PatientBatches(records, split["train"], batch_size, crop_seconds, seed)(step=0)
 several = (batch.indices[:batch_size] != batch.indices[batch_size:]).int()
-figure, panels = plt.subplots(2, 2, figsize=(11, 3.6), sharex=True, sharey="row", layout="constrained")
+figure, panels = plt.subplots(
+    2, 2, figsize=(11, 3.6), sharex=True, sharey="row", layout="constrained"
+)
 for row, pair in zip(panels, [several.argmax(), several.argmin()], strict=True):
-    for axes, signals, name in zip(row, batch.signals.chunk(2), ["first crop", "second crop"], strict=True):
+    for axes, signals, name in zip(
+        row, batch.signals.chunk(2), ["first crop", "second crop"], strict=True
+    ):
         axes.plot(signals[pair, 1])
         axes.set_title(f"{'two recordings' if several[pair] else 'one recording'}, {name}, lead II")
     row[0].set_ylabel("mV")
@@ -88,7 +94,9 @@ figure
 import torch
 
 
-def by_formula(z1: torch.Tensor, z2: torch.Tensor, patients: torch.Tensor, temperature: float) -> torch.Tensor:
+def by_formula(
+    z1: torch.Tensor, z2: torch.Tensor, patients: torch.Tensor, temperature: float
+) -> torch.Tensor:
     """One crop after the other, as the formula says."""
     z, owner = torch.nn.functional.normalize(torch.cat([z1, z2]), dim=1), patients.repeat(2)
     losses = []
@@ -119,7 +127,9 @@ assert torch.allclose(by_hand, by_package, atol=1e-5), (by_hand, by_package)
 alike = patient_nt_xent(torch.ones(32, 16), torch.ones(32, 16), patients, 0.1)
 assert math.isclose(alike.item(), math.log(61), rel_tol=1e-5)
 assert torch.allclose(patient_nt_xent(z1, z2, torch.arange(32), 0.1), nt_xent(z1, z2, 0.1))
-print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; all crops alike: log 61 = {math.log(61):.4f}")
+print(
+    f"by hand {by_hand:.6f}, by the package {by_package:.6f}; all crops alike: log 61 = {math.log(61):.4f}"
+)
 
 # %% [markdown]
 # A trap from published code: in EchoCLR, where the method comes from (its pairs are two ultrasound videos of one
@@ -129,9 +139,13 @@ print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; all crops alike:
 who = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))[patients]
 z = torch.nn.functional.normalize(torch.cat([who + 0.5 * z1, who + 0.5 * z2]), dim=1)
 owner = patients.repeat(2)
-no_rival = torch.eye(64, dtype=torch.bool) | torch.eye(64, dtype=torch.bool).roll(32, 0)  # the crop, and its partner
+no_rival = torch.eye(64, dtype=torch.bool) | torch.eye(64, dtype=torch.bool).roll(
+    32, 0
+)  # the crop, and its partner
 push = (z @ z.T / 0.1).masked_fill(no_rival, -torch.inf).softmax(dim=1)
-print(f"{push[owner[:, None] == owner].sum() / 64:.0%} of what pushes a crop away comes from the same patient")
+print(
+    f"{push[owner[:, None] == owner].sum() / 64:.0%} of what pushes a crop away comes from the same patient"
+)
 
 # %% [markdown]
 # ## A second task: in which order?
@@ -145,32 +159,48 @@ print(f"{push[owner[:, None] == owner].sum() / 64:.0%} of what pushes a crop awa
 # their tapers, the segments are the signal of that place, minus the mean.
 
 # %%
-from ecglib.selfsup.patient_pairs import all_orders, cut_segments, describe_segments, join_segments, segment_sizes
+from ecglib.selfsup.patient_pairs import (
+    all_orders,
+    cut_segments,
+    describe_segments,
+    join_segments,
+    segment_sizes,
+)
 
 window, segments = batch.signals.shape[2], options.get("segments", 4)
 sizes, middle = segment_sizes(window, segments), segment_sizes(window, segments).segment // 2
 parabola = torch.arange(window, dtype=torch.float64) ** 2
 leads = torch.cat([batch.signals[0], parabola[None]])
-pieces = cut_segments(leads[None], torch.Generator().manual_seed(seed), segments)[0]  # (segments, 13, samples)
+pieces = cut_segments(leads[None], torch.Generator().manual_seed(seed), segments)[
+    0
+]  # (segments, 13, samples)
 starts = [round(slope.item() - 1) // 2 - middle for slope in pieces[:, 12].diff()[:, middle]]
 for start, piece in zip(starts, pieces, strict=True):
     cut = leads[:, start : start + sizes.segment]
     untouched = slice(sizes.taper, sizes.segment - sizes.taper)
-    assert torch.allclose((cut - cut.mean(dim=1, keepdim=True))[:12, untouched], piece[:12, untouched])
+    assert torch.allclose(
+        (cut - cut.mean(dim=1, keepdim=True))[:12, untouched], piece[:12, untouched]
+    )
 assert pieces[..., [0, -1]].abs().max() == 0, "the ends are not at zero"
 print(describe_segments(window, records.sampling_rate, segments))
 
 # %%
 order = all_orders(segments)[len(all_orders(segments)) * 2 // 3]
 joined = join_segments(pieces[None], order[None])[0, 1].unflatten(0, (segments, -1))
-figure, panels = plt.subplots(1, 3, figsize=(11, 2.6), sharex=True, sharey=True, layout="constrained")
+figure, panels = plt.subplots(
+    1, 3, figsize=(11, 2.6), sharex=True, sharey=True, layout="constrained"
+)
 panels[0].plot(leads[1], color="black", linewidth=1)
 for number, start in enumerate(starts):
     place = order.tolist().index(number)
     panels[0].axvspan(start, start + sizes.segment, color=f"C{number}", alpha=0.3)
     panels[1].plot(start + torch.arange(sizes.segment), pieces[number, 1], color=f"C{number}")
-    panels[2].plot(place * sizes.segment + torch.arange(sizes.segment), joined[place], color=f"C{number}")
-for axes, name in zip(panels, ["cut, with gaps", "mean off, ends tapered", "joined in another order"], strict=True):
+    panels[2].plot(
+        place * sizes.segment + torch.arange(sizes.segment), joined[place], color=f"C{number}"
+    )
+for axes, name in zip(
+    panels, ["cut, with gaps", "mean off, ends tapered", "joined in another order"], strict=True
+):
     axes.set(title=f"{name}, lead II", xlabel="sample")
 panels[0].set_ylabel("mV")
 plt.close(figure)
@@ -187,9 +217,9 @@ import time
 import pandas as pd
 
 from ecglib.files import atomic_file
-from ecglib.runs import Result, RunSpec, run_or_load
+from ecgstudy.runs import Result, RunSpec, run_or_load
 from ecglib.selfsup.patient_pairs import PatientPairs, shortcut_probes
-from ecglib.selfsup.pretrain import encode_run, keep_pretrained, pretrain_run, pretraining_spec
+from ecgstudy.arms.pretrain import encode_run, keep_pretrained, pretrain_run, pretraining_spec
 from ecglib.train import default_device
 
 
@@ -198,17 +228,30 @@ def look_for_shortcuts(spec: RunSpec, workspace: Path) -> Result:
     begun = time.perf_counter()
     known, asked = split["train"], split["validation"]
     table = shortcut_probes(records, known, asked, seed=spec.seed, device=device, **spec.settings)
-    return Result([], notes={"probes": table.to_dict("records")}, seconds=time.perf_counter() - begun)
+    return Result(
+        [], notes={"probes": table.to_dict("records")}, seconds=time.perf_counter() - begun
+    )
 
 
 device = default_device()
-probe_settings = {"steps": probe_steps, "encoder": encoder, "crop_seconds": crop_seconds, "segments": segments}
-probing = run_or_load(pretraining_spec("order_shortcuts", records, seed, probe_settings), look_for_shortcuts, results)
+probe_settings = {
+    "steps": probe_steps,
+    "encoder": encoder,
+    "crop_seconds": crop_seconds,
+    "segments": segments,
+}
+probing = run_or_load(
+    pretraining_spec("order_shortcuts", records, seed, probe_settings), look_for_shortcuts, results
+)
 shortcuts = pd.DataFrame(probing.about["notes"]["probes"]).set_index("input")
 with atomic_file(Path(results) / "tables" / "segment_order_shortcuts.csv") as path:
     shortcuts.assign(data=records.name, steps=probe_steps).to_csv(path)
 share = shortcuts["share_of_gain"].drop("whole view")
-answer = "too early to tell" if share.isna().any() else ", ".join(share.index[share > 0.5]) or "none found"
+answer = (
+    "too early to tell"
+    if share.isna().any()
+    else ", ".join(share.index[share > 0.5]) or "none found"
+)
 print(f"Shortcuts after {probe_steps} steps: {answer}")
 caption = f"Orders told rightly, fold 9, after {probe_steps} steps: {note}"
 shortcuts.style.format("{:.1%}", na_rep="none").set_caption(caption)
@@ -234,15 +277,24 @@ shortcuts.style.format("{:.1%}", na_rep="none").set_caption(caption)
 
 # %%
 settings = {
-    "encoder": encoder, "steps": steps, "batch_size": batch_size, "crop_seconds": crop_seconds,
-    "learning_rate": learning_rate, "weight_decay": weight_decay, "transforms": transforms, "options": options,
-}  # fmt: skip
+    "encoder": encoder,
+    "steps": steps,
+    "batch_size": batch_size,
+    "crop_seconds": crop_seconds,
+    "learning_rate": learning_rate,
+    "weight_decay": weight_decay,
+    "transforms": transforms,
+    "options": options,
+}
 specification = pretraining_spec("patient_pairs", records, seed, settings)
-pretrained = run_or_load(specification, pretrain_run(records, PatientPairs, device, PatientBatches), results)
+pretrained = run_or_load(
+    specification, pretrain_run(records, PatientPairs, device, PatientBatches), results
+)
 keep_pretrained(pretrained, results)
 
 # %%
-from ecglib.plots import plot_pretraining, save_figure
+from ecgstudy.analysis.training_curves import plot_pretraining
+from ecgstudy.analysis.figures import save_figure
 
 history = pd.DataFrame(pretrained.about["notes"]["history"])
 figure = plot_pretraining(history, f"Patient pairs: {note}")
@@ -256,8 +308,10 @@ figure
 last = history.iloc[-1]
 assert last["loss"] < history["loss"].iloc[1], "the loss did not fall"
 assert last["effective_rank"] > 2, "the features have collapsed"
-print(f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {device}; "
-      f"effective rank {last['effective_rank']:.0f} of {pretrained.predictions()['features'].shape[1]}")  # fmt: skip
+print(
+    f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {device}; "
+    f"effective rank {last['effective_rank']:.0f} of {pretrained.predictions()['features'].shape[1]}"
+)
 
 # %% [markdown]
 # ## Did it learn anything that labels need?
@@ -267,13 +321,20 @@ print(f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['secon
 # surprisingly strong start, and a method that does not beat them has learnt nothing of use.
 
 # %%
-from ecglib.transfer import frozen_validation
+from ecgstudy.analysis.label_curve import frozen_validation
 
-random_spec = pretraining_spec("random", records, seed, {"encoder": encoder, "crop_seconds": crop_seconds})
+random_spec = pretraining_spec(
+    "random", records, seed, {"encoder": encoder, "crop_seconds": crop_seconds}
+)
 untrained = run_or_load(random_spec, encode_run(records, device), results)
-features = {"patient pairs": pretrained.predictions()["features"], "random": untrained.predictions()["features"]}
+features = {
+    "patient pairs": pretrained.predictions()["features"],
+    "random": untrained.predictions()["features"],
+}
 probed = frozen_validation(records, features, fractions, probe_seeds)
-probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"Macro AUROC, fold 9: {note}")
+probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(
+    f"Macro AUROC, fold 9: {note}"
+)
 
 # %% [markdown]
 # ## Exercise
@@ -284,29 +345,48 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"M
 
 # %% tags=["given"]
 window, segments = batch.signals.shape[2], options.get("segments", 4)
-touching = batch.signals[..., : window // segments * segments].unflatten(2, (segments, -1)).transpose(1, 2)
+touching = (
+    batch.signals[..., : window // segments * segments].unflatten(2, (segments, -1)).transpose(1, 2)
+)
+
 
 # %% tags=["solution"]
 def guess_successors(pieces: torch.Tensor) -> torch.Tensor:
     """For each of the segments `(crops, segments, leads, samples)` the position of another one, `(crops, segments)`."""
-    jumps = (pieces[:, None, ..., 0] - pieces[:, :, None, ..., -1]).abs().mean(dim=3)  # (crop, end of, beginning of)
+    jumps = (
+        (pieces[:, None, ..., 0] - pieces[:, :, None, ..., -1]).abs().mean(dim=3)
+    )  # (crop, end of, beginning of)
     return jumps.masked_fill(torch.eye(pieces.shape[1], dtype=torch.bool), torch.inf).argmin(dim=2)
 
 
 found = (guess_successors(touching)[:, :-1] == torch.arange(1, segments)).float().mean()
-print(f"{found:.0%} of the successors found by the smallest jump; chance is {1 / (segments - 1):.0%}")
+print(
+    f"{found:.0%} of the successors found by the smallest jump; chance is {1 / (segments - 1):.0%}"
+)
 
 # %% tags=["check"]
-from ecglib.exercises import number, numbers
+from ecgtools.exercises import number, numbers
 
 ramp = torch.arange(40.0).reshape(4, 1, 10).expand(2, 4, 12, 10)  # a line that rises, cut into four
-told = numbers(guess_successors(ramp[:, [2, 0, 3, 1]]), (2, 4))  # in another order: the third begins, the fourth ends
-assert (told[:, [0, 1, 3]] == [2, 3, 0]).all(), "on a straight line each successor must be found, in any order"
+told = numbers(
+    guess_successors(ramp[:, [2, 0, 3, 1]]), (2, 4)
+)  # in another order: the third begins, the fourth ends
+assert (told[:, [0, 1, 3]] == [2, 3, 0]).all(), (
+    "on a straight line each successor must be found, in any order"
+)
 level = torch.tensor([0.0, 1.0, 3.0, 6.0]).reshape(1, 4, 1, 1).expand(2, 4, 12, 10)
-assert (numbers(guess_successors(level), (2, 4))[0] == [1, 0, 1, 2]).all(), "a segment cannot be its own successor"
-hits = sum(int(row[place] == place + 1) for row in guess_successors(touching) for place in range(segments - 1))
+assert (numbers(guess_successors(level), (2, 4))[0] == [1, 0, 1, 2]).all(), (
+    "a segment cannot be its own successor"
+)
+hits = sum(
+    int(row[place] == place + 1)
+    for row in guess_successors(touching)
+    for place in range(segments - 1)
+)
 share_found = hits / (len(touching) * (segments - 1))
-assert abs(number(found) - share_found) < 1e-6, "`found` is not that share of all segments but the last ones"
+assert abs(number(found) - share_found) < 1e-6, (
+    "`found` is not that share of all segments but the last ones"
+)
 print("right")
 
 # %% [markdown]

@@ -42,7 +42,7 @@ from pathlib import Path
 
 from ecglib.labels import split_indices
 from ecglib.records import Records
-from ecglib.selfsup.pretrain import pretrained_runs
+from ecgstudy.arms.pretrain import pretrained_runs
 
 everything = Records.load(Path(results) / "records")
 records = everything.select(everything.targets.any(axis=1))
@@ -73,14 +73,18 @@ from ecglib.probe import fit_probes, standardise
 method = next(iter(pretrained))
 raw = pretrained[method].predictions()["features"]
 features = standardise(raw, raw[split["train"]])
-subset = label_subsets(records, fractions, seed=0)[max(fraction for fraction in fractions if fraction <= 0.1)]
+subset = label_subsets(records, fractions, seed=0)[
+    max(fraction for fraction in fractions if fraction <= 0.1)
+]
 ours = fit_probes(features, records.targets, [subset], [10.0])
 common = int(records.targets[subset].sum(axis=0).argmax())
 theirs = LogisticRegression(C=1 / 10.0, tol=1e-8, max_iter=5000)
 theirs.fit(features[subset].numpy(), records.targets[subset, common])
 difference = np.abs(ours.weights[0, 0, common].numpy() - theirs.coef_[0]).max()
 assert difference < 1e-4, difference
-print(f"class {records.classes[common]}, {len(subset)} records: largest difference of a weight {difference:.1e}")
+print(
+    f"class {records.classes[common]}, {len(subset)} records: largest difference of a weight {difference:.1e}"
+)
 
 # %% [markdown]
 # Before the fit, features are standardised with the unlabelled training records and each record's are brought to the
@@ -88,10 +92,10 @@ print(f"class {records.classes[common]}, {len(subset)} records: largest differen
 # for each label subset.
 
 # %%
-from ecglib.runs import run_grid, run_or_load
-from ecglib.selfsup.pretrain import encode_run, pretraining_spec
+from ecgstudy.runs import run_grid, run_or_load
+from ecgstudy.arms.pretrain import encode_run, pretraining_spec
 from ecglib.train import default_device
-from ecglib.transfer import finetuned_run, frozen_run, transfer_spec
+from ecgstudy.arms.transfer import finetuned_run, frozen_run, transfer_spec
 
 device = default_device()
 seeds = {fraction: seeds_few if fraction <= 0.1 else seeds_many for fraction in fractions}
@@ -107,18 +111,25 @@ import time
 
 frozen, started = [], time.perf_counter()
 for start in starts.values():
-    specs = [transfer_spec(records, start, "frozen", fraction, seed, {"fractions": fractions})
-             for fraction in fractions for seed in range(seeds[fraction])]  # fmt: skip
-    frozen += run_grid(specs, frozen_run(records, fractions, seeds, start), results, progress_bar=False)
+    specs = [
+        transfer_spec(records, start, "frozen", fraction, seed, {"fractions": fractions})
+        for fraction in fractions
+        for seed in range(seeds[fraction])
+    ]
+    frozen += run_grid(
+        specs, frozen_run(records, fractions, seeds, start), results, progress_bar=False
+    )
 print(f"{len(frozen)} probes' scores with intervals in {time.perf_counter() - started:.0f} s")
 
 # %%
-from ecglib.runs import seed_summary
+from ecgstudy.analysis.summary import seed_summary
 
 CELL = ("method", "encoder", "protocol", "data", "labels", "fraction")
 frozen_summary = seed_summary(frozen, records, cell=CELL)
 shown = frozen_summary.pivot_table(index=["encoder", "method"], columns="fraction", values="value")
-shown.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"Frozen, macro AUROC: {note}")
+shown.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(
+    f"Frozen, macro AUROC: {note}"
+)
 
 # %% [markdown]
 # ## Fine-tuning
@@ -131,15 +142,20 @@ shown.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"Fr
 import pandas as pd
 
 from ecglib.supervised import new_classifier
-from ecglib.transfer import layerwise_groups
+from ecgstudy.arms.transfer import layerwise_groups
 
 name = pretrained[method].spec.settings["encoder"]
 network = new_classifier(records, 0, {"encoder": name, "dropout": dropout})
 groups = pd.DataFrame(
-    {"learning_rate_factor": group["learning_rate_factor"], "parameters": sum(p.numel() for p in group["params"])}
+    {
+        "learning_rate_factor": group["learning_rate_factor"],
+        "parameters": sum(p.numel() for p in group["params"]),
+    }
     for group in layerwise_groups(network, weight_decay, layer_factor)
 )
-assert groups["parameters"].sum() == sum(p.numel() for p in network.parameters()), "a layer would never be trained"
+assert groups["parameters"].sum() == sum(p.numel() for p in network.parameters()), (
+    "a layer would never be trained"
+)
 groups.groupby("learning_rate_factor", sort=False)["parameters"].sum()
 
 # %% [markdown]
@@ -147,11 +163,13 @@ groups.groupby("learning_rate_factor", sort=False)["parameters"].sum()
 # features, and the probe's features are the mean over windows, so the mean logit over windows is the probe's logit.
 
 # %%
-from ecglib.evaluate import encode_windows
+from ecglib.evaluate.windows import encode_windows
 from ecglib.probe import probe_layer
-from ecglib.transfer import start_classifier
+from ecgstudy.arms.transfer import start_classifier
 
-classifier = start_classifier(records, subset, pretrained[method], {"encoder": name, "dropout": dropout}, 0)
+classifier = start_classifier(
+    records, subset, pretrained[method], {"encoder": name, "dropout": dropout}, 0
+)
 weights, bias = probe_layer(raw, records.targets, subset, split)
 window = pretrained[method].spec.settings["crop_seconds"]
 logits = encode_windows(classifier, records, split["validation"][:32], window, window / 2)
@@ -167,9 +185,16 @@ print(f"largest difference of a logit: {np.abs(logits - by_probe).max():.1e}")
 # of the *unlabelled* signals, not of more labels.
 
 # %%
-shared = {"batch_size": batch_size, "weight_decay": weight_decay, "dropout": dropout,
-          "transforms": transforms, "fractions": fractions}  # fmt: skip
-windows = {run.spec.settings["encoder"]: run.spec.settings["crop_seconds"] for run in pretrained.values()}
+shared = {
+    "batch_size": batch_size,
+    "weight_decay": weight_decay,
+    "dropout": dropout,
+    "transforms": transforms,
+    "fractions": fractions,
+}
+windows = {
+    run.spec.settings["encoder"]: run.spec.settings["crop_seconds"] for run in pretrained.values()
+}
 
 
 def training(fraction: float, encoder: str, fine_tuned: bool) -> dict:
@@ -177,25 +202,54 @@ def training(fraction: float, encoder: str, fine_tuned: bool) -> dict:
     few = fraction <= 0.1
     scratch, gentle, bold = learning_rates[encoder]
     rate = scratch if not fine_tuned else gentle if few else bold
-    return {**shared, "encoder": encoder, "crop_seconds": windows[encoder], "learning_rate": rate,
-            "steps": steps_few if few else steps_many}  # fmt: skip
+    return {
+        **shared,
+        "encoder": encoder,
+        "crop_seconds": windows[encoder],
+        "learning_rate": rate,
+        "steps": steps_few if few else steps_many,
+    }
 
 
 # %%
-from ecglib.runs import RunSpec
-from ecglib.supervised import supervised_run
+from ecgstudy.runs import RunSpec
+from ecgstudy.arms.supervised import supervised_run
 
 grid = [(fraction, seed) for fraction in fractions for seed in range(seeds[fraction])]
 task, trained = records.about["task"], []
-specs = [RunSpec("supervised", records.name, records.fingerprint, task, fraction, seed,
-                 {**training(fraction, encoder, False), "protocol": "supervised"})
-         for encoder in encoders for fraction, seed in grid]  # fmt: skip
+specs = [
+    RunSpec(
+        "supervised",
+        records.name,
+        records.fingerprint,
+        task,
+        fraction,
+        seed,
+        {**training(fraction, encoder, False), "protocol": "supervised"},
+    )
+    for encoder in encoders
+    for fraction, seed in grid
+]
 trained += run_grid(specs, supervised_run(records, fractions, device), results, workers=workers)
 for start in pretrained.values():
-    specs = [transfer_spec(records, start, "fine-tuned", fraction, seed, {
-        **training(fraction, start.spec.settings["encoder"], True), "layer_factor": layer_factor,
-    }) for fraction, seed in grid if fraction in tuned_fractions]  # fmt: skip
-    trained += run_grid(specs, finetuned_run(records, fractions, start, device), results, workers=workers)
+    specs = [
+        transfer_spec(
+            records,
+            start,
+            "fine-tuned",
+            fraction,
+            seed,
+            {
+                **training(fraction, start.spec.settings["encoder"], True),
+                "layer_factor": layer_factor,
+            },
+        )
+        for fraction, seed in grid
+        if fraction in tuned_fractions
+    ]
+    trained += run_grid(
+        specs, finetuned_run(records, fractions, start, device), results, workers=workers
+    )
 
 # %% [markdown]
 # ## The table
@@ -205,7 +259,7 @@ for start in pretrained.values():
 
 # %%
 from ecglib.files import atomic_file
-from ecglib.runs import keep_list, tidy
+from ecgstudy.runs import keep_list, tidy
 
 runs = frozen + trained
 keep_list(runs, "label_efficiency", results)  # for the notebooks that follow
@@ -214,7 +268,9 @@ summary = seed_summary(runs, records, cell=CELL)
 for filename, frame in {"label_efficiency": rows, "label_efficiency_summary": summary}.items():
     with atomic_file(Path(results) / "tables" / f"{filename}.csv") as path:
         frame.to_csv(path, index=False)
-arms = summary.assign(score=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in summary.itertuples()])
+arms = summary.assign(
+    score=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in summary.itertuples()]
+)
 arms = arms.pivot(index=["protocol", "encoder", "method"], columns="fraction", values="score")
 arms.rename(columns="{:.0%}".format).style.set_caption(f"Macro AUROC, mean over seeds: {note}")
 
@@ -226,7 +282,7 @@ arms.rename(columns="{:.0%}".format).style.set_caption(f"Macro AUROC, mean over 
 # scratch, and each frozen arm also with the same encoder never trained.
 
 # %%
-from ecglib.transfer import paired_gains
+from ecgstudy.analysis.gains import paired_gains
 
 gains = paired_gains(runs, records)
 with atomic_file(Path(results) / "tables" / "label_efficiency_gains.csv") as path:
@@ -238,18 +294,31 @@ few.style.format(precision=3).hide(axis="index").set_caption(f"Gain in macro AUR
 over_random = gains[gains["over"] == "random"]
 lacking = over_random[over_random["gain"] <= 0]
 for row in lacking.itertuples():
-    print(f"NOT better than random filters: {row.method}, frozen, {row.fraction:.0%} of the labels ({row.gain:+.3f})")
-print(f"{len(over_random) - len(lacking)} of {len(over_random)} frozen arms beat the same encoder never trained")
+    print(
+        f"NOT better than random filters: {row.method}, frozen, {row.fraction:.0%} of the labels ({row.gain:+.3f})"
+    )
+print(
+    f"{len(over_random) - len(lacking)} of {len(over_random)} frozen arms beat the same encoder never trained"
+)
 
 # %% [markdown]
 # ## Did anything collapse?
 
 # %%
-collapse = pd.DataFrame([
-    {"method": name, "encoder": run.spec.settings["encoder"], "features": run.predictions()["features"].shape[1],
-     "effective_rank": run.about["notes"]["effective_rank"]} for name, run in pretrained.items()
-])  # fmt: skip
-assert (collapse["effective_rank"] > 2).all(), "the features of an encoder vary in hardly more than one direction"
+collapse = pd.DataFrame(
+    [
+        {
+            "method": name,
+            "encoder": run.spec.settings["encoder"],
+            "features": run.predictions()["features"].shape[1],
+            "effective_rank": run.about["notes"]["effective_rank"],
+        }
+        for name, run in pretrained.items()
+    ]
+)
+assert (collapse["effective_rank"] > 2).all(), (
+    "the features of an encoder vary in hardly more than one direction"
+)
 collapse.style.format(precision=1).hide(axis="index")
 
 # %% [markdown]
@@ -265,28 +334,43 @@ table = table[(table["fraction"] == table["fraction"].min())]
 own_classes = [metric for metric in table["metric"].unique() if metric.startswith("auroc:")]
 
 # %% tags=["solution"]
-means = table.groupby(["protocol", "split", "method", "encoder", "metric"])["value"].mean().unstack()
+means = (
+    table.groupby(["protocol", "split", "method", "encoder", "metric"])["value"].mean().unstack()
+)
 arm = means.loc["frozen", "validation"].drop(index="random")["macro_auroc"].idxmax()
-gain = (means.loc["frozen", "test", *arm] - means.loc["supervised", "test", "supervised", arm[1]])[own_classes]
+gain = (means.loc["frozen", "test", *arm] - means.loc["supervised", "test", "supervised", arm[1]])[
+    own_classes
+]
 gain = gain.rename(lambda metric: metric.removeprefix("auroc:")).sort_values()
 most = gain.idxmax()
 print(f"{arm}: {most} gains most\n{gain.round(3).to_dict()}")
 
 # %% tags=["check"]
-from ecglib.exercises import numbers
+from ecgtools.exercises import numbers
 
 scored = {}
 for row in table.itertuples():
-    scored.setdefault((row.protocol, row.split, row.metric, row.method, row.encoder), []).append(row.value)
+    scored.setdefault((row.protocol, row.split, row.metric, row.method, row.encoder), []).append(
+        row.value
+    )
 scored = {key: np.mean(values) for key, values in scored.items()}
-ranked = {key[3:]: value for key, value in scored.items() if key[:3] == ("frozen", "validation", "macro_auroc")}
+ranked = {
+    key[3:]: value
+    for key, value in scored.items()
+    if key[:3] == ("frozen", "validation", "macro_auroc")
+}
 top = max(value for candidate, value in ranked.items() if candidate[0] != "random")
 best = isinstance(arm, tuple) and arm[:1] != ("random",) and ranked.get(arm, 0) >= top - 1e-9
 assert best, "`arm` is not the pretrained frozen arm with the highest macro AUROC on fold 9"
-true = {metric.removeprefix("auroc:"): scored["frozen", "test", metric, *arm]
-        - scored["supervised", "test", metric, "supervised", arm[1]] for metric in own_classes}  # fmt: skip
+true = {
+    metric.removeprefix("auroc:"): scored["frozen", "test", metric, *arm]
+    - scored["supervised", "test", metric, "supervised", arm[1]]
+    for metric in own_classes
+}
 told = numbers(pd.Series(gain, dtype=object).reindex(list(true)), (len(true),))
-assert np.allclose(told, list(true.values()), equal_nan=True), "`gain` is not that of the frozen arm on fold 10"
+assert np.allclose(told, list(true.values()), equal_nan=True), (
+    "`gain` is not that of the frozen arm on fold 10"
+)
 largest = isinstance(most, str) and true.get(most, -1) >= np.nanmax(list(true.values())) - 1e-9
 assert largest, "`most` is not the class with the largest gain"
 print("right")
@@ -298,8 +382,10 @@ print("right")
 for fraction in (min(fractions), max(fractions)):
     cell = summary[summary["fraction"] == fraction].sort_values("value")
     top, control = cell.iloc[-1], cell[cell["protocol"] == "supervised"].iloc[-1]
-    print(f"{fraction:.0%} of the labels: best is {top['method']}, {top['protocol']}, {top['value']:.3f} "
-          f"[{top['low']:.3f}, {top['high']:.3f}]; best from scratch {control['value']:.3f}")  # fmt: skip
+    print(
+        f"{fraction:.0%} of the labels: best is {top['method']}, {top['protocol']}, {top['value']:.3f} "
+        f"[{top['low']:.3f}, {top['high']:.3f}]; best from scratch {control['value']:.3f}"
+    )
 
 # %% [markdown]
 # Notebook 14 draws these tables as curves and asks how many labels each method needs. Written:

@@ -24,7 +24,10 @@ dropout = 0.1
 token_dropout = 0.2  # whole encoders dropped while training
 steps = 60  # training steps, the same for every fusion
 batch_size = 32
-learning_rates = [0.0001, 0.001]  # one is chosen on fold 9 for each label subset, as a probe's penalty is
+learning_rates = [
+    0.0001,
+    0.001,
+]  # one is chosen on fold 9 for each label subset, as a probe's penalty is
 learning_rates_random = [0.001, 0.003]  # where a fusion starts from random weights
 left_out_fractions = [0.1]  # where each member is left out once
 copies = 2  # pretrainings of one method with other seeds
@@ -40,7 +43,7 @@ workers = 2  # trainings side by side, one thread each; 1 on a GPU
 from pathlib import Path
 
 from ecglib.records import Records
-from ecglib.selfsup.pretrain import encode_run, pretrained_runs, pretraining_spec
+from ecgstudy.arms.pretrain import encode_run, pretrained_runs, pretraining_spec
 
 everything = Records.load(Path(results) / "records")
 records = everything.select(everything.targets.any(axis=1))
@@ -58,10 +61,11 @@ print(f"Scores below: {note}\nPretrained: {', '.join(pretrained)}")
 # %%
 import pandas as pd
 
-from ecglib.fusion_runs import FusionData, as_member, supervised_member
-from ecglib.runs import run_or_load
+from ecgstudy.arms.fusion import FusionData, as_member, supervised_member
+from ecgstudy.runs import run_or_load
 from ecglib.train import default_device
-from ecglib.transfer import grid_subsets, transfer_runs
+from ecgstudy.arms.transfer import grid_subsets
+from ecgstudy.analysis.label_curve import transfer_runs
 
 device = default_device()
 seeds = {fraction: seeds_few if fraction <= 0.1 else seeds_many for fraction in fractions}
@@ -69,14 +73,23 @@ cells = list(grid_subsets(records, fractions, seeds))
 trained = transfer_runs(results, records)  # of notebook 09
 learnt = {name: as_member(run, records, results, device) for name, run in pretrained.items()}
 crop_seconds = max(run.spec.settings["crop_seconds"] for run in pretrained.values())
-control = pretraining_spec("random", records, 0, {"encoder": supervised_encoder, "crop_seconds": crop_seconds})
+control = pretraining_spec(
+    "random", records, 0, {"encoder": supervised_encoder, "crop_seconds": crop_seconds}
+)
 members = {
-    **learnt, "random": run_or_load(control, encode_run(records, device), results),
-    "supervised": supervised_member(trained, records, cells, results, supervised_encoder, device, workers),
-}  # fmt: skip
+    **learnt,
+    "random": run_or_load(control, encode_run(records, device), results),
+    "supervised": supervised_member(
+        trained, records, cells, results, supervised_encoder, device, workers
+    ),
+}
 data = FusionData(records, fractions, seeds, members)
-pd.DataFrame({"features": {name: values.shape[2] for name, values in data.features.items()},
-              "encoders": {name: len(values) for name, values in data.features.items()}})  # fmt: skip
+pd.DataFrame(
+    {
+        "features": {name: values.shape[2] for name, values in data.features.items()},
+        "encoders": {name: len(values) for name, values in data.features.items()},
+    }
+)
 
 # %% [markdown]
 # ## Attention over encoders
@@ -104,7 +117,9 @@ def attention_by_hand(tokens: torch.Tensor) -> torch.Tensor:
     q, k, v = network.qkv(network.inner_norm(tokens)).chunk(3, dim=3)
     taken = []
     for head in torch.arange(width).chunk(heads):
-        scores = torch.einsum("mnid,mnjd->mnij", q[..., head], k[..., head]) / (width / heads) ** 0.5
+        scores = (
+            torch.einsum("mnid,mnjd->mnij", q[..., head], k[..., head]) / (width / heads) ** 0.5
+        )
         taken.append(scores.softmax(dim=3) @ v[..., head])
     return tokens + network.mix(torch.cat(taken, dim=3))
 
@@ -122,14 +137,18 @@ print(f"{tokens.shape[2]} tokens of width {tokens.shape[3]}; largest difference 
 
 # %%
 votes = [data.probes[name] for name in members]
-network.start_from(torch.cat([weights[:1] for weights, _, _ in votes], dim=1),
-                   torch.stack([bias[:1] for _, bias, _ in votes], dim=1))  # fmt: skip
+network.start_from(
+    torch.cat([weights[:1] for weights, _, _ in votes], dim=1),
+    torch.stack([bias[:1] for _, bias, _ in votes], dim=1),
+)
 mean = sum(data.probe_logits(name, "validation")[0] for name in members) / len(members)
 validation = torch.from_numpy(data.split["validation"])[None]
 with torch.no_grad():
     start = network(gather([values[:1] for values in data.features.values()], validation))[0]
 assert torch.allclose(start, mean, atol=1e-3)
-print(f"largest difference of a logit from the mean of the probes: {(start - mean).abs().max():.1e}")
+print(
+    f"largest difference of a logit from the mean of the probes: {(start - mean).abs().max():.1e}"
+)
 
 # %% [markdown]
 # ## The comparison
@@ -146,18 +165,28 @@ from ecglib.fusion import FusionPerceptron, count_parameters, matched_hidden
 
 shape = {"width": width, "heads": heads, "hidden": hidden}
 perceptron = FusionPerceptron(1, sizes, classes, hidden=matched_hidden(sizes, classes, **shape))
-counts = {"probe of one encoder": (sizes[0] + 1) * classes, "concatenation + logistic": (sum(sizes) + 1) * classes,
-          "DVME": count_parameters(network), "matched perceptron": count_parameters(perceptron)}  # fmt: skip
+counts = {
+    "probe of one encoder": (sizes[0] + 1) * classes,
+    "concatenation + logistic": (sum(sizes) + 1) * classes,
+    "DVME": count_parameters(network),
+    "matched perceptron": count_parameters(perceptron),
+}
 assert abs(counts["matched perceptron"] / counts["DVME"] - 1) < 0.02
 pd.Series(counts, name="parameters").to_frame().style.format("{:,}")
 
 # %%
 import time
 
-from ecglib.fusion_runs import NETWORKS, fuse
+from ecgstudy.arms.fusion import NETWORKS, fuse
 
-settings = {**shape, "dropout": dropout, "token_dropout": token_dropout, "steps": steps, "batch_size": batch_size,
-            "learning_rates": learning_rates}  # fmt: skip
+settings = {
+    **shape,
+    "dropout": dropout,
+    "token_dropout": token_dropout,
+    "steps": steps,
+    "batch_size": batch_size,
+    "learning_rates": learning_rates,
+}
 runs, started = [], time.perf_counter()
 for method in (*NETWORKS, "best_single", "concatenation", "mean_of_logits"):
     rates = learning_rates_random if method == "dvme_random_start" else learning_rates
@@ -167,13 +196,15 @@ for name in members:
 print(f"{len(runs)} runs in {time.perf_counter() - started:.0f} s")
 
 # %%
-from ecglib.runs import seed_summary
+from ecgstudy.analysis.summary import seed_summary
 
 CELL = ("method", "members", "protocol", "data", "labels", "fraction")
 table = seed_summary(runs, records, cell=CELL)
 table["fusion"] = table["method"].where(table["method"] != "alone", "alone: " + table["members"])
 table["score"] = [f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in table.itertuples()]
-shown = table.pivot(index="fusion", columns="fraction", values="score").rename(columns="{:.0%}".format)
+shown = table.pivot(index="fusion", columns="fraction", values="score").rename(
+    columns="{:.0%}".format
+)
 shown.style.set_caption(f"Macro AUROC, frozen encoders, mean over label subsets: {note}")
 
 # %% [markdown]
@@ -183,8 +214,9 @@ shown.style.set_caption(f"Macro AUROC, frozen encoders, mean over label subsets:
 # best single encoder **and** above one logistic regression on everything, both with an interval that excludes zero.
 
 # %%
-from ecglib.fusion_runs import fusion_gains
-from ecglib.plots import plot_fusion_gains, save_figure
+from ecgstudy.analysis.gains import fusion_gains
+from ecgstudy.analysis.gains import plot_fusion_gains
+from ecgstudy.analysis.figures import save_figure
 
 gains = fusion_gains([run for run in runs if run.spec.method != "alone"], records)
 figure = plot_fusion_gains(gains, f"What DVME gains in macro AUROC: {note}")
@@ -197,7 +229,10 @@ for fraction, rows in gains.groupby("fraction"):
     found = rows.set_index("over").loc[["best_single", "concatenation"]]
     supported[fraction] = bool((found["low"] > 0).all())
     word = "supported" if supported[fraction] else "NOT supported"
-    told = [f"over {row.Index} {row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in found.itertuples()]
+    told = [
+        f"over {row.Index} {row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
+        for row in found.itertuples()
+    ]
     print(f"{fraction:4.0%}: fusion is {word}: {'; '.join(told)}")
 
 # %% [markdown]
@@ -212,12 +247,21 @@ from ecglib.selfsup.byol import BYOL
 from ecglib.selfsup.cpc import CPC
 from ecglib.selfsup.dino import DINO
 from ecglib.selfsup.patient_pairs import PatientPairs
-from ecglib.selfsup.pretrain import pretrain_run
+from ecgstudy.arms.pretrain import pretrain_run
 from ecglib.selfsup.simclr import SimCLR
 from ecglib.selfsup.swav import SwAV
 
-objectives = {"byol": BYOL, "cpc": CPC, "dino": DINO, "patient_pairs": PatientPairs, "simclr": SimCLR, "swav": SwAV}
-alone = [run for run in runs if run.spec.method == "alone" and run.spec.settings["members"] in learnt]
+objectives = {
+    "byol": BYOL,
+    "cpc": CPC,
+    "dino": DINO,
+    "patient_pairs": PatientPairs,
+    "simclr": SimCLR,
+    "swav": SwAV,
+}
+alone = [
+    run for run in runs if run.spec.method == "alone" and run.spec.settings["members"] in learnt
+]
 looked = seed_summary(alone, records, "validation", CELL)
 at = min(fractions, key=lambda fraction: abs(fraction - 0.1))
 order = list(looked[looked["fraction"] == at].sort_values("value", ascending=False)["members"])
@@ -226,22 +270,28 @@ same = {order[0]: learnt[order[0]]}
 for seed in range(best.spec.seed + 1, best.spec.seed + copies):
     specification = pretraining_spec(best.spec.method, records, seed, best.spec.settings)
     source = PatientBatches if order[0] == "patient_pairs" else CropBatches
-    again = run_or_load(specification, pretrain_run(records, objectives[order[0]], device, source), results)
+    again = run_or_load(
+        specification, pretrain_run(records, objectives[order[0]], device, source), results
+    )
     same[f"{order[0]}_seed{seed}"] = as_member(again, records, results, device)
 
 # %%
 seeds_of_one = fuse(FusionData(records, fractions, seeds, same), "dvme", settings, results)
 best_ones = fuse(data, "dvme", settings, results, order[:copies])
 diversity = seed_summary([*seeds_of_one, *best_ones], records, cell=CELL)
-shown = diversity.pivot(index="members", columns="fraction", values="value").rename(columns="{:.0%}".format)
+shown = diversity.pivot(index="members", columns="fraction", values="value").rename(
+    columns="{:.0%}".format
+)
 shown.style.format(precision=3).set_caption(f"DVME of {copies} tokens, macro AUROC: {note}")
 
 # %%
 differ = fusion_gains([*best_ones, *seeds_of_one], records)
 for row in differ.itertuples():
     word = "diversity helps" if row.low > 0 else "diversity harms" if row.high < 0 else "no finding"
-    print(f"{row.fraction:4.0%}: different methods over other seeds {row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}] "
-          f"{word}")  # fmt: skip
+    print(
+        f"{row.fraction:4.0%}: different methods over other seeds {row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}] "
+        f"{word}"
+    )
 
 # %% [markdown]
 # ## Who can be left out?
@@ -253,11 +303,17 @@ for row in differ.itertuples():
 left = [cell for cell in cells if cell[0] in left_out_fractions]
 fewer = []
 for name in members:
-    fewer += fuse(data, "dvme", settings, results, [other for other in members if other != name], left)
+    fewer += fuse(
+        data, "dvme", settings, results, [other for other in members if other != name], left
+    )
 missing = fusion_gains([run for run in runs if run.spec.method == "dvme"] + fewer, records)
 missing["without"] = ["".join(set(members) - set(names.split("+"))) for names in missing["members"]]
-missing["difference"] = [f"{row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in missing.itertuples()]
-missing.pivot(index="without", columns="fraction", values="difference").rename(columns="{:.0%}".format)
+missing["difference"] = [
+    f"{row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in missing.itertuples()
+]
+missing.pivot(index="without", columns="fraction", values="difference").rename(
+    columns="{:.0%}".format
+)
 
 # %% [markdown]
 # ## How alike are the encoders?
@@ -267,7 +323,7 @@ missing.pivot(index="without", columns="fraction", values="difference").rename(c
 
 # %%
 from ecglib.fusion import linear_cka
-from ecglib.plots import plot_similarity
+from ecgstudy.analysis.fusion import plot_similarity
 
 pool = {name: values[-1][data.split["train"]] for name, values in data.features.items()}
 
@@ -294,20 +350,31 @@ figure
 # votes included. Where attention is even and the other is not, attention explains nothing.
 
 # %%
-from ecglib.plots import plot_token_weights
+from ecgstudy.analysis.fusion import plot_token_weights
 
 names = {"tokens/attention": "attention received", "tokens/gradient_input": "gradient × input"}
 told = [run for run in runs if run.spec.method == "dvme" and run.spec.fraction == at]
 kept = [run.predictions() for run in told]
-shares = pd.DataFrame([
-    {"measure": measure, "class": label, "member": member,
-     "share": sum(each[key][row, column] for each in kept) / len(kept)}
-    for key, measure in names.items()
-    for row, label in enumerate(records.classes) for column, member in enumerate(members)
-])  # fmt: skip
-totals = shares.groupby(["measure", "class"])["share"].sum().loc[lambda total: total > 0]  # 0: no record of a class
+shares = pd.DataFrame(
+    [
+        {
+            "measure": measure,
+            "class": label,
+            "member": member,
+            "share": sum(each[key][row, column] for each in kept) / len(kept),
+        }
+        for key, measure in names.items()
+        for row, label in enumerate(records.classes)
+        for column, member in enumerate(members)
+    ]
+)
+totals = (
+    shares.groupby(["measure", "class"])["share"].sum().loc[lambda total: total > 0]
+)  # 0: no record of a class
 assert ((totals - 1).abs() < 1e-4).all(), totals
-figure = plot_token_weights(shares, f"{at:.0%} of the labels, {records.name}, fold 9{records.caveat}")
+figure = plot_token_weights(
+    shares, f"{at:.0%} of the labels, {records.name}, fold 9{records.caveat}"
+)
 save_figure(figure, Path(results) / "figures" / "token_weights.svg")
 figure
 
@@ -320,41 +387,65 @@ figure
 # 09.
 
 # %%
-from ecglib.fusion_runs import finetuned_fusion_run, fusion_spec
-from ecglib.runs import run_grid
+from ecgstudy.arms.fusion import finetuned_fusion_run, fusion_spec
+from ecgstudy.runs import run_grid
 
-transforms = next(run.spec.settings["transforms"] for run in trained if "transforms" in run.spec.settings)
-training = {"steps": tuned_steps, "batch_size": tuned_batch_size, "encoder_factor": encoder_factor,
-            "weight_decay": weight_decay, "crop_seconds": crop_seconds, "transforms": transforms}  # fmt: skip
+transforms = next(
+    run.spec.settings["transforms"] for run in trained if "transforms" in run.spec.settings
+)
+training = {
+    "steps": tuned_steps,
+    "batch_size": tuned_batch_size,
+    "encoder_factor": encoder_factor,
+    "weight_decay": weight_decay,
+    "crop_seconds": crop_seconds,
+    "transforms": transforms,
+}
 rates = dict(zip(tuned_fractions, tuned_learning_rates, strict=True))
 frozen = {(run.spec.fraction, run.spec.seed): run for run in runs if run.spec.method == "dvme"}
 specs = []
 for cell in [cell for cell in cells if cell[0] in rates]:
     own = {**settings, **training, "learning_rate": rates[cell[0]], "start": frozen[cell].spec.key}
     specs.append(fusion_spec(data, "dvme", list(members), cell, own, "fine-tuned"))
-tuned = run_grid(specs, finetuned_fusion_run(data, list(frozen.values()), device), results, workers=workers)
+tuned = run_grid(
+    specs, finetuned_fusion_run(data, list(frozen.values()), device), results, workers=workers
+)
 
 # %%
-from ecglib.evaluate import paired_difference
+from ecglib.evaluate.draws import paired_difference
 from ecglib.labels import split_truth
-from ecglib.runs import seed_scores
+from ecgstudy.analysis.summary import seed_scores
 
 singles = [run for run in trained if run.spec.value("protocol") == "fine-tuned"]
-of_singles = seed_summary(singles, records, "validation", ("method", "fraction")).sort_values("value")
-scores = {"DVME": seed_scores(tuned, cell=("fraction",)), "frozen": seed_scores(frozen.values(), cell=("fraction",))}
+of_singles = seed_summary(singles, records, "validation", ("method", "fraction")).sort_values(
+    "value"
+)
+scores = {
+    "DVME": seed_scores(tuned, cell=("fraction",)),
+    "frozen": seed_scores(frozen.values(), cell=("fraction",)),
+}
 targets, patients = split_truth(records)
 for (fraction,), ours in sorted(scores["DVME"].items()):
     top = of_singles[of_singles["fraction"] == fraction].iloc[-1]["method"]
     single = seed_scores(singles, cell=("method", "fraction"))[top, fraction]
-    spent = {run.spec.settings["steps"] for run in singles if (run.spec.method, run.spec.fraction) == (top, fraction)}
-    controls = {"DVME with frozen encoders": scores["frozen"][fraction,], f"{top}, {max(spent)} steps": single}
+    spent = {
+        run.spec.settings["steps"]
+        for run in singles
+        if (run.spec.method, run.spec.fraction) == (top, fraction)
+    }
+    controls = {
+        "DVME with frozen encoders": scores["frozen"][fraction,],
+        f"{top}, {max(spent)} steps": single,
+    }
     for name, theirs in controls.items():
         gain = paired_difference(targets, ours, theirs, patients, classes=records.classes)
-        print(f"{fraction:.0%}, {tuned_steps} steps: over {name} {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]")
+        print(
+            f"{fraction:.0%}, {tuned_steps} steps: over {name} {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+        )
 
 # %%
 from ecglib.files import atomic_file
-from ecglib.runs import keep_list, tidy
+from ecgstudy.runs import keep_list, tidy
 
 keep_list(runs, "fusion", results)  # for notebook 15
 every = [*runs, *seeds_of_one, *best_ones, *fewer, *tuned]
@@ -381,27 +472,41 @@ alone = alone[alone["metric"].str.startswith("auroc:")]
 
 # %% tags=["solution"]
 by_class = alone.groupby(["split", "members", "metric"])["value"].mean().unstack()
-trusted, single = by_class.loc["validation"].idxmax(), by_class.loc["validation"].mean(axis=1).idxmax()
+trusted, single = (
+    by_class.loc["validation"].idxmax(),
+    by_class.loc["validation"].mean(axis=1).idxmax(),
+)
 read = by_class.loc["test"]
-gain = sum(read.loc[member, metric] for metric, member in trusted.items()) / len(trusted) - read.loc[single].mean()
+gain = (
+    sum(read.loc[member, metric] for metric, member in trusted.items()) / len(trusted)
+    - read.loc[single].mean()
+)
 print(f"told which to trust {gain:+.3f} over {single}\n{trusted.to_dict()}")
 
 # %% tags=["check"]
-from ecglib.exercises import number
+from ecgtools.exercises import number
 
-scored = {(fold, member, metric): float(group["value"].mean())
-          for (fold, member, metric), group in alone.groupby(["split", "members", "metric"])}  # fmt: skip
+scored = {
+    (fold, member, metric): float(group["value"].mean())
+    for (fold, member, metric), group in alone.groupby(["split", "members", "metric"])
+}
 names, asked = alone["members"].unique(), alone["metric"].unique()
 known = pd.Series(trusted, dtype=object).to_dict()
-assert sorted(map(str, known)) == sorted(asked), "`trusted` must name an encoder for each `auroc:CLASS`"
+assert sorted(map(str, known)) == sorted(asked), (
+    "`trusted` must name an encoder for each `auroc:CLASS`"
+)
 best = {metric: max(scored["validation", member, metric] for member in names) for metric in asked}
-told = [scored.get(("validation", known[metric], metric), 0) >= best[metric] - 1e-9 for metric in asked]
+told = [
+    scored.get(("validation", known[metric], metric), 0) >= best[metric] - 1e-9 for metric in asked
+]
 assert all(told), "`trusted` does not name the best encoder of each class on fold 9"
 means = {member: sum(scored["validation", member, metric] for metric in asked) for member in names}
 first = isinstance(single, str) and means.get(single, 0) >= max(means.values()) - 1e-9
 assert first, "`single` is not the encoder with the best mean over classes on fold 9"
 rise = [scored["test", known[metric], metric] - scored["test", single, metric] for metric in asked]
-assert abs(number(gain) - sum(rise) / len(rise)) < 1e-9, "`gain` is not the mean difference over classes on fold 10"
+assert abs(number(gain) - sum(rise) / len(rise)) < 1e-9, (
+    "`gain` is not the mean difference over classes on fold 10"
+)
 print("right")
 
 # %% [markdown]
@@ -410,9 +515,11 @@ print("right")
 # %%
 for fraction in fractions:
     cell = table[table["fraction"] == fraction].set_index("fusion")["value"]
-    print(f"{fraction:4.0%}: DVME {cell['dvme']:.3f}, best single {cell['best_single']:.3f}, concatenation "
-          f"{cell['concatenation']:.3f}, mean of logits {cell['mean_of_logits']:.3f}; fusion is "
-          f"{'supported' if supported[fraction] else 'NOT supported'}")  # fmt: skip
+    print(
+        f"{fraction:4.0%}: DVME {cell['dvme']:.3f}, best single {cell['best_single']:.3f}, concatenation "
+        f"{cell['concatenation']:.3f}, mean of logits {cell['mean_of_logits']:.3f}; fusion is "
+        f"{'supported' if supported[fraction] else 'NOT supported'}"
+    )
 
 # %% [markdown]
 # Written: `tables/fusion.csv`, `tables/fusion_summary.csv`, `tables/fusion_gains.csv`, `figures/fusion_gains.svg`,

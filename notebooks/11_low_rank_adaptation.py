@@ -44,7 +44,13 @@ views = {  # for SwAV, see notebook 05
     "baseline_wander": {"largest": 0.05},
     "time_out": {"low": 0.0, "high": 0.4},
 }
-options = {"prototypes": 100, "hidden": 512, "outputs": 64, "queue": 4, "views": 2}  # SwAV's own settings
+options = {
+    "prototypes": 100,
+    "hidden": 512,
+    "outputs": 64,
+    "queue": 4,
+    "views": 2,
+}  # SwAV's own settings
 
 # %%
 from pathlib import Path
@@ -88,14 +94,16 @@ print(f"5 % of the labels here: {round(0.05 * len(split['train']))} records, {no
 # simulator: *simulated to simulated* flatters, and says nothing about real hearts.
 
 # %%
-from ecglib.semisup import starts
+from ecgstudy.arms import starts
 from ecglib.sources import read_source
 from ecglib.sources.simulate import simulate_records
 
 if backbone_data:
     cohort = read_source(backbone_data, sampling_rate=round(records.sampling_rate))
 else:
-    assert not records.about["simulated"] or records.about["seed"] != cohort_seed, "the cohort would be the study's own"
+    assert not records.about["simulated"] or records.about["seed"] != cohort_seed, (
+        "the cohort would be the study's own"
+    )
     cohort = simulate_records(cohort_patients, cohort_seed, records.sampling_rate, task="all")
 print(f"{cohort.name}: {len(cohort):,} recordings, {', '.join(cohort.classes)}")
 
@@ -106,15 +114,21 @@ print(f"{cohort.name}: {len(cohort):,} recordings, {', '.join(cohort.classes)}")
 # %%
 import warnings
 
-from ecglib.evaluate import AbsentClassWarning
-from ecglib.runs import run_or_load
-from ecglib.supervised import supervised_run
+from ecglib.evaluate.metrics import AbsentClassWarning
+from ecgstudy.runs import run_or_load
+from ecgstudy.arms.supervised import supervised_run
 from ecglib.train import default_device
 
 settings = {
-    "encoder": backbone, "batch_size": backbone_batch, "crop_seconds": crop_seconds, "steps": backbone_steps,
-    "learning_rate": learning_rate, "weight_decay": weight_decay, "dropout": 0.0, "transforms": transforms,
-}  # fmt: skip
+    "encoder": backbone,
+    "batch_size": backbone_batch,
+    "crop_seconds": crop_seconds,
+    "steps": backbone_steps,
+    "learning_rate": learning_rate,
+    "weight_decay": weight_decay,
+    "dropout": 0.0,
+    "transforms": transforms,
+}
 device = default_device()
 specification = starts.cohort_spec(cohort, seed, settings)
 with warnings.catch_warnings():
@@ -129,14 +143,19 @@ starts.keep_start(simulated, "simulated", results)
 # by SwAV, as in notebook 05. These are the right hearts, but there are far fewer of them.
 
 # %%
-from ecglib.selfsup.pretrain import encode_records, encode_run, pretrain_run, pretraining_spec
+from ecgstudy.arms.pretrain import encode_records, encode_run, pretrain_run, pretraining_spec
 from ecglib.selfsup.swav import SwAV
 
 settings = {
-    "encoder": backbone, "steps": swav_steps, "batch_size": swav_batch, "crop_seconds": crop_seconds,
-    "learning_rate": learning_rate, "weight_decay": weight_decay, "transforms": views,
+    "encoder": backbone,
+    "steps": swav_steps,
+    "batch_size": swav_batch,
+    "crop_seconds": crop_seconds,
+    "learning_rate": learning_rate,
+    "weight_decay": weight_decay,
+    "transforms": views,
     "options": {"batch_size": swav_batch, **options},  # the queue must know the size of a batch
-}  # fmt: skip
+}
 specification = pretraining_spec("swav", records, seed, settings)
 self_supervised = run_or_load(specification, pretrain_run(records, SwAV, device), results)
 starts.keep_start(self_supervised, "self_supervised", results)
@@ -144,12 +163,16 @@ starts.keep_start(self_supervised, "self_supervised", results)
 # %%
 import pandas as pd
 
-stated, sorted_out = (pd.DataFrame(run.about["notes"]["history"]) for run in (simulated, self_supervised))
+stated, sorted_out = (
+    pd.DataFrame(run.about["notes"]["history"]) for run in (simulated, self_supervised)
+)
 assert stated["loss"].iloc[-1] < stated["loss"].iloc[0], "the loss on the cohort did not fall"
 assert sorted_out["effective_rank"].iloc[-1] > 2, "SwAV's features have collapsed"
 for name, history in {"simulated labels": stated, "SwAV": sorted_out}.items():
-    print(f"{name}: loss {history['loss'].dropna().iloc[0]:.3f} to {history['loss'].iloc[-1]:.3f} "
-          f"in {history['seconds'].iloc[-1]:.0f} s")  # fmt: skip
+    print(
+        f"{name}: loss {history['loss'].dropna().iloc[0]:.3f} to {history['loss'].iloc[-1]:.3f} "
+        f"in {history['seconds'].iloc[-1]:.0f} s"
+    )
 
 # %% [markdown]
 # ## Real hearts, without one real label
@@ -162,7 +185,7 @@ for name, history in {"simulated labels": stated, "SwAV": sorted_out}.items():
 
 # %%
 from ecglib.errors import DataError
-from ecglib.evaluate import class_auroc, macro_auroc
+from ecglib.evaluate.metrics import class_auroc, macro_auroc
 
 unseen, asked = "not asked", split["validation"]
 try:
@@ -179,12 +202,14 @@ except DataError as error:
 
 # %%
 from ecglib.encoders import make_encoder
-from ecglib.train import load_state
-from ecglib.transfer import frozen_validation
+from ecglib.checkpoints import load_state
+from ecgstudy.analysis.label_curve import frozen_validation
 
 encoder = make_encoder(backbone)
 load_state(encoder, starts.start_weights(simulated), simulated.folder)
-random_spec = pretraining_spec("random", records, seed, {"encoder": backbone, "crop_seconds": crop_seconds})
+random_spec = pretraining_spec(
+    "random", records, seed, {"encoder": backbone, "crop_seconds": crop_seconds}
+)
 untrained = run_or_load(random_spec, encode_run(records, device), results)
 features = {
     "random": untrained.predictions()["features"],
@@ -192,7 +217,9 @@ features = {
     "simulated labels": encode_records(encoder.to(device), records, crop_seconds, device),
 }
 probed = frozen_validation(records, features, fractions, probe_seeds)
-probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"Macro AUROC, fold 9: {note}")
+probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(
+    f"Macro AUROC, fold 9: {note}"
+)
 
 # %% [markdown]
 # ## A difference of low rank
@@ -210,7 +237,9 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(f"M
 from ecglib.lora import LowRankLayer
 
 
-def by_formula(layer: torch.nn.Module, a: torch.Tensor, b: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def by_formula(
+    layer: torch.nn.Module, a: torch.Tensor, b: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
     """A linear layer or a convolution with the weight W0 + BA."""
     weight = layer.weight + (b @ a).view_as(layer.weight)
     if isinstance(layer, torch.nn.Linear):
@@ -219,13 +248,17 @@ def by_formula(layer: torch.nn.Module, a: torch.Tensor, b: torch.Tensor, x: torc
 
 
 torch.manual_seed(seed)
-for layer, x in ((torch.nn.Linear(6, 10), torch.randn(3, 6)),
-                 (torch.nn.Conv1d(12, 8, 9, stride=4, padding=4), torch.randn(3, 12, 50))):  # fmt: skip
+for layer, x in (
+    (torch.nn.Linear(6, 10), torch.randn(3, 6)),
+    (torch.nn.Conv1d(12, 8, 9, stride=4, padding=4), torch.randn(3, 12, 50)),
+):
     adapted = LowRankLayer(layer, rank=2)
     torch.nn.init.normal_(adapted.B)
     difference = (by_formula(layer, adapted.A, adapted.B, x) - adapted(x)).abs().max().item()
     assert difference < 1e-5, difference
-    print(f"{type(layer).__name__}: A {tuple(adapted.A.shape)}, B {tuple(adapted.B.shape)}, apart by {difference:.0e}")
+    print(
+        f"{type(layer).__name__}: A {tuple(adapted.A.shape)}, B {tuple(adapted.B.shape)}, apart by {difference:.0e}"
+    )
 
 # %% [markdown]
 # The package never forms $BA$: it adds $B(Ax)$ to what the frozen layer gives, two thin products instead of a thick
@@ -236,11 +269,25 @@ for layer, x in ((torch.nn.Linear(6, 10), torch.randn(3, 6)),
 # %%
 from ecglib.lora import adaptable_layers
 
-shapes = {name: (len(layer.weight), layer.weight[0].numel()) for name, layer in adaptable_layers(published).items()}
+shapes = {
+    name: (len(layer.weight), layer.weight[0].numel())
+    for name, layer in adaptable_layers(published).items()
+}
 rows = {}
-for name in ("blocks.0.first", "blocks.0.second", "blocks.0.shortcut", "transformer.0.mlp.0", "head.0"):
+for name in (
+    "blocks.0.first",
+    "blocks.0.second",
+    "blocks.0.shortcut",
+    "transformer.0.mlp.0",
+    "head.0",
+):
     m, n = shapes[name]
-    rows[name] = {"matrix": f"{m} x {n}", "whole": m * n, "rank 16": 16 * (m + n), "share": 16 * (m + n) / (m * n)}
+    rows[name] = {
+        "matrix": f"{m} x {n}",
+        "whole": m * n,
+        "rank 16": 16 * (m + n),
+        "share": 16 * (m + n) / (m * n),
+    }
 pd.DataFrame(rows).T.style.format({"whole": "{:,}", "rank 16": "{:,}", "share": "{:.0%}"})
 
 # %% [markdown]
@@ -252,7 +299,7 @@ pd.DataFrame(rows).T.style.format({"whole": "{:,}", "rank 16": "{:,}", "share": 
 # %%
 from ecglib.batches import CropBatches
 from ecglib.lora import add_lora, trainable_parameters
-from ecglib.semisup.methods import make_network
+from ecgstudy.arms.semi_supervised import make_network
 
 start = starts.start_weights(simulated)
 signals = CropBatches(records, split["train"], 16, crop_seconds, seed)(step=0).signals
@@ -279,12 +326,16 @@ def kind(name: str, parameter: torch.nn.Parameter) -> str:
     return "low-rank pairs" if last in ("A", "B") else "biases" if last == "bias" else "last layer"
 
 
-counts = pd.Series(dict.fromkeys(["frozen", "low-rank pairs", "biases", "last layer"], 0), name="numbers")
+counts = pd.Series(
+    dict.fromkeys(["frozen", "low-rank pairs", "biases", "last layer"], 0), name="numbers"
+)
 for name, parameter in network.named_parameters():
     counts[kind(name, parameter)] += parameter.numel()
 trained = sum(parameter.numel() for parameter in trainable_parameters(network))
 assert trained == counts.drop("frozen").sum()
-print(f"{backbone} at rank {rank}: {trained:,} of {counts['frozen'] + counts['last layer'] + counts['biases']:,}")
+print(
+    f"{backbone} at rank {rank}: {trained:,} of {counts['frozen'] + counts['last layer'] + counts['biases']:,}"
+)
 counts.to_frame().style.format("{:,}")
 
 # %% [markdown]
@@ -294,7 +345,10 @@ counts.to_frame().style.format("{:,}")
 # %%
 for tried, millions in {4: 0.222, 8: 0.413, 16: 0.795, 32: 1.559}.items():
     with torch.device("meta"):
-        count = sum(p.numel() for p in trainable_parameters(add_lora(ConvTransformer("base", classes=18), tried)))
+        count = sum(
+            p.numel()
+            for p in trainable_parameters(add_lora(ConvTransformer("base", classes=18), tried))
+        )
     assert round(count / 1e6, 3) == millions, (tried, count)
     print(f"rank {tried:2}: {count:9,} trained, {count / weights:.1%} of the network")
 
@@ -317,9 +371,13 @@ torch.nn.init.normal_(coin.B)
 coin.deactivation, x, tosses = deactivation, torch.randn(1, 6), 2000
 without = coin.base(x)
 kept = sum(not torch.equal(coin(x), without) for _ in range(tosses)) / tosses
-assert abs(kept - (1 - deactivation)) < 4 * (deactivation * (1 - deactivation) / tosses) ** 0.5, kept
+assert abs(kept - (1 - deactivation)) < 4 * (deactivation * (1 - deactivation) / tosses) ** 0.5, (
+    kept
+)
 torch.testing.assert_close(coin.eval()(x) - without, (1 - deactivation) * (x @ coin.A.T @ coin.B.T))
-print(f"the pair was there in {kept:.1%} of {tosses} passes; in the test it counts {1 - deactivation:.0%}")
+print(
+    f"the pair was there in {kept:.1%} of {tosses} passes; in the test it counts {1 - deactivation:.0%}"
+)
 
 # %% [markdown]
 # A layer that was left out gets no gradient. It is not updated in this step, and nothing has to be kept for it. To know
@@ -332,7 +390,9 @@ layers = low_rank_layers(network)
 left_out, present = layers["blocks.0.second"], layers["head.0"]
 left_out.deactivation = 1.0
 network.train()(signals).square().mean().backward()
-assert left_out.A.grad is None and left_out.B.grad is None, "a gradient reached a layer that was left out"
+assert left_out.A.grad is None and left_out.B.grad is None, (
+    "a gradient reached a layer that was left out"
+)
 assert left_out.base.bias.grad is not None and present.B.grad is not None
 left_out.deactivation = deactivation
 network.zero_grad(set_to_none=True)
@@ -351,14 +411,24 @@ from ecglib.train import fit
 
 labelled = label_subsets(records, [labelled_share], seed)[labelled_share]
 batches = CropBatches(records, labelled, adapter_batch, crop_seconds, seed, device)
-network = add_lora(make_network(backbone, len(records.classes), seed, start), rank, deactivation).to(device)
+network = add_lora(
+    make_network(backbone, len(records.classes), seed, start), rank, deactivation
+).to(device)
 checksum = backbone_checksum(network)
-history = fit(Supervised(network), batches, adapter_steps, learning_rate=learning_rate, weight_decay=weight_decay,
-              seed=seed)  # fmt: skip
+history = fit(
+    Supervised(network),
+    batches,
+    adapter_steps,
+    learning_rate=learning_rate,
+    weight_decay=weight_decay,
+    seed=seed,
+)
 network.cpu().eval()
 assert backbone_checksum(network) == checksum, "the frozen weights have changed"
-print(f"{len(labelled)} labels, loss {history['loss'].iloc[0]:.3f} to {history['loss'].iloc[-1]:.3f}; "
-      f"backbone unchanged, checksum {checksum[:12]}")  # fmt: skip
+print(
+    f"{len(labelled)} labels, loss {history['loss'].iloc[0]:.3f} to {history['loss'].iloc[-1]:.3f}; "
+    f"backbone unchanged, checksum {checksum[:12]}"
+)
 
 # %% [markdown]
 # When training has ended, $W_0 + (1-p)\,BA$ can be written into each layer. The merged network is an ordinary one: it
@@ -386,7 +456,7 @@ print(f"two evaluations are equal; merged and unmerged differ by {apart:.0e} at 
 # %%
 import numpy as np
 
-from ecglib.evaluate import predict_windows
+from ecglib.evaluate.windows import predict_windows
 
 
 def answers_on_fold_9() -> np.ndarray:
@@ -402,7 +472,9 @@ torch.manual_seed(seed)
 evaluations += [answers_on_fold_9() for _ in range(10)]
 assert any((again != evaluations[1]).any() for again in evaluations[2:]), "the coin was not tossed"
 steady, *tossed = (macro_auroc(records.targets[asked], one, records.classes) for one in evaluations)
-print(f"macro AUROC, fold 9: {steady:.4f} with the coin off, {min(tossed):.4f} to {max(tossed):.4f} with the coin on")
+print(
+    f"macro AUROC, fold 9: {steady:.4f} with the coin off, {min(tossed):.4f} to {max(tossed):.4f} with the coin on"
+)
 
 # %% [markdown]
 # ## Which layers deserve more?
@@ -443,13 +515,17 @@ ratio = scores["published"] / scores["corrected"]
 favour = ratio["transformer.0.qkv"] / ratio["transformer.0.mlp.0"]
 expected = ((1 / (3 * network.feature_size)) ** 0.5 / 0.02) ** 4
 assert abs(favour / expected - 1) < 1e-6, (favour, expected)
-print(f"the published score favours qkv {favour:.1f} times at a width of {network.feature_size}, "
-      f"{((1 / (3 * 256)) ** 0.5 / 0.02) ** 4:.1f} times at the published width of 256")  # fmt: skip
+print(
+    f"the published score favours qkv {favour:.1f} times at a width of {network.feature_size}, "
+    f"{((1 / (3 * 256)) ** 0.5 / 0.02) ** 4:.1f} times at the published width of 256"
+)
 
 # %%
 from ecglib.files import atomic_file
 
-ranks = pd.DataFrame({score: ranks_by_importance(scores[score].to_dict(), rank, share) for score in scores})
+ranks = pd.DataFrame(
+    {score: ranks_by_importance(scores[score].to_dict(), rank, share) for score in scores}
+)
 table = scores.join(ranks.add_prefix("rank_")).rename_axis("layer")
 with atomic_file(Path(results) / "tables" / "ranks.csv") as path:
     table.to_csv(path)
@@ -458,7 +534,8 @@ table.style.format({"published": "{:.1e}", "corrected": "{:.1e}"}).set_caption(
 )
 
 # %%
-from ecglib.plots import plot_ranks, save_figure
+from ecgstudy.analysis.cost import plot_ranks
+from ecgstudy.analysis.figures import save_figure
 
 figure = plot_ranks(scores, ranks, f"Importance of each layer before training: {note}")
 save_figure(figure, Path(results) / "figures" / "ranks.svg")
@@ -478,15 +555,29 @@ figure
 from ecglib.lora import adapter_state, save_adapter
 
 allocated = add_lora(network, ranks["corrected"].to_dict(), deactivation)
-fit(Supervised(allocated), batches, adapter_steps, learning_rate=learning_rate, weight_decay=weight_decay, seed=seed)
+fit(
+    Supervised(allocated),
+    batches,
+    adapter_steps,
+    learning_rate=learning_rate,
+    weight_decay=weight_decay,
+    seed=seed,
+)
 path = save_adapter(allocated.cpu().eval(), Path(results) / "adapters" / "notebook_11.safetensors")
 whole = sum(value.nbytes for value in merge_lora(copy.deepcopy(allocated)).state_dict().values())
-print(f"adapter {path.stat().st_size / 1e3:,.0f} kB, the whole network {whole / 1e3:,.0f} kB: "
-      f"{path.stat().st_size / whole:.0%}")  # fmt: skip
+print(
+    f"adapter {path.stat().st_size / 1e3:,.0f} kB, the whole network {whole / 1e3:,.0f} kB: "
+    f"{path.stat().st_size / whole:.0%}"
+)
 with torch.device("meta"):
-    base = add_lora(ConvTransformer("base", classes=18), ranks_by_importance(dict.fromkeys(shapes, 0.0), 16, share))
+    base = add_lora(
+        ConvTransformer("base", classes=18),
+        ranks_by_importance(dict.fromkeys(shapes, 0.0), 16, share),
+    )
 stored = 4 * sum(value.numel() for value in adapter_state(base).values())
-print(f"the base backbone at rank 16 and 8: {stored / 1e6:.1f} MB beside {4 * weights / 1e6:.0f} MB")
+print(
+    f"the base backbone at rank 16 and 8: {stored / 1e6:.1f} MB beside {4 * weights / 1e6:.0f} MB"
+)
 
 # %% [markdown]
 # Loaded onto the same backbone, it must give the same answers. On another backbone the same numbers would be noise, and
@@ -497,7 +588,9 @@ from ecglib.lora import load_adapter
 
 again = load_adapter(make_network(backbone, len(records.classes), seed, start), path).eval()
 with torch.inference_mode():
-    assert torch.equal(again(signals), allocated(signals)), "the adapter did not come back as it was"
+    assert torch.equal(again(signals), allocated(signals)), (
+        "the adapter did not come back as it was"
+    )
 other = make_network(backbone, len(records.classes), seed, starts.start_weights(self_supervised))
 refused = None
 try:
@@ -515,23 +608,31 @@ print(refused)
 # be any difference whatever? Put that into `anything`.
 
 # %% tags=["given"]
-shortcut = adaptable_layers(make_network(backbone, len(records.classes), seed))["blocks.0.shortcut"].weight
+shortcut = adaptable_layers(make_network(backbone, len(records.classes), seed))[
+    "blocks.0.shortcut"
+].weight
 print(f"weight {tuple(shortcut.shape)}: (outputs, inputs, places of the kernel)")
 
 # %% tags=["solution"]
 m, n = len(shortcut), shortcut[0].numel()
 larger, anything = m * n // (m + n) + 1, min(m, n)
-print(f"{m} x {n} is {m * n} numbers, a pair has {m + n} for each rank: more from rank {larger} on; "
-      f"any difference from rank {anything} on")  # fmt: skip
+print(
+    f"{m} x {n} is {m * n} numbers, a pair has {m + n} for each rank: more from rank {larger} on; "
+    f"any difference from rank {anything} on"
+)
 
 # %% tags=["check"]
-from ecglib.exercises import number
+from ecgtools.exercises import number
 
 matrix = shortcut.detach().flatten(1)
-sizes = [shared * sum(matrix.shape) for shared in range(1, matrix.numel() + 2)]  # of a pair, from rank 1 on
+sizes = [
+    shared * sum(matrix.shape) for shared in range(1, matrix.numel() + 2)
+]  # of a pair, from rank 1 on
 expected = next(shared for shared, size in enumerate(sizes, start=1) if size > matrix.numel())
 assert number(larger) == expected, "`larger` is not the first rank whose pair outweighs the matrix"
-full = torch.linalg.matrix_rank(torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0))).item()
+full = torch.linalg.matrix_rank(
+    torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0))
+).item()
 assert number(anything) == full, "`anything` is not the rank that a matrix of this shape can have"
 print("right")
 
@@ -545,8 +646,10 @@ for fraction in fractions:
     told = ", ".join(f"{name} {value:.3f}" for name, value in probed[fraction].items())
     print(f"linear probe with {fraction:.0%} of the labels: {told}")
 changed = ranks.index[ranks["published"] != ranks["corrected"]]
-print(f"{trained:,} numbers trained at rank {rank}; the corrected score changes the rank of "
-      f"{', '.join(changed) or 'no layer'}")  # fmt: skip
+print(
+    f"{trained:,} numbers trained at rank {rank}; the corrected score changes the rank of "
+    f"{', '.join(changed) or 'no layer'}"
+)
 
 # %% [markdown]
 # Notebook 12 trains from these backbones with few labels and many unlabelled ECGs. Written: `backbones/simulated.json`

@@ -16,8 +16,15 @@ label_fractions = [0.05]  # the paper's are 5, 10 and 15 %
 seeds = 5  # label subsets of each fraction
 backbone = "conv_transformer_small"  # that of notebook 11
 start = "simulated"  # the backbone that all methods start from
-methods = ["ce_ssl", "ce_ssl_without_deactivation", "ce_ssl_without_allocation", "ce_ssl_without_norm", "supervised",
-           "fixmatch", "mixed_teacher"]  # ce_ssl, supervised and fixmatch are always needed
+methods = [
+    "ce_ssl",
+    "ce_ssl_without_deactivation",
+    "ce_ssl_without_allocation",
+    "ce_ssl_without_norm",
+    "supervised",
+    "fixmatch",
+    "mixed_teacher",
+]  # ce_ssl, supervised and fixmatch are always needed
 steps = 40  # the same for every method
 batch_size = 32  # labelled records a step
 ratio = 1  # unlabelled records for each labelled one
@@ -39,7 +46,7 @@ from pathlib import Path
 
 from ecglib.labels import label_subsets, split_indices
 from ecglib.records import Records
-from ecglib.semisup.starts import kept_starts, start_weights
+from ecgstudy.arms.starts import kept_starts, start_weights
 
 everything = Records.load(Path(results) / "records")
 records = everything.select(everything.targets.any(axis=1))
@@ -64,7 +71,7 @@ import torch
 
 from ecglib.batches import SemiBatches
 from ecglib.semisup.ce_ssl import first_features
-from ecglib.semisup.methods import make_network
+from ecgstudy.arms.semi_supervised import make_network
 
 labelled = label_subsets(records, label_fractions, seed=0)[label_fractions[0]]
 unlabelled = [place for place in split["train"] if place not in set(labelled)]
@@ -87,8 +94,10 @@ with torch.no_grad():
     layer = torch.nn.BatchNorm1d(inner.shape[1])
     by_torch = layer(torch.cat([inner, outer]))[: len(inner)]
 assert torch.allclose(by_hand, by_torch, atol=1e-4)
-print(f"{len(labelled)} labelled and {len(unlabelled):,} unlabelled records; largest difference "
-      f"{(by_hand - by_torch).abs().max():.1e}")  # fmt: skip
+print(
+    f"{len(labelled)} labelled and {len(unlabelled):,} unlabelled records; largest difference "
+    f"{(by_hand - by_torch).abs().max():.1e}"
+)
 
 # %% [markdown]
 # Check: the unlabelled records change the features of the labelled ones, and no unlabelled record reaches the head.
@@ -96,9 +105,13 @@ print(f"{len(labelled)} labelled and {len(unlabelled):,} unlabelled records; lar
 # %%
 with torch.no_grad():
     alone = first_features(network, batch.signals, len(batch.signals))
-    together = first_features(network, torch.cat([batch.signals, batch.unlabelled]), len(batch.signals))
+    together = first_features(
+        network, torch.cat([batch.signals, batch.unlabelled]), len(batch.signals)
+    )
 assert together.shape == alone.shape and not torch.allclose(together, alone)
-print(f"features {tuple(together.shape)}, changed by {(together - alone).norm() / alone.norm():.1%}")
+print(
+    f"features {tuple(together.shape)}, changed by {(together - alone).norm() / alone.norm():.1%}"
+)
 
 # %% [markdown]
 # ## Labels that the network gives itself
@@ -145,7 +158,9 @@ from ecglib.labels import patients_shared
 
 try:
     shared, leaking = patients_shared(records)
-    print(f"split by record: {shared:.1f} patients on both sides, {leaking:.1%} of the test records; by patient: none")
+    print(
+        f"split by record: {shared:.1f} patients on both sides, {leaking:.1%} of the test records; by patient: none"
+    )
 except DataError as error:
     print(error)
 
@@ -157,21 +172,31 @@ except DataError as error:
 # A linear probe on the frozen backbone stands beside them.
 
 # %%
-from ecglib.runs import RunSpec, run_grid, run_or_load
-from ecglib.selfsup.pretrain import encode_run, pretraining_spec
-from ecglib.semisup.methods import semi_supervised_run
+from ecgstudy.runs import RunSpec, run_grid, run_or_load
+from ecgstudy.arms.pretrain import encode_run, pretraining_spec
+from ecgstudy.arms.semi_supervised import semi_supervised_run
 from ecglib.train import default_device
-from ecglib.transfer import frozen_run
+from ecgstudy.arms.transfer import frozen_run
 
 device = default_device()
 grid = [(fraction, seed) for fraction in label_fractions for seed in range(seeds)]
 task = records.about["task"]
 settings = {
-    "backbone": backbone, "steps": steps, "batch_size": batch_size, "ratio": ratio, "crop_seconds": crop_seconds,
-    "learning_rate": learning_rate, "low_rank_learning_rate": low_rank_learning_rate, "weight_decay": weight_decay,
-    "rank": rank, "share": share, "score": score, "deactivation": deactivation, "threshold": threshold,
+    "backbone": backbone,
+    "steps": steps,
+    "batch_size": batch_size,
+    "ratio": ratio,
+    "crop_seconds": crop_seconds,
+    "learning_rate": learning_rate,
+    "low_rank_learning_rate": low_rank_learning_rate,
+    "weight_decay": weight_decay,
+    "rank": rank,
+    "share": share,
+    "score": score,
+    "deactivation": deactivation,
+    "threshold": threshold,
     "fractions": label_fractions,
-}  # fmt: skip
+}
 
 
 def origin_of(name: str) -> tuple[dict | None, dict]:
@@ -184,21 +209,37 @@ def origin_of(name: str) -> tuple[dict | None, dict]:
 def train_from(name: str, arms: list[str]) -> list:
     """The runs of some methods from one start, for every label subset."""
     weights, origin = origin_of(name)
-    specs = [RunSpec(method, records.name, records.fingerprint, task, fraction, seed, {**settings, **origin})
-             for method in arms for fraction, seed in grid]  # fmt: skip
-    return run_grid(specs, semi_supervised_run(records, label_fractions, weights, device), results, workers=workers)
+    specs = [
+        RunSpec(
+            method, records.name, records.fingerprint, task, fraction, seed, {**settings, **origin}
+        )
+        for method in arms
+        for fraction, seed in grid
+    ]
+    return run_grid(
+        specs,
+        semi_supervised_run(records, label_fractions, weights, device),
+        results,
+        workers=workers,
+    )
 
 
 def probe_from(name: str) -> list:
     """Linear probes on the frozen features of one start."""
     weights, origin = origin_of(name)
-    encoding = pretraining_spec("encoded", records, 0, {"encoder": backbone, "crop_seconds": crop_seconds, **origin})
+    encoding = pretraining_spec(
+        "encoded", records, 0, {"encoder": backbone, "crop_seconds": crop_seconds, **origin}
+    )
     encoded = run_or_load(encoding, encode_run(records, device, weights), results)
     kept = {"backbone": backbone, "fractions": label_fractions, **origin}
-    specs = [RunSpec("linear_probe", records.name, records.fingerprint, task, fraction, seed, kept)
-             for fraction, seed in grid]  # fmt: skip
+    specs = [
+        RunSpec("linear_probe", records.name, records.fingerprint, task, fraction, seed, kept)
+        for fraction, seed in grid
+    ]
     counts = dict.fromkeys(label_fractions, seeds)
-    return run_grid(specs, frozen_run(records, label_fractions, counts, encoded), results, progress_bar=False)
+    return run_grid(
+        specs, frozen_run(records, label_fractions, counts, encoded), results, progress_bar=False
+    )
 
 
 runs = train_from(start, methods) + probe_from(start)
@@ -208,13 +249,19 @@ runs = train_from(start, methods) + probe_from(start)
 
 # %%
 from ecglib.files import atomic_file
-from ecglib.runs import seed_summary
+from ecgstudy.analysis.summary import seed_summary
 
 CELL = ("method", "backbone", "start", "data", "labels", "fraction")
 summary = seed_summary(runs, records, cell=CELL)
-arms = summary.assign(score=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in summary.itertuples()])
-arms = arms.sort_values(["fraction", "value"]).pivot(index="method", columns="fraction", values="score")
-arms.rename(columns="{:.0%}".format).style.set_caption(f"Macro AUROC from the {start} start: {note}")
+arms = summary.assign(
+    score=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in summary.itertuples()]
+)
+arms = arms.sort_values(["fraction", "value"]).pivot(
+    index="method", columns="fraction", values="score"
+)
+arms.rename(columns="{:.0%}".format).style.set_caption(
+    f"Macro AUROC from the {start} start: {note}"
+)
 
 # %% [markdown]
 # ## CE-SSL against each, paired
@@ -222,8 +269,9 @@ arms.rename(columns="{:.0%}".format).style.set_caption(f"Macro AUROC from the {s
 # The same labels and the same patients on both sides. A bar that crosses zero is no finding.
 
 # %%
-from ecglib.plots import plot_method_gains, save_figure
-from ecglib.semisup.compare import gains_over
+from ecgstudy.analysis.gains import plot_method_gains
+from ecgstudy.analysis.figures import save_figure
+from ecgstudy.analysis.gains import gains_over
 
 gains = gains_over(runs, records)
 with atomic_file(Path(results) / "tables" / "semi_supervised_gains.csv") as path:
@@ -235,7 +283,9 @@ figure
 # %%
 for row in gains[gains["metric"] == "macro_auroc"].itertuples():
     word = "gains" if row.low > 0 else "loses" if row.high < 0 else "no finding"
-    print(f"{row.fraction:4.0%}, against {row.against}: {row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}] {word}")
+    print(
+        f"{row.fraction:4.0%}, against {row.against}: {row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}] {word}"
+    )
 
 # %% [markdown]
 # ## Which pseudo-labels pass?
@@ -246,12 +296,21 @@ for row in gains[gains["metric"] == "macro_auroc"].itertuples():
 # %%
 import pandas as pd
 
-passed = pd.DataFrame([
-    {"method": run.spec.method, "fraction": run.spec.fraction, "passed": run.about["notes"]["history"][-1]["passed"],
-     "of the yeses": run.about["notes"]["history"][-1]["passed_positive"]}
-    for run in runs if "passed" in run.about["notes"].get("history", [{}])[-1]
-])  # fmt: skip
-passed.groupby(["method", "fraction"]).mean().style.format("{:.0%}").set_caption("Mean over label subsets")
+passed = pd.DataFrame(
+    [
+        {
+            "method": run.spec.method,
+            "fraction": run.spec.fraction,
+            "passed": run.about["notes"]["history"][-1]["passed"],
+            "of the yeses": run.about["notes"]["history"][-1]["passed_positive"],
+        }
+        for run in runs
+        if "passed" in run.about["notes"].get("history", [{}])[-1]
+    ]
+)
+passed.groupby(["method", "fraction"]).mean().style.format("{:.0%}").set_caption(
+    "Mean over label subsets"
+)
 
 # %% [markdown]
 # ## Where should the backbone come from?
@@ -266,14 +325,16 @@ compared = ["supervised", "ce_ssl"]
 from_starts = [run for name in others for run in train_from(name, compared) + probe_from(name)]
 wanted = [run for run in runs if run.spec.method in (*compared, "linear_probe")]
 by_start = seed_summary(wanted + from_starts, records, cell=CELL)
-shown = by_start.assign(score=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in by_start.itertuples()])
+shown = by_start.assign(
+    score=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in by_start.itertuples()]
+)
 shown = shown.pivot(index=["start", "method"], columns="fraction", values="score")
 shown.rename(columns="{:.0%}".format).style.set_caption(f"Macro AUROC: {note}")
 
 # %%
-from ecglib.evaluate import bootstrap_interval
+from ecglib.evaluate.draws import bootstrap_interval
 from ecglib.labels import split_truth
-from ecglib.semisup.starts import without_real_labels
+from ecgstudy.arms.starts import without_real_labels
 
 truth, patients = split_truth(records)
 try:
@@ -284,7 +345,7 @@ except DataError as error:
     print(error)
 
 # %%
-from ecglib.runs import keep_list, tidy
+from ecgstudy.runs import keep_list, tidy
 
 keep_list(runs + from_starts, "semi_supervised", results)  # for the notebooks that follow
 rows = tidy((row for run in runs + from_starts for row in run.rows()), extra=("backbone", "start"))
@@ -303,12 +364,18 @@ print(f"{len(rows):,} rows of {len(runs + from_starts)} runs")
 # task needs besides the backbone, or instead of it. At the published size, see `benchmarks/ce_ssl_step.py`.
 
 # %%
-from ecglib.plots import plot_cost
-from ecglib.semisup.cost import measure_apart
+from ecgstudy.analysis.cost import plot_cost
+from ecgstudy.analysis.cost import measure_apart
 
 samples = round(crop_seconds * records.sampling_rate)
-costs = pd.DataFrame([measure_apart(method, backbone, len(records.classes), samples, settings, cost_iterations, device)
-                      for method in costed])  # fmt: skip
+costs = pd.DataFrame(
+    [
+        measure_apart(
+            method, backbone, len(records.classes), samples, settings, cost_iterations, device
+        )
+        for method in costed
+    ]
+)
 with atomic_file(Path(results) / "tables" / "adaptation_cost.csv") as path:
     costs.to_csv(path, index=False)
 smallest = summary[summary["fraction"] == label_fractions[0]]
@@ -317,9 +384,9 @@ save_figure(figure, Path(results) / "figures" / "adaptation_cost.svg")
 figure
 
 # %%
-costs.drop(columns=["backbone", "machine"]).style.format(precision=3, thousands=",").hide(axis="index").set_caption(
-    costs["machine"].iloc[0]
-)
+costs.drop(columns=["backbone", "machine"]).style.format(precision=3, thousands=",").hide(
+    axis="index"
+).set_caption(costs["machine"].iloc[0])
 
 # %% [markdown]
 # ## Exercise
@@ -333,22 +400,32 @@ compared = pd.read_csv(Path(results) / "tables" / "semi_supervised_gains.csv")
 fewest = compared["fraction"].min()
 
 # %% tags=["solution"]
-parts = compared[compared["against"].str.startswith("ce_ssl_without") & (compared["metric"] == "macro_f2")]
+parts = compared[
+    compared["against"].str.startswith("ce_ssl_without") & (compared["metric"] == "macro_f2")
+]
 parts = parts[parts["fraction"] == fewest].sort_values("gain")
 part, cost = parts.iloc[0][["against", "gain"]]
 sure = bool(parts["low"].iloc[0] > 0 or parts["high"].iloc[0] < 0)
 parts[["against", "gain", "low", "high"]].round(3)
 
 # %% tags=["check"]
-from ecglib.exercises import number
+from ecgtools.exercises import number
 
-lines = {line.against: line for line in compared.itertuples() if (line.fraction, line.metric) == (fewest, "macro_f2")}
+lines = {
+    line.against: line
+    for line in compared.itertuples()
+    if (line.fraction, line.metric) == (fewest, "macro_f2")
+}
 costs = {name: line.gain for name, line in lines.items() if name.startswith("ce_ssl_without")}
 assert part in list(costs), "`part` is none of CE-SSL's parts: name it as the column `against` does"
 assert all(costs[part] <= other for other in costs.values()), "another part costs less in macro F2"
-assert abs(number(cost) - costs[part]) < 1e-9, "`cost` is not what CE-SSL gains over the network without this part"
+assert abs(number(cost) - costs[part]) < 1e-9, (
+    "`cost` is not what CE-SSL gains over the network without this part"
+)
 outside = not lines[part].low <= 0 <= lines[part].high
-assert sure in (True, False) and bool(sure) == outside, "`sure` does not say whether the interval excludes zero"
+assert sure in (True, False) and bool(sure) == outside, (
+    "`sure` does not say whether the interval excludes zero"
+)
 print("right")
 
 # %% [markdown]
@@ -358,8 +435,10 @@ print("right")
 for fraction in label_fractions:
     cell = every[every["fraction"] == fraction].sort_values("value")
     top, ours = cell.iloc[-1], cell[(cell["method"] == "ce_ssl") & (cell["start"] == start)].iloc[0]
-    print(f"{fraction:.0%}: best is {top['method']} from the {top['start']} start, {top['value']:.3f} "
-          f"[{top['low']:.3f}, {top['high']:.3f}]; CE-SSL {ours['value']:.3f}")  # fmt: skip
+    print(
+        f"{fraction:.0%}: best is {top['method']} from the {top['start']} start, {top['value']:.3f} "
+        f"[{top['low']:.3f}, {top['high']:.3f}]; CE-SSL {ours['value']:.3f}"
+    )
 
 # %% [markdown]
 # Written: `tables/semi_supervised.csv`, `tables/semi_supervised_summary.csv`, `tables/semi_supervised_gains.csv`,

@@ -16,7 +16,12 @@ results = "../results/laptop"  # where notebook 00 left the records, and where r
 fraction = 0.1  # of the training records has labels; the others arrive in equal parts without
 seeds = 5  # label subsets
 stages = 3  # how often records without labels arrive
-arms = ["distl", "supervised", "oracle", "fixmatch"]  # all are needed; ecglib.semisup.stages.ARMS has more
+arms = [
+    "distl",
+    "supervised",
+    "oracle",
+    "fixmatch",
+]  # all are needed; ecgstudy.arms.self_evolving.ARMS has more
 encoder = "vit1d_small"  # or vit1d, the paper's size
 first_steps = 50  # of the common start
 first_learning_rate = 0.004  # chosen on folds 8 and 9, as the other one
@@ -35,8 +40,15 @@ transforms = {  # the student's noise; none of them stretches time, which would 
     "baseline_wander": {"largest": 0.05},
     "time_out": {"low": 0.0, "high": 0.4},
 }
-options = {"pretext": 0.5, "prototypes": 512, "hidden": 256, "bottleneck": 64, "norm": True, "local_views": 2,
-           "turnover": 2.0}  # DISTL's own settings  # fmt: skip
+options = {
+    "pretext": 0.5,
+    "prototypes": 512,
+    "hidden": 256,
+    "bottleneck": 64,
+    "norm": True,
+    "local_views": 2,
+    "turnover": 2.0,
+}  # DISTL's own settings
 workers = 2  # trainings side by side, one thread each; 1 on a GPU
 
 # %%
@@ -61,14 +73,16 @@ print(f"Scores below: {note}")
 # %%
 import pandas as pd
 
-from ecglib.semisup.stages import stage_pools
+from ecgstudy.arms.self_evolving import stage_pools
 
 pools = stage_pools(records, fraction, 0, stages)
 patients = records.table["patient_id"].to_numpy()
 arrived = [set(patients[pool]) for pool in pools]
 for smaller, larger in zip(arrived, arrived[1:]):
     assert smaller < larger and not larger & set(patients[split["test"]])
-pd.DataFrame({"labelled": len(pools[0]), "unlabelled": [len(pool) - len(pools[0]) for pool in pools]}).rename_axis("T")
+pd.DataFrame(
+    {"labelled": len(pools[0]), "unlabelled": [len(pool) - len(pools[0]) for pool in pools]}
+).rename_axis("T")
 
 # %% [markdown]
 # ## Learning from oneself
@@ -100,12 +114,21 @@ model = DISTL(network, noise, unlabelled_steps=batches.unlabelled_steps(steps), 
 def unlabelled_loss(signals: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """The loss of an unlabelled batch, view by view."""
     whole = (signals, torch.zeros(len(signals), dtype=torch.long))
-    pieces = random_views(signals, [0.8] + [0.4] * options["local_views"], generator, noise, network.encoder.patch)
+    pieces = random_views(
+        signals, [0.8] + [0.4] * options["local_views"], generator, noise, network.encoder.patch
+    )
     views = [whole, *pieces]
     student = [model.network_head(encode_views(network.encoder, [view])) for view in views]
-    teacher = [model.teacher_head(encode_views(model.teacher.encoder, [view])) for view in views[:2]]
-    told, answers = network.head(encode_views(network.encoder, pieces[:1])), torch.sigmoid(model.teacher(signals))
-    itself = -(answers * torch.log(told.sigmoid()) + (1 - answers) * torch.log(1 - told.sigmoid())).mean()
+    teacher = [
+        model.teacher_head(encode_views(model.teacher.encoder, [view])) for view in views[:2]
+    ]
+    told, answers = (
+        network.head(encode_views(network.encoder, pieces[:1])),
+        torch.sigmoid(model.teacher(signals)),
+    )
+    itself = -(
+        answers * torch.log(told.sigmoid()) + (1 - answers) * torch.log(1 - told.sigmoid())
+    ).mean()
     weight = options["pretext"]
     return weight * dino_loss(student, teacher, model.center) + (1 - weight) * ramp(0.0) * itself
 
@@ -115,8 +138,10 @@ with torch.no_grad():
     by_hand, by_package = unlabelled_loss(batch.signals, batches(0).generator), model.loss(batch)
 assert not batch.labelled and batch.targets.shape[1] == 0, "nobody may see these labels"
 assert torch.allclose(by_hand, by_package, atol=1e-4), (by_hand, by_package)
-print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; the weight of what it says itself rises from "
-      f"{ramp(0.0)} to {ramp(1.0)}")  # fmt: skip
+print(
+    f"by hand {by_hand:.6f}, by the package {by_package:.6f}; the weight of what it says itself rises from "
+    f"{ramp(0.0)} to {ramp(1.0)}"
+)
 
 # %% [markdown]
 # ## Corrections
@@ -129,7 +154,9 @@ print(f"by hand {by_hand:.6f}, by the package {by_package:.6f}; the weight of wh
 for size in (16, 64):
     some = StageBatches(records, pools[0], unlabelled, size, crop_seconds, correction_every, 0)
     rounds = [some(step).labelled for step in range(some.without_labels + some.with_labels)]
-    print(f"batches of {size}: {rounds.count(False)} unlabelled steps, then {rounds.count(True)} labelled ones")
+    print(
+        f"batches of {size}: {rounds.count(False)} unlabelled steps, then {rounds.count(True)} labelled ones"
+    )
 
 # %% [markdown]
 # ## How slow a teacher?
@@ -158,15 +185,26 @@ assert fitted < 0.9995
 # with the same noise as the others: its own strong view shuffles leads, which an ECG's label does not survive.
 
 # %%
-from ecglib.semisup.stages import evolve
+from ecgstudy.arms.self_evolving import evolve
 from ecglib.train import default_device
 
 settings = {
-    "encoder": encoder, "stages": stages, "first_steps": first_steps, "first_learning_rate": first_learning_rate,
-    "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "crop_seconds": crop_seconds,
-    "weight_decay": weight_decay, "dropout": dropout, "drop_path": drop_path, "correction_every": correction_every,
-    "threshold": threshold, "transforms": transforms, "options": options,
-}  # fmt: skip
+    "encoder": encoder,
+    "stages": stages,
+    "first_steps": first_steps,
+    "first_learning_rate": first_learning_rate,
+    "steps": steps,
+    "learning_rate": learning_rate,
+    "batch_size": batch_size,
+    "crop_seconds": crop_seconds,
+    "weight_decay": weight_decay,
+    "dropout": dropout,
+    "drop_path": drop_path,
+    "correction_every": correction_every,
+    "threshold": threshold,
+    "transforms": transforms,
+    "options": options,
+}
 runs = evolve(records, arms, fraction, seeds, settings, results, default_device(), workers)
 
 # %% [markdown]
@@ -177,10 +215,11 @@ runs = evolve(records, arms, fraction, seeds, settings, results, default_device(
 
 # %%
 from ecglib.files import atomic_file
-from ecglib.plots import plot_stages, save_figure
-from ecglib.runs import keep_list, tidy
-from ecglib.semisup.compare import stage_gains
-from ecglib.semisup.stages import stage_summary
+from ecgstudy.analysis.self_evolving import plot_stages
+from ecgstudy.analysis.figures import save_figure
+from ecgstudy.runs import keep_list, tidy
+from ecgstudy.analysis.gains import stage_gains
+from ecgstudy.analysis.self_evolving import stage_summary
 
 keep_list(runs, "self_evolving", results)  # for the notebooks that follow
 summary, gains = stage_summary(runs, records), stage_gains(runs, records)
@@ -188,9 +227,13 @@ rows = tidy((row for run in runs for row in run.rows()), extra=("network", "stag
 for name, frame in {"": rows, "_summary": summary, "_gains": gains}.items():
     with atomic_file(Path(results) / "tables" / f"self_evolving{name}.csv") as path:
         frame.to_csv(path, index=False)
-shown = summary.assign(score=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in summary.itertuples()])
+shown = summary.assign(
+    score=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in summary.itertuples()]
+)
 shown = shown.pivot(index=["method", "network"], columns="stage", values="score")
-shown.style.set_caption(f"Macro AUROC at each T, {fraction:.0%} of the labels, mean over subsets: {note}")
+shown.style.set_caption(
+    f"Macro AUROC at each T, {fraction:.0%} of the labels, mean over subsets: {note}"
+)
 
 # %%
 figure = plot_stages(summary, f"{fraction:.0%} of the labels: {note}")
@@ -206,28 +249,46 @@ figure
 
 # %%
 pairs = gains[gains["against_network"] == "student"]
-keyed = pairs.set_index(["method", "network", "stage", "against", "against_stage", "metric"]).sort_index()
+keyed = pairs.set_index(
+    ["method", "network", "stage", "against", "against_stage", "metric"]
+).sort_index()
 assert keyed.index.is_unique
 claims = {}
 for network_name in ("student", "teacher"):
-    since = [keyed.loc["distl", network_name, stage, "supervised", 0, "macro_auroc"] for stage in range(1, stages + 1)]
+    since = [
+        keyed.loc["distl", network_name, stage, "supervised", 0, "macro_auroc"]
+        for stage in range(1, stages + 1)
+    ]
     error = keyed.loc["distl", network_name, stages, "supervised", 0, "expected_calibration_error"]
     claims |= {
-        f"{network_name}: never below T = 0 beyond the interval": all(row["high"] >= 0 for row in since),
-        f"{network_name}: ends at least 0.03 above T = 0 ({since[-1]['gain']:+.3f})": since[-1]["gain"] >= 0.03,
+        f"{network_name}: never below T = 0 beyond the interval": all(
+            row["high"] >= 0 for row in since
+        ),
+        f"{network_name}: ends at least 0.03 above T = 0 ({since[-1]['gain']:+.3f})": since[-1][
+            "gain"
+        ]
+        >= 0.03,
         f"{network_name}: calibration error rises by no more than its interval ({error['gain']:+.3f} "
         f"[{error['low']:+.3f}, {error['high']:+.3f}])": error["low"] <= 0,
     }
 against = keyed.loc["distl", "student", stages, "fixmatch", stages, "macro_auroc"]
-claims[f"student: above FixMatch at the end, beyond the interval ({against['gain']:+.3f})"] = against["low"] > 0
+claims[f"student: above FixMatch at the end, beyond the interval ({against['gain']:+.3f})"] = (
+    against["low"] > 0
+)
 for claim, held in claims.items():
     print(f"{'holds' if held else 'DOES NOT HOLD'}: {claim}")
 
 # %%
-others = pairs[(pairs["method"] == "distl") & (pairs["network"] == "student") & (pairs["against_stage"] == stages)]
+others = pairs[
+    (pairs["method"] == "distl")
+    & (pairs["network"] == "student")
+    & (pairs["against_stage"] == stages)
+]
 for row in others[others["metric"] == "macro_auroc"].itertuples():
     word = "above" if row.low > 0 else "below" if row.high < 0 else "no finding"
-    print(f"T = {stages}, DISTL against {row.against}: {row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}] {word}")
+    print(
+        f"T = {stages}, DISTL against {row.against}: {row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}] {word}"
+    )
 
 # %% [markdown]
 # ## What is left to labels?
@@ -236,9 +297,13 @@ for row in others[others["metric"] == "macro_auroc"].itertuples():
 # without them?
 
 # %%
-from_start = pairs[(pairs["against_stage"] == 0) & (pairs["metric"] == "macro_auroc") & (pairs["stage"] == stages)]
+from_start = pairs[
+    (pairs["against_stage"] == 0) & (pairs["metric"] == "macro_auroc") & (pairs["stage"] == stages)
+]
 from_start = from_start[from_start["network"] == "student"].set_index("method")["gain"]
-print(f"From T = 0 to T = {stages} DISTL gains {from_start['distl']:+.3f}, the oracle {from_start['oracle']:+.3f}")
+print(
+    f"From T = 0 to T = {stages} DISTL gains {from_start['distl']:+.3f}, the oracle {from_start['oracle']:+.3f}"
+)
 if from_start["oracle"] > 0:
     print(f"{from_start['distl'] / from_start['oracle']:.0%} of what the labels would bring")
 
@@ -252,8 +317,14 @@ if from_start["oracle"] > 0:
 
 # %% tags=["given"]
 ended = pd.read_csv(Path(results) / "tables" / "self_evolving_gains.csv")
-ended = ended[(ended["stage"] == ended["stage"].max()) & (ended["against_stage"] == ended["stage"].max())]
-ended = ended[(ended["method"] == "distl") & (ended["network"] == "student") & (ended["against_network"] == "student")]
+ended = ended[
+    (ended["stage"] == ended["stage"].max()) & (ended["against_stage"] == ended["stage"].max())
+]
+ended = ended[
+    (ended["method"] == "distl")
+    & (ended["network"] == "student")
+    & (ended["against_network"] == "student")
+]
 
 # %% tags=["solution"]
 by_arm = ended.pivot(index="against", columns="metric", values=["gain", "high"])
@@ -265,12 +336,18 @@ by_arm["gain"].loc[ranked].round(3)
 # %% tags=["check"]
 told = {(line.against, line.metric): line for line in ended.itertuples()}
 names = sorted({name for name, _ in told})
-assert isinstance(ranked, list) and sorted(map(str, ranked)) == names, "`ranked` is not a list of all arms, each once"
+assert isinstance(ranked, list) and sorted(map(str, ranked)) == names, (
+    "`ranked` is not a list of all arms, each once"
+)
 falling = [told[name, "macro_auroc"].gain for name in ranked]
-assert falling == sorted(falling, reverse=True), "`ranked` does not begin with the largest gain and fall from there"
+assert falling == sorted(falling, reverse=True), (
+    "`ranked` does not begin with the largest gain and fall from there"
+)
 lower = [name for name in names if told[name, "expected_calibration_error"].high < 0]
 stated = isinstance(worse_stated, list) and sorted(map(str, worse_stated)) == lower
-assert stated, "`worse_stated` must list the arms against which DISTL's error is lower, with all of the interval"
+assert stated, (
+    "`worse_stated` must list the arms against which DISTL's error is lower, with all of the interval"
+)
 print("right")
 
 # %% [markdown]
@@ -279,10 +356,14 @@ print("right")
 # %%
 print(f"{note}, {fraction:.0%} of the labels, {seeds} label subsets")
 for name in arms:
-    kept = summary[(summary["method"] == name) & (summary["network"] == "student")].sort_values("stage")
+    kept = summary[(summary["method"] == name) & (summary["network"] == "student")].sort_values(
+        "stage"
+    )
     scores = " → ".join(f"{value:.3f}" for value in kept["value"])
-    print(f"{name}: {scores}; calibration error {kept['calibration_error'].iloc[0]:.3f} → "
-          f"{kept['calibration_error'].iloc[-1]:.3f}")  # fmt: skip
+    print(
+        f"{name}: {scores}; calibration error {kept['calibration_error'].iloc[0]:.3f} → "
+        f"{kept['calibration_error'].iloc[-1]:.3f}"
+    )
 
 # %% [markdown]
 # Written: `tables/self_evolving.csv`, `tables/self_evolving_summary.csv`, `tables/self_evolving_gains.csv`,

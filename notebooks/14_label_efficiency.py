@@ -26,7 +26,9 @@ split = split_indices(records)
 note = f"{records.name}, fold 10{records.caveat}"
 summary = pd.read_csv(Path(results) / "tables" / "label_efficiency_summary.csv")
 fractions = sorted(summary["fraction"].unique())
-print(f"{note}: {len(summary)} arms and fractions, {summary['seeds'].min()} to {summary['seeds'].max()} subsets each")
+print(
+    f"{note}: {len(summary)} arms and fractions, {summary['seeds'].min()} to {summary['seeds'].max()} subsets each"
+)
 
 # %% [markdown]
 # ## The curves
@@ -36,7 +38,8 @@ print(f"{note}: {len(summary)} arms and fractions, {summary['seeds'].min()} to {
 # trained at all. The horizontal axis is logarithmic: each step to the right costs a cardiologist many hours.
 
 # %%
-from ecglib.plots import plot_label_efficiency, save_figure
+from ecgstudy.analysis.label_curve import plot_label_efficiency
+from ecgstudy.analysis.figures import save_figure
 
 figure = plot_label_efficiency(summary, len(split["train"]), f"Label efficiency: {note}")
 save_figure(figure, Path(results) / "figures" / "label_efficiency.svg")
@@ -52,21 +55,25 @@ figure
 # On a toy curve that rises from 0.70 at 1 % to 0.90 at 100 %, a level of 0.80 lies halfway in the logarithm: at 10 %.
 
 # %%
-from ecglib.evaluate import first_reached
+from ecglib.evaluate.draws import first_reached
 
 assert abs(first_reached([0.01, 1.0], [0.70, 0.90], 0.80) - 0.1) < 1e-9
-assert first_reached([0.01, 1.0], [0.70, 0.90], 0.95) == float("inf"), "a level never reached takes infinitely many"
+assert first_reached([0.01, 1.0], [0.70, 0.90], 0.95) == float("inf"), (
+    "a level never reached takes infinitely many"
+)
 first_reached([0.01, 1.0], [0.70, 0.90], 0.80)
 
 # %%
 from ecglib.files import atomic_file
-from ecglib.transfer import labels_needed_table, transfer_runs
+from ecgstudy.analysis.label_curve import labels_needed_table, transfer_runs
 
 runs = transfer_runs(results, records)
 needed = labels_needed_table(runs, records, draws)
 with atomic_file(Path(results) / "tables" / "labels_needed.csv") as path:
     needed.to_csv(path, index=False)
-needed.style.format(precision=3).hide(axis="index").set_caption(f"Share of the labels needed: {note}")
+needed.style.format(precision=3).hide(axis="index").set_caption(
+    f"Share of the labels needed: {note}"
+)
 
 # %% [markdown]
 # `inf` means that the level is not reached with all labels, in the measured data (`needed`) or in more than 2.5 % of
@@ -93,10 +100,12 @@ print("\n".join(in_words(row) for row in needed.itertuples()))
 # finding.
 
 # %%
-from ecglib.plots import plot_gains
+from ecgstudy.analysis.gains import plot_gains
 
 gains = pd.read_csv(Path(results) / "tables" / "label_efficiency_gains.csv")
-figure = plot_gains(gains[gains["over"] == "supervised"], f"Gain over supervised training from scratch: {note}")
+figure = plot_gains(
+    gains[gains["over"] == "supervised"], f"Gain over supervised training from scratch: {note}"
+)
 save_figure(figure, Path(results) / "figures" / "label_efficiency_gains.svg")
 figure
 
@@ -106,8 +115,11 @@ figure
 # A curve is only fair if a larger label set contains each smaller one, and no test patient is among them.
 
 # %%
-kept = {run.spec.fraction: set(run.predictions()["labelled"].tolist()) for run in runs
-        if run.spec.seed == 0 and run.spec.value("protocol") == "supervised"}  # fmt: skip
+kept = {
+    run.spec.fraction: set(run.predictions()["labelled"].tolist())
+    for run in runs
+    if run.spec.seed == 0 and run.spec.value("protocol") == "supervised"
+}
 patients = records.table["patient_id"]
 tested = set(patients.iloc[split["test"]])
 for smaller, larger in zip(fractions, fractions[1:]):
@@ -125,26 +137,38 @@ print(" ⊂ ".join(f"{len(kept[fraction])} records" for fraction in fractions))
 
 # %% tags=["solution"]
 affordable = max(fraction for fraction in fractions if fraction <= 0.05 or fraction == fractions[0])
-choice = summary[summary["fraction"] == affordable].set_index(["method", "encoder", "protocol"])["value"]
+choice = summary[summary["fraction"] == affordable].set_index(["method", "encoder", "protocol"])[
+    "value"
+]
 scratch = choice.xs("supervised", level="protocol").droplevel("method")
 pretrained = choice.drop(index="supervised", level="protocol")
-gain = (pretrained - scratch.reindex(pretrained.index, level="encoder")).sort_values(ascending=False)
+gain = (pretrained - scratch.reindex(pretrained.index, level="encoder")).sort_values(
+    ascending=False
+)
 below = int((gain < 0).sum())
-print(f"{100 * affordable:g} % of the labels: {below} of {len(gain)} arms lie below training from scratch")
+print(
+    f"{100 * affordable:g} % of the labels: {below} of {len(gain)} arms lie below training from scratch"
+)
 gain.head(8).round(3)
 
 # %% tags=["check"]
-from ecglib.exercises import number
+from ecgtools.exercises import number
 
 within = [share for share in fractions if share <= 0.05] or fractions[:1]
-assert number(affordable) == within[-1], "`affordable` is not the largest fraction that 5 % of the labels pay for"
+assert number(affordable) == within[-1], (
+    "`affordable` is not the largest fraction that 5 % of the labels pay for"
+)
 paired = pd.read_csv(Path(results) / "tables" / "label_efficiency_gains.csv")
 paired = paired[(paired["over"] == "supervised") & (paired["fraction"] == within[-1])]
 told = dict(gain) if hasattr(gain, "keys") else {}
 for line in paired.itertuples():
     own = number(told.get((line.method, line.encoder, line.protocol)))
-    assert abs(own - line.gain) < 1e-6, f"`gain` is wrong or missing for {line.method}, {line.encoder}, {line.protocol}"
-assert number(below) == (paired["gain"] < 0).sum(), "`below` is not the number of arms below training from scratch"
+    assert abs(own - line.gain) < 1e-6, (
+        f"`gain` is wrong or missing for {line.method}, {line.encoder}, {line.protocol}"
+    )
+assert number(below) == (paired["gain"] < 0).sum(), (
+    "`below` is not the number of arms below training from scratch"
+)
 print("right")
 
 # %% [markdown]

@@ -13,7 +13,12 @@
 # %% tags=["parameters"]
 results = "../results/laptop"  # where the earlier notebooks left records and runs
 fraction = 1.0  # share of the labels behind the arms of notebook 09
-studies = ["label_efficiency", "semi_supervised", "self_evolving", "fusion"]  # notebooks 09, 12, 13 and 10
+studies = [
+    "label_efficiency",
+    "semi_supervised",
+    "self_evolving",
+    "fusion",
+]  # notebooks 09, 12, 13 and 10
 methods = []  # none named: all
 snr_db = [24, 18, 12, 6, 0, -6]  # beside clean
 mains = 50.0  # Hz; 60 in America, for records of 125 Hz or more
@@ -75,13 +80,19 @@ with warnings.catch_warnings(record=True) as caught:
     prepare_noise(clean, "lead_loss", rate, torch.Generator())
     told = [str(warning.message) for warning in caught]
     for kind in kinds:
-        drawn[kind] = prepare_noise(few, kind, rate, [record_generator(0, name, kind) for name in ids], mains=mains)
+        drawn[kind] = prepare_noise(
+            few, kind, rate, [record_generator(0, name, kind) for name in ids], mains=mains
+        )
         noisy = {level: drawn[kind].at(level).numpy() for level in snr_db}
-        errors[kind] = [max(abs(ratio_by_hand(*pair) - level) for pair in zip(few.numpy(), noisy[level]))
-                        for level in snr_db]  # fmt: skip
+        errors[kind] = [
+            max(abs(ratio_by_hand(*pair) - level) for pair in zip(few.numpy(), noisy[level]))
+            for level in snr_db
+        ]
 assert max(map(max, errors.values())) < 0.1, errors
 print(*(told or ["No record of fold 10 has a flat lead."]))
-pd.DataFrame(errors, index=snr_db).T.style.format("{:.0e}").set_caption("Largest error in dB of ten records")
+pd.DataFrame(errors, index=snr_db).T.style.format("{:.0e}").set_caption(
+    "Largest error in dB of ten records"
+)
 
 # %% [markdown]
 # By this definition offsets count, of the signal and of the noise. Had each lead's mean been taken away first, a
@@ -92,16 +103,22 @@ pd.DataFrame(errors, index=snr_db).T.style.format("{:.0e}").set_caption("Largest
 # %%
 from ecglib.noise import measured_snr
 
-moving = (clean - clean.nanmean(dim=2, keepdim=True)).square().nansum(dim=(1, 2)) / clean.square().nansum(dim=(1, 2))
+moving = (clean - clean.nanmean(dim=2, keepdim=True)).square().nansum(
+    dim=(1, 2)
+) / clean.square().nansum(dim=(1, 2))
 offset = (10 * torch.log10(moving)).quantile(torch.tensor([0.5, 0.05]))
-print(f"power of {len(test)} signals by variance: median {offset[0]:+.2f} dB, one in twenty below {offset[1]:+.2f} dB")
+print(
+    f"power of {len(test)} signals by variance: median {offset[0]:+.2f} dB, one in twenty below {offset[1]:+.2f} dB"
+)
 for kind in kinds:
     noisy = drawn[kind].at(6.0)
     differ = (measured_snr(few, noisy, by_variance=True) - measured_snr(few, noisy)).numpy()
     added = (noisy - few)[:, :3].nan_to_num()
     law = (added[:, 1] - added[:, 0] - added[:, 2]).abs().max()
-    print(f"{kind:17s} by variance {np.median(differ):+5.1f} dB ({differ.min():+5.1f} to {differ.max():+5.1f}); "
-          f"II - I - III at most {law:.1e} mV")  # fmt: skip
+    print(
+        f"{kind:17s} by variance {np.median(differ):+5.1f} dB ({differ.min():+5.1f} to {differ.max():+5.1f}); "
+        f"II - I - III at most {law:.1e} mV"
+    )
 
 # %% [markdown]
 # ## The seven kinds
@@ -111,7 +128,8 @@ for kind in kinds:
 # nothing: there, "noise" is the signal that is gone.
 
 # %%
-from ecglib.plots import plot_noise_kinds, save_figure
+from ecgstudy.analysis.robustness import plot_noise_kinds
+from ecgstudy.analysis.figures import save_figure
 
 shown = {kind: drawn[kind].at(6.0)[0].numpy() for kind in kinds}
 figure = plot_noise_kinds(few[0].numpy(), shown, rate, title=f"One ECG at 6 dB, {note}")
@@ -130,16 +148,27 @@ figure
 
 # %%
 time = np.arange(round(10 * 100)) / 100
-naive = {f"{tone} Hz, {turn:g} of a turn later": np.cos(2 * np.pi * (tone * time + turn)) for tone in (50, 100, 150)
-         for turn in (0.0, 0.25)}  # fmt: skip
-folded = pd.DataFrame({"mean": {name: x.mean() for name, x in naive.items()},
-                       "size": {name: np.sqrt((x**2).mean()) for name, x in naive.items()}})  # fmt: skip
+naive = {
+    f"{tone} Hz, {turn:g} of a turn later": np.cos(2 * np.pi * (tone * time + turn))
+    for tone in (50, 100, 150)
+    for turn in (0.0, 0.25)
+}
+folded = pd.DataFrame(
+    {
+        "mean": {name: x.mean() for name, x in naive.items()},
+        "size": {name: np.sqrt((x**2).mean()) for name, x in naive.items()},
+    }
+)
 beat = torch.sin(2 * torch.pi * 1.2 * torch.arange(1000) / 100).expand(1, 12, -1)
-ours = (prepare_noise(beat, "powerline", 100.0, torch.Generator().manual_seed(0)).at(0.0) - beat)[0, 1]
+ours = (prepare_noise(beat, "powerline", 100.0, torch.Generator().manual_seed(0)).at(0.0) - beat)[
+    0, 1
+]
 power = np.abs(np.fft.rfft(ours.numpy() * np.hanning(1000))) ** 2
 near = power[np.fft.rfftfreq(1000, 0.01) > 48.5].sum() / power.sum()
 assert near > 0.99 and abs(ours.mean()) < 0.05 * ours.std()
-print(f"the package's 50 Hz at 100 Hz: {near:.1%} of its energy lies above 48.5 Hz, offset {ours.mean():+.0e} mV")
+print(
+    f"the package's 50 Hz at 100 Hz: {near:.1%} of its energy lies above 48.5 Hz, offset {ours.mean():+.0e} mV"
+)
 folded.round(3)
 
 # %% [markdown]
@@ -154,13 +183,22 @@ from ecglib.noise import PUBLISHED_LEVELS, published_noise
 
 noted = {1: 2.1, 2: -3.7, 3: -9.6, 4: -9.0, 5: -12.9, 6: -15.6}
 window = round(2.5 * rate)
-windows = clean[:, :, : clean.shape[2] // window * window].unflatten(2, (-1, window)).transpose(1, 2).flatten(0, 1)
+windows = (
+    clean[:, :, : clean.shape[2] // window * window]
+    .unflatten(2, (-1, window))
+    .transpose(1, 2)
+    .flatten(0, 1)
+)
 measured = {}
 for level in PUBLISHED_LEVELS:
     noisy = published_noise(windows, level, rate, torch.Generator().manual_seed(level))
     measured[level] = float(measured_snr(windows, noisy).nanmedian())
-print(f"signal power of these records: median {windows.square().nanmean(dim=(1, 2)).median():.3f} mV²")
-pd.DataFrame({"measured here (dB)": measured, "PTB-XL's mean power (dB)": noted}).rename_axis("level").round(1)
+print(
+    f"signal power of these records: median {windows.square().nanmean(dim=(1, 2)).median():.3f} mV²"
+)
+pd.DataFrame({"measured here (dB)": measured, "PTB-XL's mean power (dB)": noted}).rename_axis(
+    "level"
+).round(1)
 
 # %% [markdown]
 # ## Every classifier under every noise
@@ -171,23 +209,40 @@ pd.DataFrame({"measured here (dB)": measured, "PTB-XL's mean power (dB)": noted}
 # and each row says how many. DVME of notebook 10 asks all its frozen encoders.
 
 # %%
-from ecglib.robustness import arm_of, noise_arms, score_under_noise
+from ecgstudy.arms.noise import arm_of, noise_arms, score_under_noise
 from ecglib.train import default_device, precision
 
 arms = noise_arms(results, records, fraction, studies, methods)
 device = default_device()
-scores = score_under_noise(arms, records, results, kinds, snr_db, mains=mains, draws=draws, device=device,
-                           dtype=precision(device), workers=workers)  # fmt: skip
+scores = score_under_noise(
+    arms,
+    records,
+    results,
+    kinds,
+    snr_db,
+    mains=mains,
+    draws=draws,
+    device=device,
+    dtype=precision(device),
+    workers=workers,
+)
 
 # %%
-from ecglib.evaluate import absent_classes, class_auroc
+from ecglib.evaluate.metrics import absent_classes, class_auroc
 
 absent = absent_classes(records.targets[test], records.classes)
-kept = [np.nanmean(class_auroc(records.targets[test], run.predictions()["test/probabilities"])) for run in arms]
-clean_scores = pd.DataFrame([arm_of(run) for run in arms]).assign(windows_apart=scores.auroc[:, 0], as_kept=kept)
+kept = [
+    np.nanmean(class_auroc(records.targets[test], run.predictions()["test/probabilities"]))
+    for run in arms
+]
+clean_scores = pd.DataFrame([arm_of(run) for run in arms]).assign(
+    windows_apart=scores.auroc[:, 0], as_kept=kept
+)
 assert (clean_scores["windows_apart"] - clean_scores["as_kept"]).abs().max() < 0.1
 print(f"Absent classes, left out of every mean: {', '.join(absent) or 'none'}")
-clean_scores.style.format(precision=3).hide(axis="index").set_caption(f"Macro AUROC without noise: {note}")
+clean_scores.style.format(precision=3).hide(axis="index").set_caption(
+    f"Macro AUROC without noise: {note}"
+)
 
 # %% [markdown]
 # One trap to look for in the figure: with every lead lost, at 0 dB, nothing can be known and all stand at 0.5. Below it
@@ -195,8 +250,8 @@ clean_scores.style.format(precision=3).hide(axis="index").set_caption(f"Macro AU
 # the larger the signal was, so that its size tells something of the heart: the price of any comparison at a fixed SNR.
 
 # %%
-from ecglib.plots import plot_robustness
-from ecglib.robustness import robustness_table
+from ecgstudy.analysis.robustness import plot_robustness
+from ecgstudy.analysis.robustness import robustness_table
 
 table = robustness_table(scores)
 figure = plot_robustness(table, f"Macro AUROC under noise: {note}")
@@ -212,13 +267,15 @@ figure
 
 # %%
 from ecglib.files import atomic_file
-from ecglib.robustness import threshold_table
+from ecgstudy.analysis.robustness import threshold_table
 
 thresholds = threshold_table(scores, limit)
 for name, frame in {"robustness": table, "robustness_threshold": thresholds}.items():
     with atomic_file(Path(results) / "tables" / f"{name}.csv") as path:
         frame.to_csv(path, index=False)
-told = thresholds.pivot(index=["protocol", "encoder", "method", "fraction", "clean"], columns="kind", values="told")
+told = thresholds.pivot(
+    index=["protocol", "encoder", "method", "fraction", "clean"], columns="kind", values="told"
+)
 told.sort_values("clean", ascending=False)[kinds].reset_index().style.hide(axis="index").format(
     {"clean": "{:.3f}", "fraction": "{:.0%}"}
 ).set_caption(f"SNR at which {limit:g} of the macro AUROC is lost [95 % interval]: {note}")
@@ -232,27 +289,43 @@ told.sort_values("clean", ascending=False)[kinds].reset_index().style.hide(axis=
 # hiding a stretch, which the augmentation does too, resembles them, and where all is lost, who knew more loses more.
 
 # %%
-from ecglib.robustness import loss_differences, taught_kinds
+from ecgstudy.analysis.robustness import loss_differences, taught_kinds
 
-family = taught_kinds([run for run in arms if run.spec.value("protocol") in ("frozen", "fine-tuned", "supervised")],
-                      results)  # fmt: skip
+family = taught_kinds(
+    [run for run in arms if run.spec.value("protocol") in ("frozen", "fine-tuned", "supervised")],
+    results,
+)
 outside = [kind for kind in kinds if kind not in (*family, "lead_loss")]
 families = {"in the family": family, "outside": outside} | {kind: [kind] for kind in kinds}
 differences = loss_differences(scores, families)
 with atomic_file(Path(results) / "tables" / "robustness_differences.csv") as path:
     differences.to_csv(path, index=False)
 print(f"In the family: {', '.join(family) or 'none'}; outside: {', '.join(outside)}")
-cells = [f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in differences.itertuples()]
-cells = differences.assign(cell=cells).pivot(index=["protocol", "method", "encoder"], columns="family", values="cell")
-cells[["in the family", "outside"]].style.set_caption(f"Loss minus that of supervised training: {note}")
+cells = [
+    f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in differences.itertuples()
+]
+cells = differences.assign(cell=cells).pivot(
+    index=["protocol", "method", "encoder"], columns="family", values="cell"
+)
+cells[["in the family", "outside"]].style.set_caption(
+    f"Loss minus that of supervised training: {note}"
+)
 
 # %%
 pooled = differences[differences["method"] == "all"]
 answers = []
 for row in pooled[pooled["family"].isin(["in the family", "outside"])].itertuples():
-    word = "helps" if row.high < 0 else "harms" if row.low > 0 else "makes no difference that can be shown"
-    answers.append(f"{row.protocol} encoders, noise {row.family}: pretraining {word}, loss {row.difference:+.3f} "
-                   f"[{row.low:+.3f}, {row.high:+.3f}]")  # fmt: skip
+    word = (
+        "helps"
+        if row.high < 0
+        else "harms"
+        if row.low > 0
+        else "makes no difference that can be shown"
+    )
+    answers.append(
+        f"{row.protocol} encoders, noise {row.family}: pretraining {word}, loss {row.difference:+.3f} "
+        f"[{row.low:+.3f}, {row.high:+.3f}]"
+    )
 print("\n".join(answers))
 pooled.pivot(index="family", columns="protocol", values=["difference", "low", "high"]).round(3)
 
@@ -270,10 +343,12 @@ measured = measured[np.isfinite(measured["snr_db"])]  # the rows beside clean
 level = min(measured["snr_db"], key=abs)
 cost = measured[measured["snr_db"] == level].groupby("kind")["loss"].mean().sort_values()
 worst = cost.index[-1]
-print(f"at {level:g} dB {worst} costs the most, {cost.iloc[-1]:.3f}, {cost.index[0]} the least, {cost.iloc[0]:.3f}")
+print(
+    f"at {level:g} dB {worst} costs the most, {cost.iloc[-1]:.3f}, {cost.index[0]} the least, {cost.iloc[0]:.3f}"
+)
 
 # %% tags=["check"]
-from ecglib.exercises import numbers
+from ecgtools.exercises import numbers
 
 nearest = measured.loc[measured["snr_db"].abs().idxmin(), "snr_db"]
 lost = {}
@@ -281,7 +356,9 @@ for line in measured.itertuples():
     lost.setdefault(line.kind, []).extend([line.loss] if line.snr_db == nearest else [])
 mean_loss = {kind: sum(values) / len(values) for kind, values in lost.items()}
 own = numbers(pd.Series(cost, dtype=object).reindex(list(mean_loss)), (len(mean_loss),))
-assert np.allclose(own, list(mean_loss.values()), atol=1e-9), "`cost` is not the mean loss of each kind at this level"
+assert np.allclose(own, list(mean_loss.values()), atol=1e-9), (
+    "`cost` is not the mean loss of each kind at this level"
+)
 largest = isinstance(worst, str) and mean_loss.get(worst, -1) >= max(mean_loss.values()) - 1e-9
 assert largest, "`worst` is not the kind with the largest mean loss"
 print("right")

@@ -11,7 +11,9 @@
 
 # %% tags=["parameters"]
 results = "../results/laptop"  # where the earlier notebooks left records and networks
-data = ""  # folder with ECG files that notebook 00 read; LUDB is also looked for below and beside it
+data = (
+    ""  # folder with ECG files that notebook 00 read; LUDB is also looked for below and beside it
+)
 ludb = ""  # LUDB's folder; empty: looked for beside the data
 records_per_class = 20  # true positives that are attributed, the first ones of each class
 records_few = 8  # where many networks or many patches are asked
@@ -21,7 +23,9 @@ smoothings = [1, 5]  # samples over which relevance is averaged; chosen on fold 
 powers = [1, 2]  # of the relevance; chosen on fold 9
 cohort_patients = 400  # simulated patients of the height regressors
 cohort_steps = 300
-compared_fraction = 0.1  # share of the labels at which pretrained networks are compared with supervised ones
+compared_fraction = (
+    0.1  # share of the labels at which pretrained networks are compared with supervised ones
+)
 draws = 1000  # patient samples behind each interval
 
 # %% [markdown]
@@ -39,17 +43,25 @@ import torch
 
 from ecglib.records import Records
 from ecglib.saliency import attribute
-from ecglib.trained import trained_classifier
-from ecglib.transfer import transfer_runs
+from ecgstudy.arms.trained import trained_classifier
+from ecgstudy.analysis.label_curve import transfer_runs
 
 everything = Records.load(Path(results) / "records")
 records = everything.select(everything.targets.any(axis=1))
 runs = transfer_runs(results, records)
 trained = [run for run in runs if run.spec.value("protocol") in ("supervised", "fine-tuned")]
-encoder = Counter(run.spec.settings["encoder"] for run in trained).most_common(1)[0][0]  # the one that most arms share
+encoder = Counter(run.spec.settings["encoder"] for run in trained).most_common(1)[0][
+    0
+]  # the one that most arms share
 most = max(run.spec.fraction for run in trained)
-scored = next(run for run in trained if run.spec.method == "supervised" and run.spec.seed == 0
-              and run.spec.fraction == most and run.spec.settings["encoder"] == encoder)  # fmt: skip
+scored = next(
+    run
+    for run in trained
+    if run.spec.method == "supervised"
+    and run.spec.seed == 0
+    and run.spec.fraction == most
+    and run.spec.settings["encoder"] == encoder
+)
 network, window = trained_classifier(scored, records, results)
 
 
@@ -60,10 +72,14 @@ def gradient_of(network, signals, class_index):
     return signals.grad
 
 
-few = torch.from_numpy(np.nan_to_num(records.millivolts(np.arange(4)))[:, :, : round(window * records.sampling_rate)])
+few = torch.from_numpy(
+    np.nan_to_num(records.millivolts(np.arange(4)))[:, :, : round(window * records.sampling_rate)]
+)
 difference = (gradient_of(network, few, 0) - attribute(network, few, 0, "gradient")).abs().max()
 assert difference < 1e-5, difference
-print(f"{scored.spec.method}, {encoder}, {most:.0%} of the labels; largest difference {difference:.1e}")
+print(
+    f"{scored.spec.method}, {encoder}, {most:.0%} of the labels; largest difference {difference:.1e}"
+)
 
 # %% [markdown]
 # ## Where is the truth?
@@ -72,10 +88,14 @@ print(f"{scored.spec.method}, {encoder}, {most:.0%} of the labels; largest diffe
 # do not; there the test is LUDB, on which nothing was trained and where each wave of each lead is marked.
 
 # %%
-from ecglib.localisation import GROUPS, find_ludb, ground_truth, targets_truth
+from ecgstudy.analysis.evidence import GROUPS, find_ludb, ground_truth, targets_truth
 
 truth = ground_truth(records, results, find_ludb(*filter(None, (ludb, data)), "../data"))
-caveat = records.caveat if truth.records.about.get("simulated") or not truth.note else f"; trained on {records.name}"
+caveat = (
+    records.caveat
+    if truth.records.about.get("simulated") or not truth.note
+    else f"; trained on {records.name}"
+)
 note = f"{truth.name}{caveat}"
 rate = truth.records.sampling_rate
 groups = truth.groups("test")
@@ -93,25 +113,38 @@ from ecglib.saliency import HealthyBeats, attribute_records, fitting_methods, re
 
 train, normal = split_indices(records)["train"], records.classes.index("NORM")
 alone = records.targets.sum(axis=1) == 1
-healthy = [place for place in train if records.targets[place, normal] and alone[place]][:healthy_records]
+healthy = [place for place in train if records.targets[place, normal] and alone[place]][
+    :healthy_records
+]
 bank = HealthyBeats.of(records, healthy)
-ARMS = {"gradient": "gradient", "integrated gradients": "integrated_gradients",
-        "integrated, from healthy": "integrated_gradients", "guided Grad-CAM": "guided_gradcam", "Grad-CAM": "gradcam",
-        "occlusion": "occlusion"}  # fmt: skip
+ARMS = {
+    "gradient": "gradient",
+    "integrated gradients": "integrated_gradients",
+    "integrated, from healthy": "integrated_gradients",
+    "guided Grad-CAM": "guided_gradcam",
+    "Grad-CAM": "gradcam",
+    "occlusion": "occlusion",
+}
 ARMS = {arm: method for arm, method in ARMS.items() if method in fitting_methods(network)}
 
 
-def attributed(arm, source, positions, class_index, network=network, window=window, bank=bank, stride=None):
+def attributed(
+    arm, source, positions, class_index, network=network, window=window, bank=bank, stride=None
+):
     """Attribution of one arm to whole records."""
     method = ARMS.get(arm, arm)
     options = {"steps": steps} if method == "integrated_gradients" else {}
     if arm == "integrated, from healthy":
         options["baseline"] = bank.baseline(source.millivolts(positions))
     stride = window if method == "occlusion" else stride
-    return attribute_records(network, source, positions, class_index, method, window, stride, **options)
+    return attribute_records(
+        network, source, positions, class_index, method, window, stride, **options
+    )
 
 
-print(f"{len(bank.beats)} healthy beats; methods that fit {encoder}: {', '.join(fitting_methods(network))}")
+print(
+    f"{len(bank.beats)} healthy beats; methods that fit {encoder}: {', '.join(fitting_methods(network))}"
+)
 
 # %% [markdown]
 # ## A gate before anything else: wave heights
@@ -123,32 +156,50 @@ print(f"{len(bank.beats)} healthy beats; methods that fit {encoder}: {', '.join(
 # %%
 import pandas as pd
 
-from ecglib import localisation
+from ecgstudy.analysis import height_regression
+from ecgstudy.analysis import localisation
 from ecglib.sources.simulate import simulate_cohort
 
 cohort = simulate_cohort(cohort_patients, seed=1016, sampling_rate=rate)
-regressor, asked, r2 = localisation.height_regressor(cohort, steps=cohort_steps, seconds=2.5)
+regressor, asked, r2 = height_regression.height_regressor(cohort, steps=cohort_steps, seconds=2.5)
 asked, source = asked[: 2 * records_few], cohort.records
-normal_beats = HealthyBeats.of(source, np.flatnonzero(source.targets[:, source.classes.index("NORM")])[:50])
+normal_beats = HealthyBeats.of(
+    source, np.flatnonzero(source.targets[:, source.classes.index("NORM")])[:50]
+)
 rows = []
-for place, (output, (wave, lead)) in enumerate(localisation.HEIGHTS.items()):
-    mask, counted = localisation.wave_masks(cohort, asked, output), np.array([[[True]]])
+for place, (output, (wave, lead)) in enumerate(height_regression.HEIGHTS.items()):
+    mask, counted = height_regression.wave_masks(cohort, asked, output), np.array([[[True]]])
     maps = localisation.baseline_maps(source.millivolts(asked), rate)
-    maps |= {arm: relevance(attributed(arm, source, asked, place, regressor, 2.5, normal_beats, 2.5)) for arm in ARMS}
-    found = localisation.measure_rows(maps, mask, counted, source.table["patient_id"].iloc[asked], rate, draws=draws)
+    maps |= {
+        arm: relevance(attributed(arm, source, asked, place, regressor, 2.5, normal_beats, 2.5))
+        for arm in ARMS
+    }
+    found = localisation.measure_rows(
+        maps, mask, counted, source.table["patient_id"].iloc[asked], rate, draws=draws
+    )
     rows += [{"class": f"height of {output} in {lead}", "r2": r2[output], **row} for row in found]
 gate = pd.DataFrame(rows)
 for output, value in r2.items():
-    print(f"R2 of {output}: {value:.3f} {'(learned)' if value > 0.9 else 'FAILING: below 0.9, no gate for this wave'}")
+    print(
+        f"R2 of {output}: {value:.3f} {'(learned)' if value > 0.9 else 'FAILING: below 0.9, no gate for this wave'}"
+    )
 shown = gate[gate["measure"] == "enrichment"].pivot_table("low", "attribution", "class", sort=False)
-shown.style.format(precision=1).set_caption("Lower limit of mass over chance: SIMULATED patients, known place")
+shown.style.format(precision=1).set_caption(
+    "Lower limit of mass over chance: SIMULATED patients, known place"
+)
 
 # %%
-learned = [f"height of {output} in {lead}" for output, (_, lead) in localisation.HEIGHTS.items() if r2[output] > 0.9]
+learned = [
+    f"height of {output} in {lead}"
+    for output, (_, lead) in height_regression.HEIGHTS.items()
+    if r2[output] > 0.9
+]
 passed = [arm for arm in ARMS if len(learned) and (shown.loc[arm, learned] > 1.5).all()]
 rejected = [arm for arm in ARMS if arm not in passed] if learned else []
-print(f"pass the gate (more than 1.5 times chance at every wave learned): {', '.join(passed) or 'none'}; "
-      f"FAIL: {', '.join(rejected) or 'none'}")  # fmt: skip
+print(
+    f"pass the gate (more than 1.5 times chance at every wave learned): {', '.join(passed) or 'none'}; "
+    f"FAIL: {', '.join(rejected) or 'none'}"
+)
 usable = passed or list(ARMS)
 
 # %% [markdown]
@@ -160,31 +211,52 @@ usable = passed or list(ARMS)
 # records), the choice follows deletion: whose most relevant patches does the network miss the most?
 
 # %%
-from ecglib.evaluate import choose_thresholds, predict_windows
+from ecglib.evaluate.metrics import choose_thresholds
+from ecglib.evaluate.windows import predict_windows
 
 marked = len(truth.split["validation"]) > 0
 tuning = truth if marked else targets_truth(records)
-kinds = [(sign, smoothing, power) for sign in ("absolute", "positive") for smoothing in smoothings for power in powers]
-bars = [group for group in ("infarction", "bundle branch block", "ST-T change") if group in groups] or list(groups)
+kinds = [
+    (sign, smoothing, power)
+    for sign in ("absolute", "positive")
+    for smoothing in smoothings
+    for power in powers
+]
+bars = [
+    group for group in ("infarction", "bundle branch block", "ST-T change") if group in groups
+] or list(groups)
 rows = []
 for group in [group for group in bars if group in tuning.groups("validation", 1)]:
-    positions = tuning.positions(group, "validation")[:records_per_class if marked else records_few]
+    positions = tuning.positions(group, "validation")[
+        : records_per_class if marked else records_few
+    ]
     mask, place = tuning.regions(group, positions), records.classes.index(GROUPS[group][0])
     signals = tuning.records.millivolts(positions)
-    for arm in [arm for arm in usable if arm != "occlusion" or len(usable) == 1]:  # dear, and only scored below
+    for arm in [
+        arm for arm in usable if arm != "occlusion" or len(usable) == 1
+    ]:  # dear, and only scored below
         found = attributed(arm, tuning.records, positions, place)
         for sign, smoothing, power in kinds:
             one = relevance(found, sign, smoothing, power)
-            value = (np.log(localisation.enrichment(one, mask).mean()) if marked else
-                     localisation.deletion_area(network, signals, one, place, rate, window).mean())  # fmt: skip
-            rows.append({"arm": arm, "sign": sign, "smoothing": smoothing, "power": power, "value": value})
-tuned = pd.DataFrame(rows).groupby(["arm", "sign", "smoothing", "power"], sort=False)["value"].mean()
+            value = (
+                np.log(localisation.enrichment(one, mask).mean())
+                if marked
+                else localisation.deletion_area(network, signals, one, place, rate, window).mean()
+            )
+            rows.append(
+                {"arm": arm, "sign": sign, "smoothing": smoothing, "power": power, "value": value}
+            )
+tuned = (
+    pd.DataFrame(rows).groupby(["arm", "sign", "smoothing", "power"], sort=False)["value"].mean()
+)
 best, *form = tuned.idxmax()
 sign, smoothing, power = form
 averaged = f", mean of {smoothing}" if smoothing > 1 else ""
 chosen = f"chosen: {best}, {sign}{averaged}{', squared' if power > 1 else ''}"
 print(f"{chosen} (by {'enrichment' if marked else 'deletion'} on fold 9 of {tuning.name})")
-(np.exp(tuned) if marked else tuned).unstack(["sign", "smoothing", "power"]).style.format(precision=2)
+(np.exp(tuned) if marked else tuned).unstack(["sign", "smoothing", "power"]).style.format(
+    precision=2
+)
 
 # %% [markdown]
 # ## The measures, on records that no choice has seen
@@ -196,7 +268,9 @@ print(f"{chosen} (by {'enrichment' if marked else 'deletion'} on fold 9 of {tuni
 
 # %%
 validation = split_indices(records)["validation"]
-thresholds = choose_thresholds(records.targets[validation], scored.predictions()["validation/probabilities"])
+thresholds = choose_thresholds(
+    records.targets[validation], scored.predictions()["validation/probabilities"]
+)
 test = truth.split["test"]
 probabilities = np.full((len(truth.records), len(records.classes)), np.nan)
 probabilities[test] = predict_windows(network, truth.records, test, window, window / 2)
@@ -208,10 +282,15 @@ for group in groups:
     positions = (hits if len(hits) >= 3 else positives)[:records_per_class]
     mask, counted = truth.regions(group, positions), truth.marked(positions)
     signals = truth.records.millivolts(positions)
-    kept = {arm: attributed(arm, truth.records, positions[:records_few] if arm == "occlusion" else positions, place)
-            for arm in ARMS}  # fmt: skip
+    kept = {
+        arm: attributed(
+            arm, truth.records, positions[:records_few] if arm == "occlusion" else positions, place
+        )
+        for arm in ARMS
+    }
     maps = localisation.baseline_maps(signals, rate) | {
-        "|departure from healthy|": np.abs(signals - bank.baseline(signals))}  # fmt: skip
+        "|departure from healthy|": np.abs(signals - bank.baseline(signals))
+    }
     maps |= {arm: relevance(found) for arm, found in kept.items() if arm != "occlusion"}
     maps[chosen] = relevance(kept[best], *form)
     cases[group] = (place, positions, mask, counted, signals, maps, kept)
@@ -219,25 +298,42 @@ for group in groups:
     rows = localisation.measure_rows(maps, mask, counted, patients[positions], rate, draws=draws)
     if "occlusion" in ARMS:
         part = {"occlusion": relevance(kept["occlusion"]), "|input|": maps["|input|"][:records_few]}
-        extra = localisation.measure_rows(part, mask[:records_few], counted[:records_few],
-                                          patients[positions[:records_few]], rate, draws=draws)  # fmt: skip
+        extra = localisation.measure_rows(
+            part,
+            mask[:records_few],
+            counted[:records_few],
+            patients[positions[:records_few]],
+            rate,
+            draws=draws,
+        )
         rows += [row for row in extra if row["attribution"] == "occlusion"]
     ceiling = (1 / shares).mean()
-    scores += [{"class": group, "records": len(positions), "ceiling": ceiling, **row} for row in rows]
+    scores += [
+        {"class": group, "records": len(positions), "ceiling": ceiling, **row} for row in rows
+    ]
     too_few = "" if len(hits) >= 3 else ", too few: all stated ones"
-    print(f"{group}: {len(hits)} of {len(positives)} found{too_few}; region {np.mean(shares):.1%} of the record")
+    print(
+        f"{group}: {len(hits)} of {len(positives)} found{too_few}; region {np.mean(shares):.1%} of the record"
+    )
 scores = pd.DataFrame(scores)
 
 # %%
 enriched = scores[scores["measure"] == "enrichment"]
-wide = enriched.assign(text=[f"{row.value:.2f} ({row.low:.2f}-{row.high:.2f})" for row in enriched.itertuples()])
+wide = enriched.assign(
+    text=[f"{row.value:.2f} ({row.low:.2f}-{row.high:.2f})" for row in enriched.itertuples()]
+)
 wide = wide.pivot_table("text", "attribution", "class", aggfunc="first", sort=False)
 wide.style.set_caption(f"Mass over chance, mean of the records' own ratios: {note}")
 
 # %%
-from ecglib.plots import plot_enrichment, save_figure
+from ecgstudy.analysis.localisation import plot_enrichment
+from ecgstudy.analysis.figures import save_figure
 
-known = enriched if enriched["value"].notna().any() else gate.query("measure == 'enrichment'").assign(ceiling=80.0)
+known = (
+    enriched
+    if enriched["value"].notna().any()
+    else gate.query("measure == 'enrichment'").assign(ceiling=80.0)
+)
 place_known = note if known is enriched else "SIMULATED patients, heights of waves"
 figure = plot_enrichment(known, f"Does the attribution point at the evidence? {place_known}")
 save_figure(figure, Path(results) / "figures" / "saliency_enrichment.svg")
@@ -271,18 +367,32 @@ for other, signal in zip(test, truth.records.millivolts(test)):
 rows = []
 for group, (place, positions, mask, counted, signals, maps, kept) in cases.items():
     stated = truth.stated(group)
-    quiet = [other for other in test if not stated[other] and not probabilities[other, place] > thresholds[place]]
+    quiet = [
+        other
+        for other in test
+        if not stated[other] and not probabilities[other, place] > thresholds[place]
+    ]
     here = min(len(quiet), len(positions))
     if not here:
         continue
     others = localisation.matched_negatives(rates, positions[:here], np.array(quiet))
     absent = truth.regions(group, others, like=positions[:here])
     found = relevance(attributed(best, truth.records, others, place), *form)
-    difference = (localisation.enrichment(maps[chosen], mask, counted)[:here]
-                  - localisation.enrichment(found, absent, truth.marked(others)))  # fmt: skip
+    difference = localisation.enrichment(maps[chosen], mask, counted)[
+        :here
+    ] - localisation.enrichment(found, absent, truth.marked(others))
     gap = localisation.mean_interval(difference, patients[positions[:here]], draws)
-    rows.append({"class": group, "records": here, "attribution": chosen, **gap._asdict(), "chance": 0.0,
-                 "measure": "enrichment over true negatives", "passes": gap.low > 0})  # fmt: skip
+    rows.append(
+        {
+            "class": group,
+            "records": here,
+            "attribution": chosen,
+            **gap._asdict(),
+            "chance": 0.0,
+            "measure": "enrichment over true negatives",
+            "passes": gap.low > 0,
+        }
+    )
 against = pd.DataFrame(rows)
 against[["class", "records", "value", "low", "high", "passes"]].round(2)
 
@@ -298,15 +408,28 @@ rows = []
 for group in bars:
     place, positions, _, _, signals, maps, kept = cases[group]
     few, who = signals[:records_few], patients[positions[:records_few]]
-    areas = {name: localisation.deletion_area(network, few, one[:records_few], place, rate, window)
-             for name, one in maps.items() if name in (*ARMS, "random", "|input|", chosen)}  # fmt: skip
+    areas = {
+        name: localisation.deletion_area(network, few, one[:records_few], place, rate, window)
+        for name, one in maps.items()
+        if name in (*ARMS, "random", "|input|", chosen)
+    }
     if "occlusion" in kept:
-        areas["occlusion"] = localisation.deletion_area(network, few, relevance(kept["occlusion"]), place, rate, window)
+        areas["occlusion"] = localisation.deletion_area(
+            network, few, relevance(kept["occlusion"]), place, rate, window
+        )
     for name, area in areas.items():
         over = localisation.mean_interval(area - areas["random"], who, draws)
-        rows.append({"class": group, "records": len(few), "attribution": name, "measure": "deletion area over random",
-                     **over._asdict(), "chance": 0.0,
-                     "passes": over.low > 0 if name != "random" else None})  # fmt: skip
+        rows.append(
+            {
+                "class": group,
+                "records": len(few),
+                "attribution": name,
+                "measure": "deletion area over random",
+                **over._asdict(),
+                "chance": 0.0,
+                "passes": over.low > 0 if name != "random" else None,
+            }
+        )
 deleted = pd.DataFrame(rows)
 deleted.pivot_table("value", "attribution", "class", sort=False).style.format(precision=3)
 
@@ -318,7 +441,7 @@ deleted.pivot_table("value", "attribution", "class", sort=False).style.format(pr
 # stays small where nothing happens. The sign is then the fairer question, and both are shown.
 
 # %%
-from ecglib.plots import plot_randomisation
+from ecgstudy.analysis.localisation import plot_randomisation
 
 rows, group = [], bars[0]
 place, positions, *_, kept = cases[group]
@@ -327,8 +450,11 @@ for arm in [arm for arm in ARMS if arm != "occlusion"]:
     for layer, copy in localisation.randomised_cascade(network):
         again = attributed(arm, truth.records, positions[:records_few], place, copy, stride=window)
         for signed in (False, True):
-            value = localisation.mean_interval(localisation.rank_correlation(first, again, signed),
-                                               patients[positions[:records_few]], draws)  # fmt: skip
+            value = localisation.mean_interval(
+                localisation.rank_correlation(first, again, signed),
+                patients[positions[:records_few]],
+                draws,
+            )
             rows.append({"layer": layer, "attribution": arm, "signed": signed, **value._asdict()})
 randomised = pd.DataFrame(rows)
 figure = plot_randomisation(randomised, f"Randomised weights, {group}: {note}")
@@ -342,7 +468,9 @@ figure
 # the same records, at the share of the labels for which notebook 09 has several seeds. Published: 0.41 to 0.65.
 
 # %%
-fraction = min((run.spec.fraction for run in trained), key=lambda value: abs(value - compared_fraction))
+fraction = min(
+    (run.spec.fraction for run in trained), key=lambda value: abs(value - compared_fraction)
+)
 arms = {}
 for run in trained:
     if run.spec.fraction == fraction and run.spec.settings["encoder"] == encoder:
@@ -353,17 +481,35 @@ for method, members in arms.items():
         other, own_window = trained_classifier(run, records, results)
         for group in bars:
             positions = truth.positions(group)[:records_few]
-            maps_of[method, run.spec.seed, group] = attributed(best, truth.records, positions, cases[group][0], other,
-                                                               own_window, stride=own_window)  # fmt: skip
+            maps_of[method, run.spec.seed, group] = attributed(
+                best,
+                truth.records,
+                positions,
+                cases[group][0],
+                other,
+                own_window,
+                stride=own_window,
+            )
 for method, group in [(method, group) for method in arms for group in bars]:
     several = [found for key, found in maps_of.items() if (key[0], key[2]) == (method, group)]
     who = patients[truth.positions(group)[:records_few]]
     if len(several) > 1:
         agreed = localisation.mean_interval(localisation.agreement(several), who, draws)
-        rows.append({"method": method, "class": group, "seeds": len(several), "records": len(who),
-                     "measure": "agreement of seeds", **agreed._asdict(), "chance": 0.0})  # fmt: skip
+        rows.append(
+            {
+                "method": method,
+                "class": group,
+                "seeds": len(several),
+                "records": len(who),
+                "measure": "agreement of seeds",
+                **agreed._asdict(),
+                "chance": 0.0,
+            }
+        )
 agreed = pd.DataFrame(rows)
-agreed.pivot_table("value", "method", "class", sort=False).style.format(precision=2) if len(agreed) else "one seed only"
+agreed.pivot_table("value", "method", "class", sort=False).style.format(precision=2) if len(
+    agreed
+) else "one seed only"
 
 # %% [markdown]
 # ## Self-supervised against supervised, at matched AUROC
@@ -373,22 +519,45 @@ agreed.pivot_table("value", "method", "class", sort=False).style.format(precisio
 # patients resampled. The hypothesis is that it is 0. The AUROC that is left unmatched stands beside it.
 
 # %%
-auroc = {(run.spec.method, run.spec.seed): next(row["value"] for row in run.rows() if row["split"] == "validation"
-         and row["metric"] == "macro_auroc") for members in arms.values() for run in members}  # fmt: skip
+auroc = {
+    (run.spec.method, run.spec.seed): next(
+        row["value"]
+        for row in run.rows()
+        if row["split"] == "validation" and row["metric"] == "macro_auroc"
+    )
+    for members in arms.values()
+    for run in members
+}
 controls, rows = [run.spec.seed for run in arms["supervised"]], []
-for method, group in [(method, group) for method in arms if method != "supervised" for group in bars]:
+for method, group in [
+    (method, group) for method in arms if method != "supervised" for group in bars
+]:
     positions, pairs, gaps = truth.positions(group)[:records_few], [], []
     mask, counted = truth.regions(group, positions), truth.marked(positions)
     for run in arms[method]:
-        nearest = min(controls, key=lambda seed: abs(auroc["supervised", seed] - auroc[method, run.spec.seed]))
-        two = [localisation.enrichment(relevance(maps_of[key], *form), mask, counted)
-               for key in ((method, run.spec.seed, group), ("supervised", nearest, group))]  # fmt: skip
+        nearest = min(
+            controls, key=lambda seed: abs(auroc["supervised", seed] - auroc[method, run.spec.seed])
+        )
+        two = [
+            localisation.enrichment(relevance(maps_of[key], *form), mask, counted)
+            for key in ((method, run.spec.seed, group), ("supervised", nearest, group))
+        ]
         pairs.append(two[0] - two[1])
         gaps.append(auroc[method, run.spec.seed] - auroc["supervised", nearest])
     gain = localisation.mean_interval(np.mean(pairs, axis=0), patients[positions], draws)
-    rows.append({"method": method, "class": group, "seeds": len(pairs), "records": len(positions), **gain._asdict(),
-                 "measure": "enrichment over supervised", "chance": 0.0, "auroc_left": np.mean(gaps),
-                 "passes": gain.low > 0})  # fmt: skip
+    rows.append(
+        {
+            "method": method,
+            "class": group,
+            "seeds": len(pairs),
+            "records": len(positions),
+            **gain._asdict(),
+            "measure": "enrichment over supervised",
+            "chance": 0.0,
+            "auroc_left": np.mean(gaps),
+            "passes": gain.low > 0,
+        }
+    )
 matched = pd.DataFrame(rows)
 matched[["method", "class", "seeds", "value", "low", "high", "auroc_left"]].round(3)
 
@@ -399,21 +568,30 @@ matched[["method", "class", "seeds", "value", "low", "high", "auroc_left"]].roun
 # classes and no leads, so it is scored like everything else.
 
 # %%
-from ecglib.runs import listed_runs
+from ecgstudy.runs import listed_runs
 
 rows = []
 if (Path(results) / "run_lists" / "self_evolving.json").exists():
     stages = listed_runs("self_evolving", results, records, "13_self_evolving")
-    last = max((run for run in stages if run.spec.method == "distl"),
-               key=lambda run: (run.spec.settings["stage"], -run.spec.seed))  # fmt: skip
+    last = max(
+        (run for run in stages if run.spec.method == "distl"),
+        key=lambda run: (run.spec.settings["stage"], -run.spec.seed),
+    )
     transformer, own_window = trained_classifier(last, records, results)
     for group in bars if "attention_rollout" in fitting_methods(transformer) else []:
         place, positions, mask, counted, signals, *_ = cases[group]
-        maps = {f"{method} ({last.spec.settings['encoder']})": relevance(
-            attributed(method, truth.records, positions, place, transformer, own_window))
-            for method in ("gradient", "attention_rollout")}  # fmt: skip
-        found = localisation.measure_rows(maps, mask, counted, patients[positions], rate, draws=draws)
-        rows += [{"class": group, "records": len(positions), "method": "distl", **row} for row in found]
+        maps = {
+            f"{method} ({last.spec.settings['encoder']})": relevance(
+                attributed(method, truth.records, positions, place, transformer, own_window)
+            )
+            for method in ("gradient", "attention_rollout")
+        }
+        found = localisation.measure_rows(
+            maps, mask, counted, patients[positions], rate, draws=draws
+        )
+        rows += [
+            {"class": group, "records": len(positions), "method": "distl", **row} for row in found
+        ]
 rolled = pd.DataFrame(rows)
 shown = rolled[rolled["measure"] == "enrichment"] if rows else rolled
 shown.reindex(columns=["class", "attribution", "value", "low", "high"]).round(2)
@@ -425,7 +603,7 @@ shown.reindex(columns=["class", "attribution", "value", "low", "high"]).round(2)
 # picked them. The shade is the chosen relevance of the network that was scored.
 
 # %%
-from ecglib.plots import plot_attributed_ecgs
+from ecglib.plot_ecg import plot_attributed_ecgs
 
 group = bars[0]
 place, stated = cases[group][0], truth.stated(group)
@@ -451,6 +629,7 @@ figure
 # How much of a map lies where the evidence is, compared with chance? Write `mass_over_chance`: the share of the
 # relevance inside the region, divided by the region's own share of the record, for each record.
 
+
 # %% tags=["solution"]
 def mass_over_chance(relevance: np.ndarray, region: np.ndarray) -> np.ndarray:
     """One number a record, `(records,)`; relevance (0 or more) and region (boolean) are `(records, leads, time)`."""
@@ -459,16 +638,20 @@ def mass_over_chance(relevance: np.ndarray, region: np.ndarray) -> np.ndarray:
 
 
 # %% tags=["check"]
-from ecglib.exercises import numbers
+from ecgtools.exercises import numbers
 
 painted = np.zeros((3, 2, 50), bool)
 painted[:, 0, 10:20] = True  # a tenth of a record
 painted[0, 1] = True  # in the first record six tenths
 drawn = np.stack([np.ones((2, 50)), 1.0 * painted[1], 1.0 - painted[2]])
 three = numbers(mass_over_chance(drawn, painted), (3,))
-assert np.allclose(three, [1, 10, 0]), "even relevance is 1, all of it inside a tenth of the record 10, none inside 0"
+assert np.allclose(three, [1, 10, 0]), (
+    "even relevance is 1, all of it inside a tenth of the record 10, none inside 0"
+)
 louder = numbers(mass_over_chance(drawn * [[[1]], [[5]], [[0.2]]], painted), (3,))
-assert np.allclose(louder, three), "how large the numbers of a map are must not count, nor what other records have"
+assert np.allclose(louder, three), (
+    "how large the numbers of a map are must not count, nor what other records have"
+)
 print("right")
 
 # %% [markdown]
@@ -478,7 +661,10 @@ print("right")
 # %%
 group = bars[0]
 _, positions, mask, counted, _, maps, _ = cases[group]
-two = [localisation.enrichment(maps[name], mask, counted) for name in ("integrated gradients", "|input|")]
+two = [
+    localisation.enrichment(maps[name], mask, counted)
+    for name in ("integrated gradients", "|input|")
+]
 localisation.mean_interval(two[0] - two[1], patients[positions], draws)
 
 # %% [markdown]
@@ -489,16 +675,46 @@ from ecglib.files import atomic_file
 
 about = {"truth": truth.name, "method": "supervised", "fraction": most, "seeds": 1}
 full = randomised[randomised["layer"] == randomised["layer"].iloc[-1]].copy()
-constant = (full[["value", "low", "high"]] == 0).all(axis=1)  # such a map says nothing, so it cannot pass
+constant = (full[["value", "low", "high"]] == 0).all(
+    axis=1
+)  # such a map says nothing, so it cannot pass
 full["passes"] = (full["value"].abs() < 0.1).where(~constant)
-parts = [gate.assign(truth="simulated heights", method="regressor"), scores.assign(**about), against.assign(**about),
-         deleted.assign(**about), agreed.assign(truth=truth.name, fraction=fraction),
-         matched.assign(truth=truth.name, fraction=fraction, attribution=chosen), rolled.assign(truth=truth.name),
-         full.assign(**about, measure=np.where(full["signed"], "randomised, signed", "randomised"), chance=0.0,
-                     **{"class": bars[0]})]  # fmt: skip
-columns = ["truth", "method", "fraction", "seeds", "class", "records", "attribution", "measure", "value", "low", "high",
-           "chance", "passes", "ceiling", "r2", "auroc_left"]  # fmt: skip
-table = pd.concat([part.reindex(columns=columns).astype(object) for part in parts if len(part)], ignore_index=True)
+parts = [
+    gate.assign(truth="simulated heights", method="regressor"),
+    scores.assign(**about),
+    against.assign(**about),
+    deleted.assign(**about),
+    agreed.assign(truth=truth.name, fraction=fraction),
+    matched.assign(truth=truth.name, fraction=fraction, attribution=chosen),
+    rolled.assign(truth=truth.name),
+    full.assign(
+        **about,
+        measure=np.where(full["signed"], "randomised, signed", "randomised"),
+        chance=0.0,
+        **{"class": bars[0]},
+    ),
+]
+columns = [
+    "truth",
+    "method",
+    "fraction",
+    "seeds",
+    "class",
+    "records",
+    "attribution",
+    "measure",
+    "value",
+    "low",
+    "high",
+    "chance",
+    "passes",
+    "ceiling",
+    "r2",
+    "auroc_left",
+]
+table = pd.concat(
+    [part.reindex(columns=columns).astype(object) for part in parts if len(part)], ignore_index=True
+)
 with atomic_file(Path(results) / "tables" / "saliency.csv") as path:
     table.to_csv(path, index=False)
 
@@ -509,21 +725,35 @@ def bar(sentence, met):
 
 
 simulated = bool(truth.records.about.get("simulated"))
-judged = bars if simulated else [group for group in bars if group == "bundle branch block" and known is enriched]
+judged = (
+    bars
+    if simulated
+    else [group for group in bars if group == "bundle branch block" and known is enriched]
+)
 for group in judged:
-    mine = scores[(scores["class"] == group) & (scores["attribution"] == chosen)].set_index("measure")
+    mine = scores[(scores["class"] == group) & (scores["attribution"] == chosen)].set_index(
+        "measure"
+    )
     value, plain = mine.loc["enrichment"], mine.loc["mass over chance"]
     goal = 3.0 if simulated else 1.5
-    bar(f"{group}: {value['value']:.2f} times chance ({value['low']:.2f} to {value['high']:.2f}), goal {goal:g}, "
+    bar(
+        f"{group}: {value['value']:.2f} times chance ({value['low']:.2f} to {value['high']:.2f}), goal {goal:g}, "
         f"at most {mine['ceiling'].iloc[0]:.1f}; all records together {plain['value']:.2f}",
-        value["value"] >= goal)  # fmt: skip
+        value["value"] >= goal,
+    )
     for other in ("|input|", "|input|²")[: 1 + (power > 1)]:
         over = mine.loc[f"enrichment over {other}"]
-        bar(f"{group}: {over['value']:+.2f} over {other} ({over['low']:+.2f} to {over['high']:+.2f})", over["low"] > 0)
+        bar(
+            f"{group}: {over['value']:+.2f} over {other} ({over['low']:+.2f} to {over['high']:+.2f})",
+            over["low"] > 0,
+        )
     _, positions, mask, counted, _, maps, _ = cases[group]
     two = [localisation.enrichment(maps[name], mask, counted) for name in (chosen, "R peaks")]
     peaks = localisation.mean_interval(two[0] - two[1], patients[positions], draws)
-    bar(f"{group}: {peaks.value:+.2f} over R peaks ({peaks.low:+.2f} to {peaks.high:+.2f})", peaks.low > 0)
+    bar(
+        f"{group}: {peaks.value:+.2f} over R peaks ({peaks.low:+.2f} to {peaks.high:+.2f})",
+        peaks.low > 0,
+    )
 for row in full.itertuples():
     which = f"randomised, {row.attribution}, {'a' if row.signed else '|a|'}"
     if pd.isna(row.passes):
@@ -531,7 +761,9 @@ for row in full.itertuples():
     else:
         bar(f"{which}: rank correlation {row.value:.2f}, goal below 0.1", row.passes)
 better = matched[matched["passes"].astype(bool)]
-print(f"Pretrained over supervised at matched AUROC: {len(better)} of {len(matched)} intervals above 0")
+print(
+    f"Pretrained over supervised at matched AUROC: {len(better)} of {len(matched)} intervals above 0"
+)
 
 # %% [markdown]
 # Written: `tables/saliency.csv`, `figures/saliency_enrichment.svg`, `figures/saliency_randomisation.svg`,

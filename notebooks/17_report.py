@@ -20,7 +20,11 @@ import pandas as pd
 from ecglib.files import atomic_file, read_json
 
 about = read_json(Path(results) / "records" / "records.json")["about"]
-kind = "SIMULATED records: these figures say nothing about patients" if about["simulated"] else "real recordings"
+kind = (
+    "SIMULATED records: these figures say nothing about patients"
+    if about["simulated"]
+    else "real recordings"
+)
 if about.get("subset"):
     kind += f", {about['version']}: not comparable with published tables"
 print(f"{about['source']}, label set {about['task']!r}: {kind}")
@@ -31,16 +35,27 @@ print(f"{about['source']}, label set {about['task']!r}: {kind}")
 # A part that has not been run is not filled in: its row says which notebook to run.
 
 # %%
-from ecglib.findings import PARTS, report_tables
+from ecgstudy.analysis.claims import PARTS, report_tables
 
 there = {name: (Path(results) / "tables" / f"{name}.csv").exists() for name in PARTS}
-status = pd.DataFrame({"table": list(PARTS), "notebook": list(PARTS.values()),
-                       "state": ["there" if there[name] else f"run {PARTS[name]}" for name in PARTS]})  # fmt: skip
+status = pd.DataFrame(
+    {
+        "table": list(PARTS),
+        "notebook": list(PARTS.values()),
+        "state": ["there" if there[name] else f"run {PARTS[name]}" for name in PARTS],
+    }
+)
 status
 
 # %%
 tables = report_tables(results)  # stops here with the notebooks to run, where a table is missing
-origin = "simulated" if about["simulated"] else "reproduced on the subset" if about.get("subset") else "measured"
+origin = (
+    "simulated"
+    if about["simulated"]
+    else "reproduced on the subset"
+    if about.get("subset")
+    else "measured"
+)
 print(f"{len(tables)} tables; figures of this run are {origin}")
 
 # %% [markdown]
@@ -48,7 +63,9 @@ print(f"{len(tables)} tables; figures of this run are {origin}")
 
 # %%
 left_out = tables["left_out"]
-left_out.groupby(["fault", "action"], as_index=False).size() if len(left_out) else "Every recording was read as it was."
+left_out.groupby(["fault", "action"], as_index=False).size() if len(
+    left_out
+) else "Every recording was read as it was."
 
 # %% [markdown]
 # ## The supervised control
@@ -57,7 +74,9 @@ left_out.groupby(["fault", "action"], as_index=False).size() if len(left_out) el
 
 # %%
 supervised = tables["supervised_summary"].assign(origin=origin)
-shown = supervised[["method", "data", "labels", "fraction", "value", "low", "high", "seeds", "origin"]]
+shown = supervised[
+    ["method", "data", "labels", "fraction", "value", "low", "high", "seeds", "origin"]
+]
 shown.style.format(precision=3).set_caption(f"Macro AUROC on fold 10: {kind}")
 
 # %% [markdown]
@@ -69,9 +88,13 @@ shown.style.format(precision=3).set_caption(f"Macro AUROC on fold 10: {kind}")
 curve = supervised.sort_values("fraction")
 steps_down = curve["value"].diff().dropna()
 widths = (curve["high"] - curve["low"]).iloc[1:]
-assert (steps_down > -widths).all(), "the score falls where labels are added: look at the runs before believing this"
-print(f"from {100 * curve['fraction'].iloc[0]:g} % to {100 * curve['fraction'].iloc[-1]:g} % of the labels: "
-      f"{curve['value'].iloc[0]:.3f} to {curve['value'].iloc[-1]:.3f}")  # fmt: skip
+assert (steps_down > -widths).all(), (
+    "the score falls where labels are added: look at the runs before believing this"
+)
+print(
+    f"from {100 * curve['fraction'].iloc[0]:g} % to {100 * curve['fraction'].iloc[-1]:g} % of the labels: "
+    f"{curve['value'].iloc[0]:.3f} to {curve['value'].iloc[-1]:.3f}"
+)
 
 # %% [markdown]
 # ## Every system of the study
@@ -80,7 +103,7 @@ print(f"from {100 * curve['fraction'].iloc[0]:g} % to {100 * curve['fraction'].i
 # differ between the parts: within a part rows are comparable, across parts they tell what a whole recipe reaches.
 
 # %%
-from ecglib.findings import systems
+from ecgstudy.analysis.claims import systems
 
 rows = systems(tables).assign(origin=origin)
 with atomic_file(Path(results) / "tables" / "systems.csv") as path:
@@ -98,12 +121,14 @@ rows.style.format(precision=3).format("{:.0%}", subset=["fraction"]).hide(axis="
 # study's own.
 
 # %%
-from ecglib.findings import findings, shown_findings
+from ecgstudy.analysis.claims import findings, shown_findings
 
 claims = findings(tables, published, origin)
 with atomic_file(Path(results) / "tables" / "findings.csv") as path:
     claims.to_csv(path, index=False)
-shown_findings(claims).style.hide(axis="index").set_caption(f"Published gains, and gains here: {kind}")
+shown_findings(claims).style.hide(axis="index").set_caption(
+    f"Published gains, and gains here: {kind}"
+)
 
 # %% [markdown]
 # What did not replicate, and what was not found:
@@ -112,12 +137,16 @@ shown_findings(claims).style.hide(axis="index").set_caption(f"Published gains, a
 for row in claims[claims["verdict"] != "agrees"].itertuples():
     printed = "" if pd.isna(row.published) else f", published {row.published:+.3f}"
     labels = "" if pd.isna(row.labels) else f", {row.labels:.0%} of the labels"
-    print(f"{row.verdict}: {row.system}, {row.claim}{labels}: {row.here:+.3f} "
-          f"[{row.low:+.3f}, {row.high:+.3f}]{printed}")  # fmt: skip
+    print(
+        f"{row.verdict}: {row.system}, {row.claim}{labels}: {row.here:+.3f} "
+        f"[{row.low:+.3f}, {row.high:+.3f}]{printed}"
+    )
 known = claims[claims["published"].notna()]
 agreeing = (known["verdict"] == "agrees").sum()
-print(f"\n{agreeing} of {len(known)} claims with a published figure agree in sign beyond the interval; of the "
-      f"{len(claims) - len(known)} others {(claims['verdict'] == 'agrees').sum() - agreeing} are found")  # fmt: skip
+print(
+    f"\n{agreeing} of {len(known)} claims with a published figure agree in sign beyond the interval; of the "
+    f"{len(claims) - len(known)} others {(claims['verdict'] == 'agrees').sum() - agreeing} are found"
+)
 
 # %% [markdown]
 # ## Self-supervised pretraining
@@ -127,9 +156,13 @@ print(f"\n{agreeing} of {len(known)} claims with a published figure agree in sig
 
 # %%
 efficiency = tables["label_efficiency_summary"]
-cells = efficiency.assign(score=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in efficiency.itertuples()])
+cells = efficiency.assign(
+    score=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in efficiency.itertuples()]
+)
 cells = cells.pivot(index=["protocol", "encoder", "method"], columns="fraction", values="score")
-cells.rename(columns="{:.0%}".format).style.set_caption(f"Macro AUROC on fold 10, mean over label subsets: {kind}")
+cells.rename(columns="{:.0%}".format).style.set_caption(
+    f"Macro AUROC on fold 10, mean over label subsets: {kind}"
+)
 
 # %%
 needed = tables["labels_needed"]
@@ -146,13 +179,17 @@ needed.style.format(precision=3).hide(axis="index").set_caption(
 
 # %%
 fused = tables["fusion_gains"]
-fused = fused[(fused["protocol"] == "frozen") & fused["over"].isin(["best_single", "concatenation"])]
+fused = fused[
+    (fused["protocol"] == "frozen") & fused["over"].isin(["best_single", "concatenation"])
+]
 fused["cell"] = [f"{row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in fused.itertuples()]
 for fraction, rows in fused.groupby("fraction"):
-    print(f"{fraction:4.0%}: fusion is {'supported' if (rows['low'] > 0).all() else 'NOT supported'}")
-fused.pivot(index="over", columns="fraction", values="cell").rename(columns="{:.0%}".format).style.set_caption(
-    f"What DVME gains in macro AUROC on fold 10: {kind}"
-)
+    print(
+        f"{fraction:4.0%}: fusion is {'supported' if (rows['low'] > 0).all() else 'NOT supported'}"
+    )
+fused.pivot(index="over", columns="fraction", values="cell").rename(
+    columns="{:.0%}".format
+).style.set_caption(f"What DVME gains in macro AUROC on fold 10: {kind}")
 
 # %% [markdown]
 # ## Beside it: what papers print
@@ -163,7 +200,9 @@ fused.pivot(index="over", columns="fraction", values="cell").rename(columns="{:.
 # %%
 printed = pd.read_csv(Path(published) / "ecg-selfsupervised.csv")
 printed = printed[printed["task"] == "PTB-XL all"]
-printed.assign(origin="published")[["encoder", "pretraining", "protocol", "metric", "mean", "sd", "origin", "source"]]
+printed.assign(origin="published")[
+    ["encoder", "pretraining", "protocol", "metric", "mean", "sd", "origin", "source"]
+]
 
 # %% [markdown]
 # ## A few labels and the other recordings without
@@ -175,8 +214,12 @@ printed.assign(origin="published")[["encoder", "pretraining", "protocol", "metri
 # %%
 semi_supervised = tables["semi_supervised_summary"]
 cells = [f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in semi_supervised.itertuples()]
-cells = semi_supervised.assign(score=cells).pivot(index=["start", "method"], columns="fraction", values="score")
-cells.rename(columns="{:.0%}".format).style.set_caption(f"Macro AUROC on fold 10, mean over label subsets: {kind}")
+cells = semi_supervised.assign(score=cells).pivot(
+    index=["start", "method"], columns="fraction", values="score"
+)
+cells.rename(columns="{:.0%}".format).style.set_caption(
+    f"Macro AUROC on fold 10, mean over label subsets: {kind}"
+)
 
 # %%
 paper = pd.read_csv(Path(published) / "ce-ssl.csv")
@@ -195,7 +238,9 @@ stages = tables["self_evolving_summary"]
 stages = stages[stages["network"] == "student"]
 cells = [f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in stages.itertuples()]
 cells = stages.assign(score=cells).pivot(index="method", columns="stage", values="score")
-cells.style.set_caption(f"Macro AUROC on fold 10 at each T, {stages['fraction'].iloc[0]:.0%} of the labels: {kind}")
+cells.style.set_caption(
+    f"Macro AUROC on fold 10 at each T, {stages['fraction'].iloc[0]:.0%} of the labels: {kind}"
+)
 
 # %%
 paper = pd.read_csv(Path(published) / "distl-echoclr-dvme.csv")
@@ -210,9 +255,13 @@ paper.pivot(index="task", columns="setting", values="value").assign(origin="publ
 
 # %%
 limits = tables["robustness_threshold"]
-cells = limits["told"].str.split(" [", regex=False).str[0]  # without the intervals, which notebook 15 shows
+cells = (
+    limits["told"].str.split(" [", regex=False).str[0]
+)  # without the intervals, which notebook 15 shows
 cells = limits.assign(cell=cells, fraction=limits["fraction"].map("{:.0%}".format))
-cells = cells.pivot(index=["method", "protocol", "encoder", "fraction"], columns="kind", values="cell")
+cells = cells.pivot(
+    index=["method", "protocol", "encoder", "fraction"], columns="kind", values="cell"
+)
 cells.style.set_caption(f"SNR of a loss of {limits['limit'].iloc[0]:g}: {kind}")
 
 # %% [markdown]
@@ -228,8 +277,12 @@ flat = ["random", "|input|", "|input|²", "R peaks"]
 known = measured["attribution"].str.startswith("chosen") | measured["attribution"].isin(flat)
 measured = measured[known & measured["value"].notna()]
 cells = [f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in measured.itertuples()]
-cells = measured.assign(cell=cells).pivot(index=["truth", "attribution"], columns="class", values="cell")
-cells.style.set_caption("Mass over chance, mean of the records' own ratios, one network trained with labels alone")
+cells = measured.assign(cell=cells).pivot(
+    index=["truth", "attribution"], columns="class", values="cell"
+)
+cells.style.set_caption(
+    "Mass over chance, mean of the records' own ratios, one network trained with labels alone"
+)
 
 # %% [markdown]
 # ## The encoders, to take away
@@ -238,14 +291,18 @@ cells.style.set_caption("Mass over chance, mean of the records' own ratios, one 
 # controls, what it must not be used for, and the lines that open it.
 
 # %%
-from ecglib.model_cards import release_encoders
+from ecgstudy.analysis.model_cards import release_encoders
 from ecglib.records import Records
-from ecglib.selfsup.pretrain import pretrained_runs
+from ecgstudy.arms.pretrain import pretrained_runs
 
 everything = Records.load(Path(results) / "records")
 records = everything.select(everything.targets.any(axis=1))
-released = release_encoders(pretrained_runs(results, records), tables["label_efficiency_summary"], records,
-                            Path(results) / "encoders")  # fmt: skip
+released = release_encoders(
+    pretrained_runs(results, records),
+    tables["label_efficiency_summary"],
+    records,
+    Path(results) / "encoders",
+)
 print((released[0] / "README.md").read_text().split("## Limits")[0])
 
 # %% [markdown]
@@ -263,12 +320,16 @@ enough = curve[curve["high"] >= full]["fraction"].min()
 print(f"the interval reaches {full:.3f} from {100 * enough:g} % of the labels on")
 
 # %% tags=["check"]
-from ecglib.exercises import number
+from ecgtools.exercises import number
 
 reaching = {line.fraction: line.high >= curve["value"].iat[-1] for line in curve.itertuples()}
 assert number(enough) in reaching, "`enough` is none of the measured fractions"
-assert reaching[number(enough)], "the interval of this fraction does not reach the mean at all labels"
-assert not any(there for share, there in reaching.items() if share < number(enough)), "a smaller fraction reaches it"
+assert reaching[number(enough)], (
+    "the interval of this fraction does not reach the mean at all labels"
+)
+assert not any(there for share, there in reaching.items() if share < number(enough)), (
+    "a smaller fraction reaches it"
+)
 print("right")
 
 # %% [markdown]

@@ -4,12 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_runs import labelled_records
+import torch
 
-from ecglib.fusion_runs import FusionData, fuse
 from ecglib.records import Records
-from ecglib.runs import Run, run_or_load
-from ecglib.selfsup.pretrain import encode_run, pretraining_spec
+from ecgstudy.arms.fusion import FusionData, fuse
+from ecgstudy.arms.pretrain import encode_run, pretraining_spec
+from ecgstudy.runs import Run, run_or_load
+from toolkit import labelled_records
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test draws the same random weights."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +33,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def small_fusion(records: Records) -> Callable[..., tuple[Run, dict[str, Run]]]:
-    """Makes, in a results folder, a DVME of two encoders that were never trained: its run, and those of its members."""
+    """Makes, in a results folder, a DVME of two encoders that were never trained: its run, and
+    those of its members.
+    """
 
     def make(folder: Path, windows: tuple[float, float] = (1.0, 1.0)) -> tuple[Run, dict[str, Run]]:
-        specs = [pretraining_spec("random", records, seed, {"encoder": "xresnet1d_narrow", "crop_seconds": seconds})
-                 for seed, seconds in enumerate(windows)]  # fmt: skip
-        members = {f"random{spec.seed}": run_or_load(spec, encode_run(records), folder) for spec in specs}
-        settings = {"width": 8, "heads": 2, "hidden": 6, "dropout": 0.1, "token_dropout": 0.2, "steps": 3,
-                    "batch_size": 8, "learning_rates": [0.001]}  # fmt: skip
+        specs = [
+            pretraining_spec(
+                "random", records, seed, {"encoder": "xresnet1d_narrow", "crop_seconds": seconds}
+            )
+            for seed, seconds in enumerate(windows)
+        ]
+        members = {
+            f"random{spec.seed}": run_or_load(spec, encode_run(records), folder) for spec in specs
+        }
+        settings = {
+            "width": 8,
+            "heads": 2,
+            "hidden": 6,
+            "dropout": 0.1,
+            "token_dropout": 0.2,
+            "steps": 3,
+            "batch_size": 8,
+            "learning_rates": [0.001],
+        }
         (run,) = fuse(FusionData(records, [1.0], {1.0: 1}, members), "dvme", settings, folder)
         return run, members
 

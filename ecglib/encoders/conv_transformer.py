@@ -1,7 +1,8 @@
-"""The backbone of CE-SSL (Zhou et al. 2024): three convolutional blocks, a small transformer, a maximum over time.
+"""The backbone of CE-SSL (Zhou et al. 2024): three convolutional blocks, a small transformer, a
+maximum over time.
 
-Batch norm stands in the convolutional blocks alone, which is what CE-SSL's semi-supervised batch norm builds on:
-`local` is everything with batch norm, `context` everything without.
+Batch norm stands in the convolutional blocks alone, which is what CE-SSL's semi-supervised batch
+norm builds on: `local` is everything with batch norm, `context` everything without.
 """
 
 import torch
@@ -12,11 +13,18 @@ from ecglib.encoders.transformer import TransformerBlock, sinusoidal_positions
 from ecglib.errors import DataError
 
 HEADS = 16  # of every size
-SIZES = {"tinylight": (64, 1), "tiny": (128, 4), "base": (256, 8), "medium": (512, 12), "large": (768, 12)}
+SIZES = {
+    "tinylight": (64, 1),
+    "tiny": (128, 4),
+    "base": (256, 8),
+    "medium": (512, 12),
+    "large": (768, 12),
+}
 
 
 class ConvBlock(nn.Module):
-    """`(batch, inputs, time)` -> `(batch, outputs, time / 4, rounded up)`: two kernels of 9 samples and a shortcut.
+    """`(batch, inputs, time)` -> `(batch, outputs, time / 4, rounded up)`: two kernels of 9 samples
+    and a shortcut.
 
     Nothing follows the sum of the two ways.
     """
@@ -35,56 +43,83 @@ class ConvBlock(nn.Module):
 
 
 def mean_of_fours(x: Tensor) -> Tensor:
-    """Mean of each four samples, `(batch, channels, time)` -> `(batch, channels, time / 4, rounded up)`.
+    """Mean of each four samples, `(batch, channels, time)` -> `(batch, channels, time / 4, rounded
+    up)`.
 
-    A last, incomplete four is the mean of what is there, so that any length works. Unlike torch's average pooling it
-    keeps no input for its backward pass.
+    A last, incomplete four is the mean of what is there, so that any length works. Unlike torch's
+    average pooling it keeps no input for its backward pass.
     """
     whole = x.shape[2] // 4
     means = x[:, :, : 4 * whole].unflatten(2, (whole, 4)).mean(dim=3)
-    return means if x.shape[2] == 4 * whole else torch.cat([means, x[:, :, 4 * whole :].mean(2, keepdim=True)], dim=2)
+    return (
+        means
+        if x.shape[2] == 4 * whole
+        else torch.cat([means, x[:, :, 4 * whole :].mean(2, keepdim=True)], dim=2)
+    )
 
 
 class ConvTransformer(nn.Module):
-    """`(batch, leads, time)` -> logits `(batch, classes)`, or without `classes` features `(batch, feature_size)`.
+    """`(batch, leads, time)` -> logits `(batch, classes)`, or without `classes` features `(batch,
+    feature_size)`.
 
-    `size` is one of `SIZES` (width, transformer layers); with 18 classes base, medium and large have 9.505, 50.493 and
-    113.489 million parameters. Any number of samples will do; the published one is 6144 at 500 Hz, in standard
-    deviations of each lead. A token looks at earlier ones only, as published; `causal=False` lets it look both ways.
-    `centred` takes each lead's mean over the input away first, for signals in mV. ValueError for an unknown size.
+    `size` is one of `SIZES` (width, transformer layers); with 18 classes base, medium and large
+    have 9.505, 50.493 and 113.489 million parameters. Any number of samples will do; the published
+    one is 6144 at 500 Hz, in standard deviations of each lead. A token looks at earlier ones only,
+    as published; `causal=False` lets it look both ways. `centred` takes each lead's mean over the
+    input away first, for signals in mV. ValueError for an unknown size.
     """
 
-    def __init__(self, size: str = "base", classes: int | None = None, leads: int = 12, *, causal: bool = True,
-                 centred: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        size: str = "base",
+        classes: int | None = None,
+        leads: int = 12,
+        *,
+        causal: bool = True,
+        centred: bool = False,
+    ) -> None:
         super().__init__()
         if size not in SIZES:
-            raise ValueError(f"There is no ConvTransformer of the size {size!r}; choose from {', '.join(SIZES)}.")
+            raise ValueError(
+                f"There is no ConvTransformer of the size {size!r}; choose from {', '.join(SIZES)}."
+            )
         width, depth = SIZES[size]
         self.leads, self.centred, self.feature_size = leads, centred, width
         self.blocks = nn.ModuleList(ConvBlock(leads if i == 0 else width, width) for i in range(3))
         self.transformer = nn.ModuleList(
-            TransformerBlock(width, HEADS, activation=nn.LeakyReLU, epsilon=1e-5, causal=causal) for _ in range(depth)
+            TransformerBlock(width, HEADS, activation=nn.LeakyReLU, epsilon=1e-5, causal=causal)
+            for _ in range(depth)
         )
-        # Two layers with nothing in between, as published: the first is adapted at low rank, the second trained whole.
-        self.head = nn.Identity() if classes is None else nn.Sequential(nn.Linear(width, width),
-                                                                        nn.Linear(width, classes))  # fmt: skip
+        # Two layers with nothing in between, as published: the first is adapted at low rank, the
+        # second trained whole.
+        self.head = (
+            nn.Identity()
+            if classes is None
+            else nn.Sequential(nn.Linear(width, width), nn.Linear(width, classes))
+        )
 
     def layers(self) -> list[nn.Module]:
         """The blocks from input to output, each to get its own learning rate in fine-tuning."""
         return [*self.blocks, *self.transformer]
 
     def local(self, signals: Tensor) -> Tensor:
-        """The convolutional blocks, `(batch, leads, time)` -> `(batch, width, time / 64, rounded up)`."""
+        """The convolutional blocks, `(batch, leads, time)` -> `(batch, width, time / 64, rounded
+        up)`.
+        """
         if signals.ndim != 3 or signals.shape[1] != self.leads:
-            raise DataError(f"This ConvTransformer takes signals (batch, {self.leads}, time), not "
-                            f"{tuple(signals.shape)}.")  # fmt: skip
+            raise DataError(
+                f"This ConvTransformer takes signals (batch, {self.leads}, time), not "
+                f"{tuple(signals.shape)}."
+            )
         x = signals - signals.mean(dim=2, keepdim=True) if self.centred else signals
         for block in self.blocks:
             x = block(x)
         return x
 
     def context(self, x: Tensor) -> Tensor:
-        """The transformer and the maximum over its tokens, `(batch, width, tokens)` -> `(batch, width)`."""
+        """The transformer and the maximum over its tokens, `(batch, width, tokens)` -> `(batch,
+        width)`.
+        """
         x = x.transpose(1, 2)
         x = x + sinusoidal_positions(x.shape[1], x.shape[2]).to(x)
         for layer in self.transformer:

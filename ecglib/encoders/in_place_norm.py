@@ -1,4 +1,6 @@
-"""Batch norm and a leaky rectifier in one step that keeps one tensor instead of two (Rota Bulo et al. 2018)."""
+"""Batch norm and a leaky rectifier in one step that keeps one tensor instead of two (Rota Bulo et
+al. 2018).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,9 @@ class _NormLeaky(torch.autograd.Function):
     @staticmethod
     def forward(context, x, gain, bias, mean, variance, momentum, epsilon):  # noqa: ANN001, ANN205
         """The result, in a new tensor; x may be freed."""
-        y, batch_mean, inverse = torch.native_batch_norm(x, gain, bias, mean, variance, True, momentum, epsilon)
+        y, batch_mean, inverse = torch.native_batch_norm(
+            x, gain, bias, mean, variance, True, momentum, epsilon
+        )
         y = F.leaky_relu_(y, SLOPE)
         context.save_for_backward(y, gain, bias, batch_mean, inverse)
         context.epsilon, context.dtype = epsilon, x.dtype
@@ -25,24 +29,49 @@ class _NormLeaky(torch.autograd.Function):
         """Gradients of x, gain and bias by torch's own backward pass, for the x found again."""
         y, gain, bias, mean, inverse = context.saved_tensors
         scale = 1.0 / (gain * inverse)
-        scale, shift = ((values.view(1, -1, *(1,) * (y.ndim - 2))) for values in (scale, mean - bias * scale))
-        # The inverse of a leaky rectifier is one with the inverse slope; float32 also where y is bfloat16.
+        scale, shift = (
+            (values.view(1, -1, *(1,) * (y.ndim - 2))) for values in (scale, mean - bias * scale)
+        )
+        # The inverse of a leaky rectifier is one with the inverse slope; float32 also where y is
+        # bfloat16.
         x = F.leaky_relu(y, 1.0 / SLOPE).to(mean.dtype).mul_(scale).add_(shift).to(context.dtype)
         inner = torch.ops.aten.leaky_relu_backward(gradient, y, SLOPE, True)
         to_gain, to_bias = context.needs_input_grad[1:3]
         by_x, by_gain, by_bias = torch.ops.aten.native_batch_norm_backward(
-            inner, x, gain, None, None, mean, inverse, True, context.epsilon, [True, to_gain, to_bias]
-        )  # fmt: skip
-        return by_x, by_gain if to_gain else None, by_bias if to_bias else None, None, None, None, None
+            inner,
+            x,
+            gain,
+            None,
+            None,
+            mean,
+            inverse,
+            True,
+            context.epsilon,
+            [True, to_gain, to_bias],
+        )
+        return (
+            by_x,
+            by_gain if to_gain else None,
+            by_bias if to_bias else None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def norm_leaky(norm: nn.BatchNorm1d, x: Tensor) -> Tensor:
     """leaky(norm(x)) with slope 0.01, for `(batch, channels, time)`.
 
-    While training the result alone is kept for the backward pass, not the input of the norm as well: half the memory of
-    a convolutional block. Where a gain is too near to 0 to get the input back, both are kept as usual.
+    While training the result alone is kept for the backward pass, not the input of the norm as
+    well: half the memory of a convolutional block. Where a gain is too near to 0 to get the input
+    back, both are kept as usual.
     """
-    if not (norm.training and torch.is_grad_enabled()) or bool((norm.weight.abs() < SMALLEST_GAIN).any()):
+    if not (norm.training and torch.is_grad_enabled()) or bool(
+        (norm.weight.abs() < SMALLEST_GAIN).any()
+    ):
         return F.leaky_relu_(norm(x), SLOPE)
     norm.num_batches_tracked.add_(1)
-    return _NormLeaky.apply(x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.momentum, norm.eps)
+    return _NormLeaky.apply(
+        x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.momentum, norm.eps
+    )

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 
 class DropPath(nn.Dropout):
-    """Stochastic depth (Huang et al. 2016): drops a record's whole path with probability `p` while training."""
+    """Stochastic depth (Huang et al. 2016): drops a record's whole path with probability `p` while
+    training.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0:
@@ -17,7 +19,9 @@ class DropPath(nn.Dropout):
 
 
 class FusedLinear(nn.Linear):
-    """Several linear layers of the same input as one matrix: `parts` blocks of rows, here queries, keys and values."""
+    """Several linear layers of the same input as one matrix: `parts` blocks of rows, here queries,
+    keys and values.
+    """
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__(width, parts * width)
@@ -30,18 +34,33 @@ class TransformerBlock(nn.Module):
     With `causal`, a token takes only from itself and earlier ones.
     """
 
-    def __init__(self, width: int, heads: int, *, drop_path: float = 0.0, activation: type[nn.Module] = nn.GELU,
-                 epsilon: float = 1e-6, causal: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        drop_path: float = 0.0,
+        activation: type[nn.Module] = nn.GELU,
+        epsilon: float = 1e-6,
+        causal: bool = False,
+    ) -> None:
         super().__init__()
         self.heads, self.causal = heads, causal
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=epsilon), nn.LayerNorm(width, eps=epsilon)
         self.qkv, self.mix = FusedLinear(width, 3), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), activation(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), activation(), nn.Linear(4 * width, width)
+        )
         self.drop_path = DropPath(drop_path)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each `(batch, heads, tokens, width / heads)`."""
-        return self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return (
+            self.qkv(self.norm1(x))
+            .unflatten(2, (3, self.heads, -1))
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
 
     def _weights(self, q: Tensor, k: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(d)), `(batch, heads, tokens, tokens)`."""
@@ -53,13 +72,16 @@ class TransformerBlock(nn.Module):
 
     def _take(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What each token takes, `(batch, heads, tokens, width / heads)`."""
-        # On a CPU the fused kernel's backward pass in bfloat16 takes five times as long as these two products.
+        # On a CPU the fused kernel's backward pass in bfloat16 takes five times as long as these
+        # two products.
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:
             return self._weights(q, k) @ v
         return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
 
     def attention(self, x: Tensor) -> Tensor:
-        """How much each token (row) takes from each other, `(batch, heads, tokens, tokens)`; rows sum to 1."""
+        """How much each token (row) takes from each other, `(batch, heads, tokens, tokens)`; rows
+        sum to 1.
+        """
         q, k, _ = self._split(x)
         return self._weights(q, k)
 
@@ -69,14 +91,17 @@ class TransformerBlock(nn.Module):
 
 
 def sinusoidal_positions(tokens: int, width: int) -> Tensor:
-    """`(tokens, width)`: sin and cos of positions at wavelengths from 2 pi to 10,000 x 2 pi (Vaswani et al. 2017)."""
+    """`(tokens, width)`: sin and cos of positions at wavelengths from 2 pi to 10,000 x 2 pi
+    (Vaswani et al. 2017).
+    """
     pairs = torch.arange(0, width, 2, dtype=torch.float64)
     angle = torch.arange(tokens)[:, None] * torch.exp(pairs * (-math.log(10_000.0) / width))
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)  # float64
 
 
 def set_drop_path(encoder: nn.Module, largest: float) -> None:
-    """Give an encoder's blocks stochastic depth that rises linearly from 0 to `largest`, first block to last.
+    """Give an encoder's blocks stochastic depth that rises linearly from 0 to `largest`, first
+    block to last.
 
     An encoder without such blocks stays as it is.
     """

@@ -1,6 +1,8 @@
-"""A vision transformer in one dimension: a token is a short piece of all leads together (Dosovitskiy et al. 2021).
+"""A vision transformer in one dimension: a token is a short piece of all leads together
+(Dosovitskiy et al. 2021).
 
-The size follows DISTL's and DINO's small transformers; a patch of 20 samples at 100 Hz keeps one QRS within two tokens.
+The size follows DISTL's and DINO's small transformers; a patch of 20 samples at 100 Hz keeps one
+QRS within two tokens.
 """
 
 import torch
@@ -11,17 +13,28 @@ from ecglib.errors import DataError
 
 
 class ViT1d(nn.Module):
-    """Encoder `(batch, leads, time)` mV -> `(batch, feature_size)`: [CLS] of the last blocks, mean of the patch tokens.
+    """Encoder `(batch, leads, time)` mV -> `(batch, feature_size)`: [CLS] of the last blocks, mean
+    of the patch tokens.
 
-    `length` is the longest signal in samples and, like every signal's, a multiple of `patch`. Positions are learned for
-    it; a shorter crop takes those from its first sample on, so they are never stretched. `class_blocks` says of how
-    many last blocks the [CLS] token is taken. `drop_path` rises linearly over the blocks from 0 to this value;
-    `centred` takes each lead's mean over the crop away first. The default has 5.4 million parameters.
+    `length` is the longest signal in samples and, like every signal's, a multiple of `patch`.
+    Positions are learned for it; a shorter crop takes those from its first sample on, so they are
+    never stretched. `class_blocks` says of how many last blocks the [CLS] token is taken.
+    `drop_path` rises linearly over the blocks from 0 to this value; `centred` takes each lead's
+    mean over the crop away first. The default has 5.4 million parameters.
     """
 
-    def __init__(self, leads: int = 12, patch: int = 20, width: int = 192, depth: int = 12, heads: int = 3,
-                 length: int = 1000, drop_path: float = 0.0, class_blocks: int = 1,
-                 centred: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        leads: int = 12,
+        patch: int = 20,
+        width: int = 192,
+        depth: int = 12,
+        heads: int = 3,
+        length: int = 1000,
+        drop_path: float = 0.0,
+        class_blocks: int = 1,
+        centred: bool = False,
+    ) -> None:
         super().__init__()
         if length % patch or width % heads or not 1 <= class_blocks <= depth:
             raise ValueError(
@@ -41,13 +54,15 @@ class ViT1d(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
-        # Signals are a few tenths of a millivolt: the tokens of a beat must stand out from their positions.
+        # Signals are a few tenths of a millivolt: the tokens of a beat must stand out from their
+        # positions.
         nn.init.normal_(self.embed.weight, std=(leads * patch) ** -0.5)
         for parameter in (self.class_token, self.positions):
             nn.init.trunc_normal_(parameter, std=0.02)
 
     def layers(self) -> list[nn.Module]:
-        """Patch layer, blocks and last norm, from input to output, each to get its own learning rate in fine-tuning.
+        """Patch layer, blocks and last norm, from input to output, each to get its own learning
+        rate in fine-tuning.
 
         The [CLS] token and the positions belong to none of them.
         """
@@ -56,12 +71,15 @@ class ViT1d(nn.Module):
     def tokens(self, signals: Tensor, start: Tensor | None = None) -> Tensor:
         """[CLS] and patch tokens before the first block, `(batch, 1 + time / patch, width)`.
 
-        `start` `(batch,)` is where each crop begins in its record, in samples, a multiple of `patch`; without it, at 0.
+        `start` `(batch,)` is where each crop begins in its record, in samples, a multiple of
+        `patch`; without it, at 0.
         """
         batch, leads, time = signals.shape
         if leads != self.leads or time % self.patch or not self.patch <= time <= self.length:
-            raise DataError(f"This ViT1d takes {self.leads} leads and up to {self.length} samples, a multiple of its "
-                            f"patch of {self.patch}; the signals have {leads} leads and {time} samples.")  # fmt: skip
+            raise DataError(
+                f"This ViT1d takes {self.leads} leads and up to {self.length} samples, a multiple of its "
+                f"patch of {self.patch}; the signals have {leads} leads and {time} samples."
+            )
         if self.centred:
             signals = signals - signals.mean(dim=2, keepdim=True)
         # A convolution whose stride is its kernel, done as the matrix product that it is.
@@ -76,12 +94,18 @@ class ViT1d(nn.Module):
         # Looked at on the CPU only: on a GPU it would make every step wait.
         if start.device.type == "cpu" and not torch.compiler.is_compiling():
             if ((start % self.patch != 0) | (start < 0) | (start + time > self.length)).any():
-                raise DataError(f"Crops of {time} samples must start at a multiple of the patch ({self.patch}) and end "
-                                f"within {self.length} samples, not start at {start.tolist()}.")  # fmt: skip
-        return self.positions[(start // self.patch)[:, None] + torch.arange(count, device=start.device)]
+                raise DataError(
+                    f"Crops of {time} samples must start at a multiple of the patch ({self.patch}) and end "
+                    f"within {self.length} samples, not start at {start.tolist()}."
+                )
+        return self.positions[
+            (start // self.patch)[:, None] + torch.arange(count, device=start.device)
+        ]
 
     def states(self, signals: Tensor, start: Tensor | None = None, blocks: int = 1) -> list[Tensor]:
-        """Normalised tokens after each of the last `blocks` blocks, `(batch, 1 + patches, width)` each."""
+        """Normalised tokens after each of the last `blocks` blocks, `(batch, 1 + patches, width)`
+        each.
+        """
         x, states = self.tokens(signals, start), []
         for position, block in enumerate(self.blocks):
             x = block(x)
@@ -90,11 +114,15 @@ class ViT1d(nn.Module):
         return states
 
     def class_tokens(self, signals: Tensor, start: Tensor | None = None, blocks: int = 4) -> Tensor:
-        """[CLS] of the last `blocks` blocks, first to last, `(batch, blocks x width)`: DINO's features for probing."""
+        """[CLS] of the last `blocks` blocks, first to last, `(batch, blocks x width)`: DINO's
+        features for probing.
+        """
         return torch.cat([state[:, 0] for state in self.states(signals, start, blocks)], dim=1)
 
     def attention(self, signals: Tensor, start: Tensor | None = None) -> Tensor:
-        """Attention of every block, `(blocks, batch, heads, tokens, tokens)`, [CLS] first, for maps and rollout."""
+        """Attention of every block, `(blocks, batch, heads, tokens, tokens)`, [CLS] first, for maps
+        and rollout.
+        """
         x, maps = self.tokens(signals, start), []
         for block in self.blocks:
             maps.append(block.attention(x))

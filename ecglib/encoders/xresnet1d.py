@@ -1,7 +1,9 @@
-"""xresnet1d (the "bag of tricks" of He et al. 2019 in one dimension), as in Mehari & Strodthoff 2022.
+"""xresnet1d (the "bag of tricks" of He et al. 2019 in one dimension), as in Mehari & Strodthoff
+2022.
 
-The convolutions are 1 x k two-dimensional ones in channels-last memory: the same numbers as `Conv1d`, but the form for
-which processors with bfloat16 units have fast kernels (see `ecglib.train.precision` and `benchmarks/training_step.py`).
+The convolutions are 1 x k two-dimensional ones in channels-last memory: the same numbers as
+`Conv1d`, but the form for which processors with bfloat16 units have fast kernels (see
+`ecglib.train.precision` and `benchmarks/training_step.py`).
 """
 
 from collections.abc import Sequence
@@ -15,13 +17,19 @@ EXPANSION = 4  # output channels of a bottleneck over its inner width
 
 
 class Pointwise(nn.Conv2d):
-    """A 1 x 1 convolution done as a matrix product, which is what it is in channels-last memory, and faster."""
+    """A 1 x 1 convolution done as a matrix product, which is what it is in channels-last memory,
+    and faster.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return functional.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(
+            0, 3, 1, 2
+        )
 
 
-def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
+def convolution(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, bias: bool = False
+) -> nn.Conv2d:
     """A 1 x `kernel` convolution that keeps the length at stride 1."""
     if kernel == stride == 1:
         return Pointwise(inputs, outputs, 1, bias=bias)
@@ -29,7 +37,9 @@ def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, bias: b
 
 
 def normalised(layer: nn.Conv2d, gain: float = 1.0) -> nn.Sequential:
-    """Convolution and batch norm, initialised as in the paper (He-normal weights, gain `gain`, bias 0.001)."""
+    """Convolution and batch norm, initialised as in the paper (He-normal weights, gain `gain`, bias
+    0.001).
+    """
     norm = nn.BatchNorm2d(layer.out_channels)
     nn.init.constant_(norm.weight, gain)
     nn.init.constant_(norm.bias, 1e-3)
@@ -37,16 +47,20 @@ def normalised(layer: nn.Conv2d, gain: float = 1.0) -> nn.Sequential:
 
 
 class Bottleneck(nn.Module):
-    """1x1, 1xk, 1x1 convolutions with a shortcut; the last batch norm starts at zero, so the block at the identity."""
+    """1x1, 1xk, 1x1 convolutions with a shortcut; the last batch norm starts at zero, so the block
+    at the identity.
+    """
 
     def __init__(self, inputs: int, width: int, kernel: int, stride: int) -> None:
         super().__init__()
         outputs = width * EXPANSION
         self.path = nn.Sequential(
-            normalised(convolution(inputs, width, 1)), nn.ReLU(),
-            normalised(convolution(width, width, kernel, stride)), nn.ReLU(),
+            normalised(convolution(inputs, width, 1)),
+            nn.ReLU(),
+            normalised(convolution(width, width, kernel, stride)),
+            nn.ReLU(),
             normalised(convolution(width, outputs, 1), gain=0.0),
-        )  # fmt: skip
+        )
         pool = nn.AvgPool2d((1, 2), (1, 2), ceil_mode=True) if stride == 2 else nn.Identity()
         match = normalised(convolution(inputs, outputs, 1)) if inputs != outputs else nn.Identity()
         self.shortcut = nn.Sequential(pool, match)
@@ -56,29 +70,45 @@ class Bottleneck(nn.Module):
 
 
 class XResNet1d(nn.Module):
-    """Encoder `(batch, leads, time)` in mV -> `(batch, feature_size)`: [maximum, mean] over time of the last stage.
+    """Encoder `(batch, leads, time)` in mV -> `(batch, feature_size)`: [maximum, mean] over time of
+    the last stage.
 
-    With `centred` each lead's mean over the crop is taken away first: where a recorder's baseline stands says nothing
-    about a heart, and with a few dozen labels a network cannot learn that by itself.
+    With `centred` each lead's mean over the crop is taken away first: where a recorder's baseline
+    stands says nothing about a heart, and with a few dozen labels a network cannot learn that by
+    itself.
     """
 
-    def __init__(self, leads: int = 12, stem: Sequence[int] = (32, 32, 64), width: int = 64,
-                 blocks: Sequence[int] = (3, 4, 6, 3), kernel: int = 5, centred: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        leads: int = 12,
+        stem: Sequence[int] = (32, 32, 64),
+        width: int = 64,
+        blocks: Sequence[int] = (3, 4, 6, 3),
+        kernel: int = 5,
+        centred: bool = False,
+    ) -> None:
         super().__init__()
         self.centred, self.blocks = centred, tuple(blocks)
         channels = (leads, *stem)
         layers: list[nn.Module] = []
         for position, (inputs, outputs) in enumerate(zip(channels, stem, strict=False)):
-            # The first convolution has a bias and PyTorch's default start, as in the published model.
+            # The first convolution has a bias and PyTorch's default start, as in the published
+            # model.
             layers += [
-                normalised(convolution(inputs, outputs, kernel, 2 if position == 0 else 1, bias=position == 0)),
+                normalised(
+                    convolution(
+                        inputs, outputs, kernel, 2 if position == 0 else 1, bias=position == 0
+                    )
+                ),
                 nn.ReLU(),
             ]
         self.stem = nn.Sequential(*layers, nn.MaxPool2d((1, 3), (1, 2), (0, 1)))
         inputs, stages = stem[-1], []
         for stage, count in enumerate(blocks):
             for block in range(count):
-                stages.append(Bottleneck(inputs, width, kernel, 2 if stage > 0 and block == 0 else 1))
+                stages.append(
+                    Bottleneck(inputs, width, kernel, 2 if stage > 0 and block == 0 else 1)
+                )
                 inputs = width * EXPANSION
         self.stages = nn.Sequential(*stages)
         self.feature_size = 2 * inputs
@@ -90,7 +120,10 @@ class XResNet1d(nn.Module):
     def layers(self) -> list[nn.Module]:
         """Stem and stages from input to output, each to get its own learning rate in fine-tuning."""
         ends = list(accumulate(self.blocks))
-        return [self.stem, *(self.stages[end - count : end] for end, count in zip(ends, self.blocks, strict=True))]
+        return [
+            self.stem,
+            *(self.stages[end - count : end] for end, count in zip(ends, self.blocks, strict=True)),
+        ]
 
     def feature_map(self, signals: Tensor) -> Tensor:
         """Last stage before pooling, `(batch, channels, time / 32)`."""
@@ -104,10 +137,16 @@ class XResNet1d(nn.Module):
 
 
 def xresnet1d50(leads: int = 12) -> XResNet1d:
-    """The paper's encoder: 886,432 parameters at 12 leads, 512 features; every stage has inner width 64."""
+    """The paper's encoder: 886,432 parameters at 12 leads, 512 features; every stage has inner
+    width 64.
+    """
     return XResNet1d(leads)
 
 
 def xresnet1d_narrow(leads: int = 12) -> XResNet1d:
-    """A laptop's encoder of the same form: inner width 32, one block a stage, longer filters, 256 features."""
-    return XResNet1d(leads, stem=(32, 32, 32), width=32, blocks=(1, 1, 1, 1), kernel=9, centred=True)
+    """A laptop's encoder of the same form: inner width 32, one block a stage, longer filters, 256
+    features.
+    """
+    return XResNet1d(
+        leads, stem=(32, 32, 32), width=32, blocks=(1, 1, 1, 1), kernel=9, centred=True
+    )

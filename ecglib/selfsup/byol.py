@@ -1,6 +1,8 @@
-"""BYOL (Grill et al. 2020), as in Mehari & Strodthoff 2022: one view predicts what a slow copy makes of the other.
+"""BYOL (Grill et al. 2020), as in Mehari & Strodthoff 2022: one view predicts what a slow copy
+makes of the other.
 
-The published code moves only the copy's weights and leaves its biases at their start; here every parameter follows.
+The published code moves only the copy's weights and leaves its biases at their start; here every
+parameter follows.
 """
 
 from collections.abc import Sequence
@@ -16,24 +18,34 @@ from ecglib.selfsup.heads import need_two_records, projection_head
 
 
 def byol_loss(p: Tensor, z: Tensor) -> Tensor:
-    """Mean over the batch of |p / |p| - z / |z||^2 = 2 - 2 cos(p, z), for `(batch, d)`: 0 at best, 4 at worst.
+    """Mean over the batch of |p / |p| - z / |z||^2 = 2 - 2 cos(p, z), for `(batch, d)`: 0 at best,
+    4 at worst.
 
-    `p` is the online prediction of one view, `z` the target's projection of the other, which gets no gradient. The
-    published code minimises -2 cos: the same gradients, a value lower by 2.
+    `p` is the online prediction of one view, `z` the target's projection of the other, which gets
+    no gradient. The published code minimises -2 cos: the same gradients, a value lower by 2.
     """
     return 2.0 - 2.0 * F.cosine_similarity(p.float(), z.detach().float(), dim=1).mean()
 
 
 class BYOL(nn.Module):
-    """Online encoder, projector and predictor learn; the target, an average of encoder and projector, only follows.
+    """Online encoder, projector and predictor learn; the target, an average of encoder and
+    projector, only follows.
 
-    `.encoder` is the online one. `momentum` starts at the published 0.996, which is meant for some 20,000 steps, and
-    rises to 1 along a cosine; for other lengths take `ema.momentum_for_steps(steps)`. Running statistics of batch norm
-    are copied to the target, which itself normalises by its batch.
+    `.encoder` is the online one. `momentum` starts at the published 0.996, which is meant for some
+    20,000 steps, and rises to 1 along a cosine; for other lengths take
+    `ema.momentum_for_steps(steps)`. Running statistics of batch norm are copied to the target,
+    which itself normalises by its batch.
     """
 
-    def __init__(self, encoder: nn.Module, transforms: Sequence[Transform] = (), *, hidden: int = 512,
-                 outputs: int = 16, momentum: float = 0.996) -> None:  # fmt: skip
+    def __init__(
+        self,
+        encoder: nn.Module,
+        transforms: Sequence[Transform] = (),
+        *,
+        hidden: int = 512,
+        outputs: int = 16,
+        momentum: float = 0.996,
+    ) -> None:
         super().__init__()
         self.encoder, self.transforms, self.momentum = encoder, list(transforms), momentum
         self.projector = projection_head(encoder.feature_size, hidden, outputs, norm=True)
@@ -41,9 +53,13 @@ class BYOL(nn.Module):
         self.target_encoder, self.target_projector = average_of(encoder), average_of(self.projector)
 
     def loss(self, batch: Batch) -> Tensor:
-        """The sum over both directions, view 1 predicting view 2 and the reverse; DataError for a batch of one."""
+        """The sum over both directions, view 1 predicting view 2 and the reverse; DataError for a
+        batch of one.
+        """
         need_two_records(batch.signals, "BYOL")
-        views = torch.cat([apply(self.transforms, batch.signals, batch.generator) for _ in range(2)])
+        views = torch.cat(
+            [apply(self.transforms, batch.signals, batch.generator) for _ in range(2)]
+        )
         p1, p2 = self.predictor(self.projector(self.encoder(views))).chunk(2)
         with torch.no_grad():
             z1, z2 = self.target_projector(self.target_encoder(views)).chunk(2)

@@ -1,4 +1,6 @@
-"""Time windows of several lengths cut out of one batch, for multi-crop training (SwAV, DINO, DISTL)."""
+"""Time windows of several lengths cut out of one batch, for multi-crop training (SwAV, DINO,
+DISTL).
+"""
 
 from collections.abc import Sequence
 
@@ -8,23 +10,33 @@ from torch import Generator, Tensor, nn
 from ecglib.augment import Transform, apply
 from ecglib.errors import DataError
 
-View = tuple[Tensor, Tensor]  # signals `(batch, leads, time)` and the sample of the record where each begins `(batch,)`
+View = tuple[
+    Tensor, Tensor
+]  # signals `(batch, leads, time)` and the sample of the record where each begins `(batch,)`
 
 
 def window_length(time: int, share: float, multiple: int = 1) -> int:
-    """The `share` of `time` samples, rounded down to a `multiple`; DataError where not one multiple fits."""
+    """The `share` of `time` samples, rounded down to a `multiple`; DataError where not one multiple
+    fits.
+    """
     # The small number keeps 0.7 of 10 at 7, whatever floating point makes of it.
     length = int(share * time / multiple + 1e-6) * multiple
     if not 1 <= length <= time:
-        raise DataError(f"A window of {share:g} of a {time}-sample crop does not fit (in steps of {multiple} samples); "
-                        "use longer crops or another share, above 0 and at most 1.")  # fmt: skip
+        raise DataError(
+            f"A window of {share:g} of a {time}-sample crop does not fit (in steps of {multiple} samples); "
+            "use longer crops or another share, above 0 and at most 1."
+        )
     return length
 
 
-def random_windows(signals: Tensor, length: int, generator: Generator, multiple: int = 1) -> tuple[Tensor, Tensor]:
-    """One window a record, `(batch, leads, length)`, and its first sample `(batch,)`, a multiple of `multiple`.
+def random_windows(
+    signals: Tensor, length: int, generator: Generator, multiple: int = 1
+) -> tuple[Tensor, Tensor]:
+    """One window a record, `(batch, leads, length)`, and its first sample `(batch,)`, a multiple of
+    `multiple`.
 
-    The samples stay as they are: stretching a window to another length would change rate and intervals.
+    The samples stay as they are: stretching a window to another length would change rate and
+    intervals.
     """
     batch, leads, time = signals.shape
     places = (time - length) // multiple + 1
@@ -33,18 +45,29 @@ def random_windows(signals: Tensor, length: int, generator: Generator, multiple:
     return signals.gather(2, index[:, None, :].expand(-1, leads, -1)), starts
 
 
-def random_views(signals: Tensor, shares: Sequence[float], generator: Generator, transforms: Sequence[Transform] = (),
-                 multiple: int = 1) -> list[View]:  # fmt: skip
-    """One view for each of the `shares` of the signals' length, cut at a `multiple` of samples, then transformed."""
+def random_views(
+    signals: Tensor,
+    shares: Sequence[float],
+    generator: Generator,
+    transforms: Sequence[Transform] = (),
+    multiple: int = 1,
+) -> list[View]:
+    """One view for each of the `shares` of the signals' length, cut at a `multiple` of samples,
+    then transformed.
+    """
     views = []
     for share in shares:
-        window, start = random_windows(signals, window_length(signals.shape[2], share, multiple), generator, multiple)
+        window, start = random_windows(
+            signals, window_length(signals.shape[2], share, multiple), generator, multiple
+        )
         views.append((apply(transforms, window, generator), start))
     return views
 
 
 def encode_views(encoder: nn.Module, views: Sequence[View]) -> Tensor:
-    """Features of views of one length, `(views x batch, features)`; transformers are told where each begins."""
+    """Features of views of one length, `(views x batch, features)`; transformers are told where
+    each begins.
+    """
     signals = torch.cat([signal for signal, _ in views])
     if not hasattr(encoder, "positions"):
         return encoder(signals)

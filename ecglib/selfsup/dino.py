@@ -1,7 +1,8 @@
-"""DINO (Caron et al. 2021) on time crops: a student sees short and long pieces and must say what its slow copy says.
+"""DINO (Caron et al. 2021) on time crops: a student sees short and long pieces and must say what
+its slow copy says.
 
-The teacher is kept from collapsing by centring (no prototype may win always) and sharpening (a low temperature). Crops
-are contiguous and never stretched, and know where in the record they began.
+The teacher is kept from collapsing by centring (no prototype may win always) and sharpening (a low
+temperature). Crops are contiguous and never stretched, and know where in the record they began.
 """
 
 from collections.abc import Sequence
@@ -11,21 +12,28 @@ from torch import Tensor, nn
 
 from ecglib.augment import Transform
 from ecglib.batches import Batch
+from ecglib.distributed import gathered
 from ecglib.ema import average_of, momentum_at, update_average
 from ecglib.errors import DataError
-from ecglib.processes import gathered
 from ecglib.selfsup.crops import encode_views, random_views
 from ecglib.selfsup.heads import Prototypes, need_two_records
 
 
-def dino_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], center: Tensor,
-              student_temperature: float = 0.1, teacher_temperature: float = 0.04) -> Tensor:  # fmt: skip
-    """Mean over (teacher view a, student view b != a) and the batch of -sum_k P_t(a)_k log P_s(b)_k, where
+def dino_loss(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    center: Tensor,
+    student_temperature: float = 0.1,
+    teacher_temperature: float = 0.04,
+) -> Tensor:
+    """Mean over (teacher view a, student view b != a) and the batch of -sum_k P_t(a)_k log
+    P_s(b)_k, where
 
-        P_t = softmax((teacher - center) / teacher_temperature),   P_s = softmax(student / student_temperature).
+    P_t = softmax((teacher - center) / teacher_temperature),   P_s = softmax(student /
+    student_temperature).
 
-    `student` and `teacher` are outputs `(batch, prototypes)`, one a view, the teacher's views first among the
-    student's; `center` is `(prototypes,)`. The teacher gets no gradient.
+    `student` and `teacher` are outputs `(batch, prototypes)`, one a view, the teacher's views first
+    among the student's; `center` is `(prototypes,)`. The teacher gets no gradient.
     """
     told = torch.log_softmax(torch.stack(list(student)).float() / student_temperature, dim=2)
     aims = torch.stack(list(teacher)).detach().float() - center
@@ -45,17 +53,24 @@ def next_center(center: Tensor, teacher: Sequence[Tensor], momentum: float = 0.9
 
 
 class DINOHead(nn.Module):
-    """Three linear layers with GELU to a bottleneck, then cosines with prototypes: `(batch, features)` -> `(batch, K)`.
+    """Three linear layers with GELU to a bottleneck, then cosines with prototypes: `(batch,
+    features)` -> `(batch, K)`.
 
-    The cosines are the published weight-normed last layer with its gain at 1. With `norm` a batch norm stands before
-    each GELU.
+    The cosines are the published weight-normed last layer with its gain at 1. With `norm` a batch
+    norm stands before each GELU.
     """
 
-    def __init__(self, inputs: int, hidden: int, bottleneck: int, prototypes: int, norm: bool = False) -> None:
+    def __init__(
+        self, inputs: int, hidden: int, bottleneck: int, prototypes: int, norm: bool = False
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for size in (inputs, hidden):
-            layers += [nn.Linear(size, hidden), *([nn.BatchNorm1d(hidden)] if norm else []), nn.GELU()]
+            layers += [
+                nn.Linear(size, hidden),
+                *([nn.BatchNorm1d(hidden)] if norm else []),
+                nn.GELU(),
+            ]
         self.layers = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
         self.prototypes = Prototypes(bottleneck, prototypes)
 
@@ -65,26 +80,42 @@ class DINOHead(nn.Module):
 
 
 class DINO(nn.Module):
-    """Student learns, teacher is its moving average; `.encoder`, to be probed afterwards, is the TEACHER's.
+    """Student learns, teacher is its moving average; `.encoder`, to be probed afterwards, is the
+    TEACHER's.
 
-    The encoder given becomes the student's. The teacher is a copy without dropout and stochastic depth, and with the
-    student's running statistics of batch norm. Its parameters do not require gradients: ask for them
-    (`requires_grad_()`) before fine-tuning. Crops are the shares `global_share` and `local_share` of the signal, cut at
-    whole patches where the encoder is a transformer.
+    The encoder given becomes the student's. The teacher is a copy without dropout and stochastic
+    depth, and with the student's running statistics of batch norm. Its parameters do not require
+    gradients: ask for them (`requires_grad_()`) before fine-tuning. Crops are the shares
+    `global_share` and `local_share` of the signal, cut at whole patches where the encoder is a
+    transformer.
 
     `momentum` starts at the published 0.996 and rises to 1 along a cosine; for other lengths take
-    `ema.momentum_for_steps(steps)`. The teacher must stay slower than the centre (1 - momentum well below 1 -
-    `center_momentum`), which otherwise lags behind it and stops balancing. The published 65,536 prototypes are more
-    than the study has records; they stay as they are for the share `frozen` of the run (the first of 100 epochs).
-    `norm` puts batch norm into the head: outputs then differ between records from the first step on, and the loss
-    leaves log(prototypes) at once. A lower loss is not a better encoder: compare probes.
+    `ema.momentum_for_steps(steps)`. The teacher must stay slower than the centre (1 - momentum well
+    below 1 - `center_momentum`), which otherwise lags behind it and stops balancing. The published
+    65,536 prototypes are more than the study has records; they stay as they are for the share
+    `frozen` of the run (the first of 100 epochs). `norm` puts batch norm into the head: outputs
+    then differ between records from the first step on, and the loss leaves log(prototypes) at once.
+    A lower loss is not a better encoder: compare probes.
     """
 
-    def __init__(self, encoder: nn.Module, transforms: Sequence[Transform] = (), *, prototypes: int = 4096,
-                 hidden: int = 2048, bottleneck: int = 256, norm: bool = False, local_views: int = 6,
-                 global_share: float = 0.8, local_share: float = 0.4, student_temperature: float = 0.1,
-                 teacher_temperature: float = 0.04, center_momentum: float = 0.9, momentum: float = 0.996,
-                 frozen: float = 0.01) -> None:  # fmt: skip
+    def __init__(
+        self,
+        encoder: nn.Module,
+        transforms: Sequence[Transform] = (),
+        *,
+        prototypes: int = 4096,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        norm: bool = False,
+        local_views: int = 6,
+        global_share: float = 0.8,
+        local_share: float = 0.4,
+        student_temperature: float = 0.1,
+        teacher_temperature: float = 0.04,
+        center_momentum: float = 0.9,
+        momentum: float = 0.996,
+        frozen: float = 0.01,
+    ) -> None:
         super().__init__()
         if local_views < 0:
             raise DataError(f"DINO cannot have {local_views} local views; use 0 or more.")
@@ -101,7 +132,9 @@ class DINO(nn.Module):
     def loss(self, batch: Batch) -> Tensor:
         """The student's views against the teacher's two long ones; DataError for a batch of one."""
         need_two_records(batch.signals, "DINO")
-        views = random_views(batch.signals, self.shares, batch.generator, self.transforms, self.patch)
+        views = random_views(
+            batch.signals, self.shares, batch.generator, self.transforms, self.patch
+        )
         trained = (self.progress >= self.frozen).float()
         with torch.no_grad():
             teacher = self.teacher_head(encode_views(self.encoder, views[:2])).chunk(2)

@@ -7,21 +7,30 @@ from torch import Tensor, nn
 from ecglib.errors import DataError
 
 
-def projection_head(inputs: int, hidden: int, outputs: int, norm: bool = False, bias: bool = True) -> nn.Sequential:
-    """Linear, ReLU, linear: `(batch, inputs)` -> `(batch, outputs)`; with `norm` a batch norm stands before the ReLU.
+def projection_head(
+    inputs: int, hidden: int, outputs: int, norm: bool = False, bias: bool = True
+) -> nn.Sequential:
+    """Linear, ReLU, linear: `(batch, inputs)` -> `(batch, outputs)`; with `norm` a batch norm
+    stands before the ReLU.
 
-    A linear layer before a batch norm has no bias: the norm would take it away again. 512-512-16 has 270,864 weights.
+    A linear layer before a batch norm has no bias: the norm would take it away again. 512-512-16
+    has 270,864 weights.
     """
     middle = [nn.BatchNorm1d(hidden)] if norm else []
     return nn.Sequential(
-        nn.Linear(inputs, hidden, bias=bias and not norm), *middle, nn.ReLU(), nn.Linear(hidden, outputs, bias=bias)
+        nn.Linear(inputs, hidden, bias=bias and not norm),
+        *middle,
+        nn.ReLU(),
+        nn.Linear(hidden, outputs, bias=bias),
     )
 
 
 class Prototypes(nn.Module):
-    """`count` learned directions: `(..., inputs)` -> cosines `(..., count)`, a weight-normed layer with its gain at 1.
+    """`count` learned directions: `(..., inputs)` -> cosines `(..., count)`, a weight-normed layer
+    with its gain at 1.
 
-    The cosines are float32 also under autocast: divided by a temperature of 0.04 the rounding of bfloat16 would show.
+    The cosines are float32 also under autocast: divided by a temperature of 0.04 the rounding of
+    bfloat16 would show.
     """
 
     def __init__(self, inputs: int, count: int) -> None:
@@ -29,9 +38,16 @@ class Prototypes(nn.Module):
         self.weight = nn.Parameter(F.normalize(torch.randn(count, inputs), dim=1))
 
     def forward(self, features: Tensor, trained: Tensor | None = None) -> Tensor:
-        """Cosines; the gradient of the prototypes is multiplied by the scalar `trained`, 0 to freeze them."""
-        # A gradient of zero rather than none, which data parallel training would take for a part left out.
-        weight = self.weight if trained is None else torch.lerp(self.weight.detach(), self.weight, trained)
+        """Cosines; the gradient of the prototypes is multiplied by the scalar `trained`, 0 to
+        freeze them.
+        """
+        # A gradient of zero rather than none, which data parallel training would take for a part
+        # left out.
+        weight = (
+            self.weight
+            if trained is None
+            else torch.lerp(self.weight.detach(), self.weight, trained)
+        )
         with torch.autocast(features.device.type, enabled=False):
             return F.linear(F.normalize(features.float(), dim=-1), F.normalize(weight, dim=1))
 
@@ -44,5 +60,7 @@ class Prototypes(nn.Module):
 def need_two_records(signals: Tensor, method: str) -> None:
     """DataError where a batch is too small for a method that sets its records against each other."""
     if len(signals) < 2:
-        raise DataError(f"{method} needs at least two records in a batch, this one has {len(signals)}; "
-                        "raise the batch size.")  # fmt: skip
+        raise DataError(
+            f"{method} needs at least two records in a batch, this one has {len(signals)}; "
+            "raise the batch size."
+        )

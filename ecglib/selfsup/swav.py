@@ -1,6 +1,8 @@
-"""SwAV (Caron et al. 2020), as in Mehari & Strodthoff 2022: one view's place among prototypes is told from another's.
+"""SwAV (Caron et al. 2020), as in Mehari & Strodthoff 2022: one view's place among prototypes is
+told from another's.
 
-The places are balanced over the batch (Sinkhorn), so that not all records can settle at one prototype.
+The places are balanced over the batch (Sinkhorn), so that not all records can settle at one
+prototype.
 """
 
 from collections.abc import Sequence
@@ -11,8 +13,8 @@ from torch import Generator, Tensor, nn
 
 from ecglib.augment import Transform, apply
 from ecglib.batches import Batch
+from ecglib.distributed import gathered, rank_and_world
 from ecglib.errors import DataError
-from ecglib.processes import gathered, rank_and_world
 from ecglib.selfsup.crops import random_windows, window_length
 from ecglib.selfsup.heads import Prototypes, need_two_records, projection_head
 
@@ -21,10 +23,12 @@ CODE_VIEWS = 2  # codes are made from the first two views only
 
 @torch.no_grad()
 def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
-    """Balanced codes `(batch, prototypes)` of cosines of that shape: Q = diag(u) exp(scores / epsilon) diag(v).
+    """Balanced codes `(batch, prototypes)` of cosines of that shape: Q = diag(u) exp(scores /
+    epsilon) diag(v).
 
-    Every iteration scales the columns to batch / prototypes and then the rows to 1, so rows sum to 1 exactly, columns
-    to their share the better, the more iterations. Computed with logarithms, which neither overflow nor divide by 0.
+    Every iteration scales the columns to batch / prototypes and then the rows to 1, so rows sum to
+    1 exactly, columns to their share the better, the more iterations. Computed with logarithms,
+    which neither overflow nor divide by 0.
     """
     codes = scores.float() / epsilon
     for _ in range(iterations):
@@ -34,13 +38,15 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
 
 
 def swav_loss(scores: Tensor, codes: Tensor, temperature: float = 0.1) -> Tensor:
-    """Mean over (code view c, other view v) and the batch of -sum_k code_ck log softmax(score_v / temperature)_k.
+    """Mean over (code view c, other view v) and the batch of -sum_k code_ck log softmax(score_v /
+    temperature)_k.
 
-    `scores` are cosines `(views, batch, prototypes)`, `codes` those of the first views, `(code views, batch,
-    prototypes)`; a view never predicts its own code.
+    `scores` are cosines `(views, batch, prototypes)`, `codes` those of the first views, `(code
+    views, batch, prototypes)`; a view never predicts its own code.
     """
     told = torch.log_softmax(scores.float() / temperature, dim=2)
-    # The views that predict view v's code are all but v: the sum over pairs needs one product a view, not one a pair.
+    # The views that predict view v's code are all but v: the sum over pairs needs one product a
+    # view, not one a pair.
     others = codes.sum(dim=0).repeat(len(scores), 1, 1)
     others[: len(codes)] -= codes
     return -(others * told).sum() / (len(codes) * (len(scores) - 1) * scores.shape[1])
@@ -49,32 +55,60 @@ def swav_loss(scores: Tensor, codes: Tensor, temperature: float = 0.1) -> Tensor
 class SwAV(nn.Module):
     """Encoder, projector (hidden, batch norm, ReLU, outputs) and prototypes; `.encoder` is kept.
 
-    The published runs use 6 full-length views. With `local_views` the last ones of the `views` are windows of the share
-    `local_share` of the crop, the multi-crop of the original paper. The queue holds the embeddings of the last `queue`
-    batches of `batch_size` records (all processes together) and joins the balancing from the share `queue_from` of the
-    run on; prototypes stay as they are for the share `frozen` (the first of 100 epochs).
+    The published runs use 6 full-length views. With `local_views` the last ones of the `views` are
+    windows of the share `local_share` of the crop, the multi-crop of the original paper. The queue
+    holds the embeddings of the last `queue` batches of `batch_size` records (all processes
+    together) and joins the balancing from the share `queue_from` of the run on; prototypes stay as
+    they are for the share `frozen` (the first of 100 epochs).
     """
 
-    def __init__(self, encoder: nn.Module, transforms: Sequence[Transform] = (), *, prototypes: int = 3000,
-                 hidden: int = 2048, outputs: int = 128, temperature: float = 0.1, epsilon: float = 0.05,
-                 iterations: int = 3, batch_size: int = 4096, queue: int = 8, queue_from: float = 0.15,
-                 frozen: float = 0.01, views: int = 6, local_views: int = 0,
-                 local_share: float = 0.5) -> None:  # fmt: skip
+    def __init__(
+        self,
+        encoder: nn.Module,
+        transforms: Sequence[Transform] = (),
+        *,
+        prototypes: int = 3000,
+        hidden: int = 2048,
+        outputs: int = 128,
+        temperature: float = 0.1,
+        epsilon: float = 0.05,
+        iterations: int = 3,
+        batch_size: int = 4096,
+        queue: int = 8,
+        queue_from: float = 0.15,
+        frozen: float = 0.01,
+        views: int = 6,
+        local_views: int = 0,
+        local_share: float = 0.5,
+    ) -> None:
         super().__init__()
         if views - local_views < CODE_VIEWS:
-            raise DataError(f"SwAV needs two full-length views, not {views - local_views}; use fewer local views.")
+            raise DataError(
+                f"SwAV needs two full-length views, not {views - local_views}; use fewer local views."
+            )
         self.encoder, self.transforms = encoder, list(transforms)
         self.projector = projection_head(encoder.feature_size, hidden, outputs, norm=True)
         self.prototypes = Prototypes(outputs, prototypes)
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
-        self.batch_size, self.batches_queued, self.queue_from, self.frozen = batch_size, queue, queue_from, frozen
-        self.global_views, self.local_views, self.local_share = views - local_views, local_views, local_share
+        self.batch_size, self.batches_queued, self.queue_from, self.frozen = (
+            batch_size,
+            queue,
+            queue_from,
+            frozen,
+        )
+        self.global_views, self.local_views, self.local_share = (
+            views - local_views,
+            local_views,
+            local_share,
+        )
         self.register_buffer("queue", torch.zeros(CODE_VIEWS, queue * batch_size, outputs))
         self.register_buffer("queued", torch.tensor(0))
         self.register_buffer("progress", torch.tensor(0.0))
 
     def loss(self, batch: Batch) -> Tensor:
-        """Swapped prediction of the codes; DataError for a batch of one or of another size than `batch_size`."""
+        """Swapped prediction of the codes; DataError for a batch of one or of another size than
+        `batch_size`.
+        """
         need_two_records(batch.signals, "SwAV")
         embeddings = self._embeddings(batch.signals, batch.generator)
         scores = self.prototypes(embeddings, (self.progress >= self.frozen).float())
@@ -85,30 +119,41 @@ class SwAV(nn.Module):
         groups = [[signals] * self.global_views]
         if self.local_views:
             length = window_length(signals.shape[2], self.local_share)
-            groups.append([random_windows(signals, length, generator)[0] for _ in range(self.local_views)])
+            groups.append(
+                [random_windows(signals, length, generator)[0] for _ in range(self.local_views)]
+            )
         # Views of one length go through the encoder together.
-        features = [self.encoder(torch.cat([apply(self.transforms, view, generator) for view in group]))
-                    for group in groups]  # fmt: skip
+        features = [
+            self.encoder(torch.cat([apply(self.transforms, view, generator) for view in group]))
+            for group in groups
+        ]
         embeddings = F.normalize(self.projector(torch.cat(features)).float(), dim=1)
         return embeddings.unflatten(0, (-1, len(signals)))
 
     @torch.no_grad()
     def _codes(self, embeddings: Tensor) -> Tensor:
-        """Codes `(code views, batch, prototypes)`, balanced over all processes and, when it is full, the queue."""
+        """Codes `(code views, batch, prototypes)`, balanced over all processes and, when it is
+        full, the queue.
+        """
         batch = embeddings.shape[1]
         joint, first = torch.cat(gathered(embeddings.transpose(0, 1))), rank_and_world()[0] * batch
         if self.batches_queued and len(joint) != self.batch_size:
-            raise DataError(f"SwAV's queue was made for batches of {self.batch_size} records, this one has "
-                            f"{len(joint)}; give SwAV the batch size that is used.")  # fmt: skip
+            raise DataError(
+                f"SwAV's queue was made for batches of {self.batch_size} records, this one has "
+                f"{len(joint)}; give SwAV the batch size that is used."
+            )
         joint = joint.transpose(0, 1)
         ready = (self.queued >= self.batches_queued) & (self.progress >= self.queue_from)
-        # Until then the batch stands in for the queue: balancing copies of a batch gives the codes of the batch.
+        # Until then the batch stands in for the queue: balancing copies of a batch gives the codes
+        # of the batch.
         stored = torch.where(ready, self.queue, joint.repeat(1, self.batches_queued, 1))
         scores = self.prototypes(torch.cat([joint, stored], dim=1))
         if self.training:
             self.queue.copy_(torch.cat([joint, self.queue], dim=1)[:, : self.queue.shape[1]])
             self.queued += 1
-        codes = [sinkhorn(view, self.epsilon, self.iterations)[first : first + batch] for view in scores]
+        codes = [
+            sinkhorn(view, self.epsilon, self.iterations)[first : first + batch] for view in scores
+        ]
         return torch.stack(codes)
 
     def after_step(self, progress: float) -> None:

@@ -1,1 +1,3 @@
-"""Semi-supervised objectives: each trains a classifier on a few labelled and many unlabelled records."""
+"""Semi-supervised objectives: each trains a classifier on a few labelled and many unlabelled
+records.
+"""

@@ -1,7 +1,9 @@
-"""CE-SSL (Zhou et al. 2024): low-rank adaptation in which unlabelled records take part through batch norm alone.
+"""CE-SSL (Zhou et al. 2024): low-rank adaptation in which unlabelled records take part through
+batch norm alone.
 
-No pseudo-labels, no consistency loss, no teacher: one pass of both halves through the layers with batch norm, of the
-labelled half through the rest. Random deactivation and the ranks belong to the network (`lora`, `ranks`).
+No pseudo-labels, no consistency loss, no teacher: one pass of both halves through the layers with
+batch norm, of the labelled half through the rest. Random deactivation and the ranks belong to the
+network (`lora`, `ranks`).
 """
 
 import torch
@@ -13,14 +15,18 @@ from ecglib.batches import Batch, need_unlabelled
 
 
 class CESSL(nn.Module):
-    """Cross-entropy of the labelled records, with batch norm's mean and variance over labelled and unlabelled ones:
+    """Cross-entropy of the labelled records, with batch norm's mean and variance over labelled and
+    unlabelled ones:
 
-    mean_c = mean over (labelled and unlabelled records, time) of x_c, and the variance alike; gradients flow through
-    both. Labelled records are mixed by CutMix, unlabelled ones get one weak change a batch. `network` is a
-    `ConvTransformer` with classes or a `Classifier`; `semi_supervised_norm=False` leaves the unlabelled records out.
+    mean_c = mean over (labelled and unlabelled records, time) of x_c, and the variance alike;
+    gradients flow through both. Labelled records are mixed by CutMix, unlabelled ones get one weak
+    change a batch. `network` is a `ConvTransformer` with classes or a `Classifier`;
+    `semi_supervised_norm=False` leaves the unlabelled records out.
     """
 
-    def __init__(self, network: nn.Module, *, semi_supervised_norm: bool = True, noise: float = 0.05) -> None:
+    def __init__(
+        self, network: nn.Module, *, semi_supervised_norm: bool = True, noise: float = 0.05
+    ) -> None:
         super().__init__()
         self.network, self.semi_supervised_norm, self.noise = network, semi_supervised_norm, noise
 
@@ -35,9 +41,11 @@ class CESSL(nn.Module):
 
 
 def first_features(network: nn.Module, signals: Tensor, count: int) -> Tensor:
-    """Features of the first `count` signals, `(count, feature_size)`, where all of them set batch norm's statistics.
+    """Features of the first `count` signals, `(count, feature_size)`, where all of them set batch
+    norm's statistics.
 
-    Where the encoder tells its layers with batch norm (`local`) from those after it (`context`), the others stop there.
+    Where the encoder tells its layers with batch norm (`local`) from those after it (`context`),
+    the others stop there.
     """
     encoder = getattr(network, "encoder", network)
     if hasattr(encoder, "local"):

@@ -1,9 +1,10 @@
 """DISTL (Park et al. 2022): a network that keeps learning from recordings that nobody has labelled.
 
-Three things train one transformer. It learns *from itself*: a slow copy, the teacher, looks at the clean recording and
-says how likely each class is; the student must say the same of a noisy piece (self-training with soft labels). It
-learns *by itself*: DINO's pretext on pieces of the recording. And it is *corrected*: now and then it goes through the
-few labelled recordings. Then more unlabelled recordings arrive, and the next stage goes on from there.
+Three things train one transformer. It learns *from itself*: a slow copy, the teacher, looks at the
+clean recording and says how likely each class is; the student must say the same of a noisy piece
+(self-training with soft labels). It learns *by itself*: DINO's pretext on pieces of the recording.
+And it is *corrected*: now and then it goes through the few labelled recordings. Then more
+unlabelled recordings arrive, and the next stage goes on from there.
 """
 
 import math
@@ -26,14 +27,17 @@ from ecglib.supervised import Classifier
 
 
 def ramp(progress: float, most: float = 2.0, epochs: int = 5) -> float:
-    """Weight of the self-training loss: `most` x (epoch + 1) / `epochs`, which is 0.4, 0.8, ... 2.0, by progress."""
+    """Weight of the self-training loss: `most` x (epoch + 1) / `epochs`, which is 0.4, 0.8, ...
+    2.0, by progress.
+    """
     return most * min(math.floor(progress * epochs) + 1, epochs) / epochs
 
 
 def soft_label_loss(logits: Tensor, answers: Tensor) -> Tensor:
     """Mean over records and classes of BCE(sigmoid(logits), answers); no threshold, no sharpening.
 
-    `answers` are the teacher's probabilities of the clean view; only `logits`, of the noised one, get a gradient.
+    `answers` are the teacher's probabilities of the clean view; only `logits`, of the noised one,
+    get a gradient.
     """
     return F.binary_cross_entropy_with_logits(logits.float(), answers.detach().float())
 
@@ -49,29 +53,45 @@ class StageBatch(Batch):
 
 
 class StageBatches:
-    """`batches(step)` gives a StageBatch: unlabelled ones, and a pass over the labelled records for every
-    `correction_every` unlabelled records.
+    """`batches(step)` gives a StageBatch: unlabelled ones, and a pass over the labelled records for
+    every `correction_every` unlabelled records.
 
-    The published correction comes every 500 steps of 8 images, which is one pass for 4,000 images; stated so, it does
-    not change with the batch size. Without unlabelled records all batches are labelled, with `correction_every` of
-    infinity none is. DataError where there is then nothing to learn from.
+    The published correction comes every 500 steps of 8 images, which is one pass for 4,000 images;
+    stated so, it does not change with the batch size. Without unlabelled records all batches are
+    labelled, with `correction_every` of infinity none is. DataError where there is then nothing to
+    learn from.
     """
 
-    def __init__(self, records: Records, labelled: np.ndarray, unlabelled: np.ndarray, batch_size: int,
-                 crop_seconds: float, correction_every: float, seed: int,
-                 device: torch.device | str = "cpu") -> None:  # fmt: skip
+    def __init__(
+        self,
+        records: Records,
+        labelled: np.ndarray,
+        unlabelled: np.ndarray,
+        batch_size: int,
+        crop_seconds: float,
+        correction_every: float,
+        seed: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
         if not correction_every > 0:
-            raise DataError(f"The labelled records cannot come after every {correction_every:g} unlabelled ones; "
-                            "choose a number above 0.")  # fmt: skip
+            raise DataError(
+                f"The labelled records cannot come after every {correction_every:g} unlabelled ones; "
+                "choose a number above 0."
+            )
         check_apart(records, labelled, unlabelled)
         self.record_ids = records.table["record_id"].to_numpy()
         options = {"batch_size": batch_size, "crop_seconds": crop_seconds, "device": device}
         self.pools = {"labelled": CropBatches(records, labelled, seed=seed, **options)}
-        # Steps without and with labels in one round; a pool's own steps are counted on through the rounds.
+        # Steps without and with labels in one round; a pool's own steps are counted on through the
+        # rounds.
         self.without_labels, self.with_labels = 0, math.ceil(len(labelled) / batch_size)
         if len(unlabelled):
-            self.pools["unlabelled"] = CropBatches(records, unlabelled, seed=other_stream(seed), **options)
-            self.without_labels = 1 if math.isinf(correction_every) else max(1, round(correction_every / batch_size))
+            self.pools["unlabelled"] = CropBatches(
+                records, unlabelled, seed=other_stream(seed), **options
+            )
+            self.without_labels = (
+                1 if math.isinf(correction_every) else max(1, round(correction_every / batch_size))
+            )
             self.with_labels = 0 if math.isinf(correction_every) else self.with_labels
 
     def unlabelled_steps(self, steps: int) -> int:
@@ -96,27 +116,49 @@ class StageBatches:
 
 
 class DISTL(nn.Module):
-    """`.network` is the student, `.teacher` its moving average; both map signals to logits and both are scored.
+    """`.network` is the student, `.teacher` its moving average; both map signals to logits and both
+    are scored.
 
-    With lambda = `pretext`, alpha = `ramp`, DINO's loss D and self-training's loss S, an unlabelled batch gives
+    With lambda = `pretext`, alpha = `ramp`, DINO's loss D and self-training's loss S, an unlabelled
+    batch gives
 
-        lambda D + (1 - lambda) alpha S,   a labelled one   lambda D + (1 - lambda) BCE(student(noised piece), label).
+    lambda D + (1 - lambda) alpha S,   a labelled one   lambda D + (1 - lambda) BCE(student(noised
+    piece), label).
 
-    The teacher sees the clean crop and one noised piece of `piece_share`, the student these and `local_views` short
-    ones. `noised=False` shows the student's classifier the clean crop instead. The teacher moves after unlabelled
-    batches only, with a momentum fitted to the number of them, `unlabelled_steps` (`ema.momentum_for_steps`): the
-    published 0.9995 over 6,750 steps would stand nearly still in 400.
+    The teacher sees the clean crop and one noised piece of `piece_share`, the student these and
+    `local_views` short ones. `noised=False` shows the student's classifier the clean crop instead.
+    The teacher moves after unlabelled batches only, with a momentum fitted to the number of them,
+    `unlabelled_steps` (`ema.momentum_for_steps`): the published 0.9995 over 6,750 steps would stand
+    nearly still in 400.
     """
 
-    def __init__(self, network: Classifier, transforms: Sequence[Transform] = (), *, unlabelled_steps: int,
-                 pretext: float = 0.5, noised: bool = True, turnover: float = 1.7, most: float = 2.0,
-                 prototypes: int = 4096, hidden: int = 2048, bottleneck: int = 256, norm: bool = False,
-                 piece_share: float = 0.8, local_views: int = 6, local_share: float = 0.4) -> None:  # fmt: skip
+    def __init__(
+        self,
+        network: Classifier,
+        transforms: Sequence[Transform] = (),
+        *,
+        unlabelled_steps: int,
+        pretext: float = 0.5,
+        noised: bool = True,
+        turnover: float = 1.7,
+        most: float = 2.0,
+        prototypes: int = 4096,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        norm: bool = False,
+        piece_share: float = 0.8,
+        local_views: int = 6,
+        local_share: float = 0.4,
+    ) -> None:
         super().__init__()
         if not 0.0 <= pretext <= 1.0:
-            raise DataError(f"The pretext cannot weigh {pretext}; choose from 0, self-training, to 1, DINO alone.")
+            raise DataError(
+                f"The pretext cannot weigh {pretext}; choose from 0, self-training, to 1, DINO alone."
+            )
         self.network, self.teacher = network, average_of(network)
-        self.network_head = DINOHead(network.encoder.feature_size, hidden, bottleneck, prototypes, norm)
+        self.network_head = DINOHead(
+            network.encoder.feature_size, hidden, bottleneck, prototypes, norm
+        )
         self.teacher_head = average_of(self.network_head)
         self.transforms, self.patch = list(transforms), getattr(network.encoder, "patch", 1)
         self.pretext, self.noised, self.most = pretext, noised, most
@@ -131,17 +173,29 @@ class DISTL(nn.Module):
         self.labelled = batch.labelled
         whole = (batch.signals, torch.zeros_like(batch.indices))
         shares = self.shares if self.pretext else self.shares[:1]
-        views = [whole, *random_views(batch.signals, shares, batch.generator, self.transforms, self.patch)]
-        # Views of one length go through together, and each network sees a view once, for both losses.
+        views = [
+            whole,
+            *random_views(batch.signals, shares, batch.generator, self.transforms, self.patch),
+        ]
+        # Views of one length go through together, and each network sees a view once, for both
+        # losses.
         groups, classified = [views[:1], views[1:2], views[2:]], int(self.noised)
         seen = range(3) if self.pretext else [classified]
-        features = {place: encode_views(self.network.encoder, groups[place]) for place in seen if groups[place]}
-        asked = 2 if self.pretext else int(not batch.labelled)  # the teacher is asked of the first views
+        features = {
+            place: encode_views(self.network.encoder, groups[place])
+            for place in seen
+            if groups[place]
+        }
+        asked = (
+            2 if self.pretext else int(not batch.labelled)
+        )  # the teacher is asked of the first views
         with torch.no_grad():
             answers = [encode_views(self.teacher.encoder, [view]) for view in views[:asked]]
         loss = batch.signals.new_zeros(())
         if self.pretext:
-            loss = loss + self.pretext * self._pretext(torch.cat(list(features.values())), answers, len(views))
+            loss = loss + self.pretext * self._pretext(
+                torch.cat(list(features.values())), answers, len(views)
+            )
         if self.pretext < 1:
             logits = self.network.head(features[classified])
             loss = loss + (1 - self.pretext) * self._classes(batch, logits, answers)
@@ -158,7 +212,9 @@ class DISTL(nn.Module):
         return loss
 
     def _classes(self, batch: StageBatch, logits: Tensor, answers: list[Tensor]) -> Tensor:
-        """Loss of the class head: against the labels, or against the teacher's answers to the clean crop."""
+        """Loss of the class head: against the labels, or against the teacher's answers to the clean
+        crop.
+        """
         if batch.labelled:
             return F.binary_cross_entropy_with_logits(logits.float(), batch.targets)
         with torch.no_grad():

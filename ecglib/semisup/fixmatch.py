@@ -1,10 +1,12 @@
-"""FixMatch (Sohn et al. 2020) for several labels a record, with the thresholds of FlexMatch and SoftMatch.
+"""FixMatch (Sohn et al. 2020) for several labels a record, with the thresholds of FlexMatch and
+SoftMatch.
 
-What the network says of a weak view, where it is sure enough, is the label of a strong view of the same crop. The
-papers choose one of K classes. Here every class is a two-way decision of its own: the probability p is a sigmoid, the
-pseudo-label is 1[p > 1/2], its confidence q = max(p, 1 - p), and each (record, class) passes or not by itself. A
-threshold is a module that maps probabilities `(n, classes)` and the records' positions in the unlabelled pool `(n,)` to
-weights `(n, classes)` between 0 and 1, and learns from them while it is in training mode.
+What the network says of a weak view, where it is sure enough, is the label of a strong view of the
+same crop. The papers choose one of K classes. Here every class is a two-way decision of its own:
+the probability p is a sigmoid, the pseudo-label is 1[p > 1/2], its confidence q = max(p, 1 - p),
+and each (record, class) passes or not by itself. A threshold is a module that maps probabilities
+`(n, classes)` and the records' positions in the unlabelled pool `(n,)` to weights `(n, classes)`
+between 0 and 1, and learns from them while it is in training mode.
 """
 
 import math
@@ -16,14 +18,16 @@ from torch import Tensor, nn
 
 from ecglib.augment import Transform, apply, cutmix, strong_view, weak_view
 from ecglib.batches import SemiBatch, need_unlabelled
+from ecglib.distributed import gathered
 from ecglib.errors import DataError
-from ecglib.processes import gathered
 
 
 def pseudo_label_loss(logits: Tensor, probabilities: Tensor, weights: Tensor) -> Tensor:
-    """Mean over all (record, class), passed or not, of weight x BCE(logits, 1[p > 1/2]), for three `(n, classes)`.
+    """Mean over all (record, class), passed or not, of weight x BCE(logits, 1[p > 1/2]), for three
+    `(n, classes)`.
 
-    Equation 4 of FixMatch with a two-way cross-entropy. Only `logits`, of the strong view, get a gradient.
+    Equation 4 of FixMatch with a two-way cross-entropy. Only `logits`, of the strong view, get a
+    gradient.
     """
     labels = (probabilities.detach() > 0.5).float()
     return F.binary_cross_entropy_with_logits(logits.float(), labels, weight=weights.detach())
@@ -35,13 +39,17 @@ def confidence(probabilities: Tensor) -> Tensor:
 
 
 class FixedThreshold(nn.Module):
-    """FixMatch: a decision weighs 1 from the confidence `threshold` on, else 0, for every class alike."""
+    """FixMatch: a decision weighs 1 from the confidence `threshold` on, else 0, for every class
+    alike.
+    """
 
     def __init__(self, classes: int, threshold: float = 0.95) -> None:
         super().__init__()
         if not 0.5 <= threshold <= 1.0:
-            raise DataError(f"No two-way decision has a confidence threshold of {threshold}; choose one from 0.5, with "
-                            "which all pass, to 1.")  # fmt: skip
+            raise DataError(
+                f"No two-way decision has a confidence threshold of {threshold}; choose one from 0.5, with "
+                "which all pass, to 1."
+            )
         self.classes, self.threshold = classes, threshold
 
     def forward(self, probabilities: Tensor, indices: Tensor) -> Tensor:
@@ -52,25 +60,28 @@ class FixedThreshold(nn.Module):
 class FlexThreshold(FixedThreshold):
     """FlexMatch (Zhang et al. 2021): a lower threshold where fewer decisions were confident so far.
 
-    For each of the `records` of the unlabelled pool and each class the latest decision that reached `threshold` is
-    kept. With sigma(c, s) the number of records decided as s (negative, positive) for class c, and u(c) of those never
-    decided, status and level to be reached are
+    For each of the `records` of the unlabelled pool and each class the latest decision that reached
+    `threshold` is kept. With sigma(c, s) the number of records decided as s (negative, positive)
+    for class c, and u(c) of those never decided, status and level to be reached are
 
         beta(c, s) = sigma(c, s) / max(max_k sigma(k, s), u(c))
         level(c, s) = 1/2 + (threshold - 1/2) beta(c, s) / (2 - beta(c, s)).
 
-    u(c) is the paper's warm-up. Two things are our reading for several labels. Positive and negative decisions are
-    counted apart, and a class is compared with the other classes on the same side: within one class the positive ones
-    are few because the finding is rare, not because it is learnt badly. (Between classes, too, a rare one gets a lower
-    level for being rare; the paper assumes balanced classes.) And the mapped status scales what lies above 1/2, below
-    which no confidence can be; the paper scales from 0.
+    u(c) is the paper's warm-up. Two things are our reading for several labels. Positive and
+    negative decisions are counted apart, and a class is compared with the other classes on the same
+    side: within one class the positive ones are few because the finding is rare, not because it is
+    learnt badly. (Between classes, too, a rare one gets a lower level for being rare; the paper
+    assumes balanced classes.) And the mapped status scales what lies above 1/2, below which no
+    confidence can be; the paper scales from 0.
     """
 
     def __init__(self, classes: int, records: int, threshold: float = 0.95) -> None:
         super().__init__(classes, threshold)
         if records < 1:
-            raise DataError(f"FlexMatch cannot follow {records} unlabelled records; give the size of the unlabelled "
-                            "pool.")  # fmt: skip
+            raise DataError(
+                f"FlexMatch cannot follow {records} unlabelled records; give the size of the unlabelled "
+                "pool."
+            )
         self.register_buffer("decisions", torch.full((records, classes), -1, dtype=torch.int8))
 
     def levels(self) -> Tensor:
@@ -83,7 +94,9 @@ class FlexThreshold(FixedThreshold):
     def forward(self, probabilities: Tensor, indices: Tensor) -> Tensor:
         """Weights `(n, classes)`, 1 or 0, by the levels before this batch."""
         negative, positive = self.levels()
-        weights = (confidence(probabilities) >= torch.where(probabilities > 0.5, positive, negative)).float()
+        weights = (
+            confidence(probabilities) >= torch.where(probabilities > 0.5, positive, negative)
+        ).float()
         if self.training:
             self._remember(torch.cat(gathered(probabilities)), torch.cat(gathered(indices)))
         return weights
@@ -92,33 +105,48 @@ class FlexThreshold(FixedThreshold):
     def _remember(self, probabilities: Tensor, indices: Tensor) -> None:
         """Keep the confident decisions of a batch."""
         confident = confidence(probabilities) >= self.threshold
-        latest = torch.where(confident, (probabilities > 0.5).to(torch.int8), self.decisions[indices])
-        # Where a batch holds a record twice, all its rows write what the last one says: the order cannot matter.
+        latest = torch.where(
+            confident, (probabilities > 0.5).to(torch.int8), self.decisions[indices]
+        )
+        # Where a batch holds a record twice, all its rows write what the last one says: the order
+        # cannot matter.
         rows = torch.arange(len(indices), device=indices.device)
         last = torch.where(indices[:, None] == indices, rows, -1).amax(dim=1)
         self.decisions[indices] = latest[last]
 
 
 class SoftThreshold(nn.Module):
-    """SoftMatch (Chen et al. 2023): all decisions count, those below the class's mean confidence less and less:
+    """SoftMatch (Chen et al. 2023): all decisions count, those below the class's mean confidence
+    less and less:
 
         weight = exp(-(deviations x min(q - mean, 0))^2 / (2 variance)).
 
-    Mean and variance of q are running ones, of each class by itself, from 1/2 and 1 on. `deviations` is 2 in the
-    released code and 1 in the paper's formula. The published `momentum` of 0.999 is meant for a million steps: over
-    1,000 steps a third of the first variance, with which nearly all weigh 1, remains; take 0.99 or less there.
+    Mean and variance of q are running ones, of each class by itself, from 1/2 and 1 on.
+    `deviations` is 2 in the released code and 1 in the paper's formula. The published `momentum` of
+    0.999 is meant for a million steps: over 1,000 steps a third of the first variance, with which
+    nearly all weigh 1, remains; take 0.99 or less there.
 
-    `aligned` is uniform alignment for a two-way decision: p / (running mean of p) against (1 - p) / (1 - that mean),
-    brought to sum to 1. Without it the rare positive decisions, seldom as sure as the many negative ones, would always
-    lie below the mean. As published it moves the weights and not the pseudo-labels. q is the aligned probability of the
-    pseudo-label, small where alignment would decide the other way; the released code takes the larger of the two.
+    `aligned` is uniform alignment for a two-way decision: p / (running mean of p) against (1 - p) /
+    (1 - that mean), brought to sum to 1. Without it the rare positive decisions, seldom as sure as
+    the many negative ones, would always lie below the mean. As published it moves the weights and
+    not the pseudo-labels. q is the aligned probability of the pseudo-label, small where alignment
+    would decide the other way; the released code takes the larger of the two.
     """
 
-    def __init__(self, classes: int, momentum: float = 0.999, deviations: float = 2.0, aligned: bool = True) -> None:
+    def __init__(
+        self, classes: int, momentum: float = 0.999, deviations: float = 2.0, aligned: bool = True
+    ) -> None:
         super().__init__()
         if not 0.0 <= momentum < 1.0:
-            raise DataError(f"SoftMatch cannot average with momentum {momentum}; choose one from 0 to below 1.")
-        self.classes, self.momentum, self.deviations, self.aligned = classes, momentum, deviations, aligned
+            raise DataError(
+                f"SoftMatch cannot average with momentum {momentum}; choose one from 0 to below 1."
+            )
+        self.classes, self.momentum, self.deviations, self.aligned = (
+            classes,
+            momentum,
+            deviations,
+            aligned,
+        )
         self.register_buffer("positive", torch.full((classes,), 0.5))
         self.register_buffer("mean", torch.full((classes,), 0.5))
         self.register_buffer("variance", torch.ones(classes))
@@ -128,7 +156,9 @@ class SoftThreshold(nn.Module):
         if self.training:
             self._follow(torch.cat(gathered(probabilities)))
         below = (self._confidence(probabilities) - self.mean).clamp_max(0.0)
-        return torch.exp(-(self.deviations * below).square() / (2.0 * self.variance.clamp_min(1e-12)))
+        return torch.exp(
+            -(self.deviations * below).square() / (2.0 * self.variance.clamp_min(1e-12))
+        )
 
     def _confidence(self, probabilities: Tensor) -> Tensor:
         """The probability of each pseudo-label, aligned if so wished."""
@@ -150,34 +180,52 @@ class SoftThreshold(nn.Module):
 
 
 class FixMatch(nn.Module):
-    """`network` maps signals `(n, leads, time)` to logits `(n, classes)`; `thresholds` is one of the three above.
+    """`network` maps signals `(n, leads, time)` to logits `(n, classes)`; `thresholds` is one of
+    the three above.
 
-    One forward pass sees labelled, weak and strong views together, so that batch norm knows one distribution.
-    `weak_noise` and `strong_noise` are shares of each lead's standard deviation. With `transforms` labelled and strong
-    views are made by these and the weak view is the clean crop, for comparisons with methods that have the same noise.
+    One forward pass sees labelled, weak and strong views together, so that batch norm knows one
+    distribution. `weak_noise` and `strong_noise` are shares of each lead's standard deviation. With
+    `transforms` labelled and strong views are made by these and the weak view is the clean crop,
+    for comparisons with methods that have the same noise.
     """
 
-    def __init__(self, network: nn.Module, thresholds: nn.Module, *, weight: float = 1.0, weak_noise: float = 0.05,
-                 strong_noise: float = 0.5, transforms: Sequence[Transform] | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        network: nn.Module,
+        thresholds: nn.Module,
+        *,
+        weight: float = 1.0,
+        weak_noise: float = 0.05,
+        strong_noise: float = 0.5,
+        transforms: Sequence[Transform] | None = None,
+    ) -> None:
         super().__init__()
         if not 0.0 <= weight < math.inf:
-            raise DataError(f"The unlabelled part of the loss cannot have weight {weight}; choose 0 or more.")
+            raise DataError(
+                f"The unlabelled part of the loss cannot have weight {weight}; choose 0 or more."
+            )
         self.network, self.thresholds, self.weight = network, thresholds, weight
         self.weak_noise, self.strong_noise, self.transforms = weak_noise, strong_noise, transforms
-        # Weight and number of all decisions since the last report, then of the positive ones; float64 counts exactly.
+        # Weight and number of all decisions since the last report, then of the positive ones;
+        # float64 counts exactly.
         self.register_buffer("tally", torch.zeros(4, dtype=torch.float64))
 
     def loss(self, batch: SemiBatch) -> Tensor:
-        """BCE of labelled records plus `weight` times that of the strong view against its pseudo-labels.
+        """BCE of labelled records plus `weight` times that of the strong view against its
+        pseudo-labels.
 
-        Labelled records are mixed by CutMix, as in every other method of the study: reversal and shuffled leads, which
-        the weak view may hold, do not leave an ECG's label as it was (0.01 of macro AUROC on fold 9).
-        DataError for a batch without unlabelled records, and where network and thresholds differ in their classes.
+        Labelled records are mixed by CutMix, as in every other method of the study: reversal and
+        shuffled leads, which the weak view may hold, do not leave an ECG's label as it was (0.01 of
+        macro AUROC on fold 9). DataError for a batch without unlabelled records, and where network
+        and thresholds differ in their classes.
         """
         need_unlabelled(batch, "FixMatch")
         views, targets = self._views(batch)
-        # float32 from here on: around a threshold of 0.95 bfloat16 knows probabilities only in steps of 0.004.
-        told, weak, strong = self.network(torch.cat(views)).float().split([len(view) for view in views])
+        # float32 from here on: around a threshold of 0.95 bfloat16 knows probabilities only in
+        # steps of 0.004.
+        told, weak, strong = (
+            self.network(torch.cat(views)).float().split([len(view) for view in views])
+        )
         self._check_classes(told.shape[1])
         with torch.no_grad():
             probabilities = torch.sigmoid(weak)
@@ -189,18 +237,26 @@ class FixMatch(nn.Module):
     def _views(self, batch: SemiBatch) -> tuple[list[Tensor], Tensor]:
         """Labelled, weak and strong views, and the labelled ones' targets."""
         if self.transforms is not None:
-            labelled, strong = (apply(self.transforms, signals, batch.generator)
-                                for signals in (batch.signals, batch.unlabelled))  # fmt: skip
+            labelled, strong = (
+                apply(self.transforms, signals, batch.generator)
+                for signals in (batch.signals, batch.unlabelled)
+            )
             return [labelled, batch.unlabelled, strong], batch.targets
         labelled, targets = cutmix(batch.signals, batch.targets, batch.generator)
         weak = weak_view(batch.unlabelled, batch.generator, self.weak_noise)
-        return [labelled, weak, strong_view(batch.unlabelled, batch.generator, self.strong_noise)], targets
+        return [
+            labelled,
+            weak,
+            strong_view(batch.unlabelled, batch.generator, self.strong_noise),
+        ], targets
 
     def _check_classes(self, outputs: int) -> None:
         """DataError where the network decides about other classes than the thresholds."""
         if outputs != self.thresholds.classes:
-            raise DataError(f"The network has {outputs} outputs and the thresholds are for {self.thresholds.classes} "
-                            "classes; give both the same number.")  # fmt: skip
+            raise DataError(
+                f"The network has {outputs} outputs and the thresholds are for {self.thresholds.classes} "
+                "classes; give both the same number."
+            )
 
     def _count(self, weights: Tensor, positive: Tensor) -> None:
         """Add a batch to the tally."""
@@ -209,11 +265,15 @@ class FixMatch(nn.Module):
             self.tally += torch.stack([part.sum(dtype=torch.float64) for part in parts])
 
     def report(self) -> dict[str, float]:
-        """Since the last report, `passed`: mean weight of all decisions; `passed_positive`: of the positive ones.
+        """Since the last report, `passed`: mean weight of all decisions; `passed_positive`: of the
+        positive ones.
 
-        With weights of 0 and 1 these are the shares that pass; NaN where there was no such decision.
+        With weights of 0 and 1 these are the shares that pass; NaN where there was no such
+        decision.
         """
         passed, decisions, passed_positive, positive = self.tally.tolist()
         self.tally.zero_()
-        return {"passed": passed / decisions if decisions else math.nan,
-                "passed_positive": passed_positive / positive if positive else math.nan}  # fmt: skip
+        return {
+            "passed": passed / decisions if decisions else math.nan,
+            "passed_positive": passed_positive / positive if positive else math.nan,
+        }

@@ -1,10 +1,12 @@
-"""MixedTeacher (Zhang et al. 2022): a slow copy of the network labels the unlabelled records, and all are mixed.
+"""MixedTeacher (Zhang et al. 2022): a slow copy of the network labels the unlabelled records, and
+all are mixed.
 
-Known of it: the paper ("Semi-supervised learning for automatic atrial fibrillation detection in 24-hour Holter
-monitoring", IEEE JBHI) trains on low-entropy labels that it makes for unlabelled samples; in CE-SSL's tables, where it
-has this name, it takes 0.68 of FixMatch's memory and 0.79 of its time, as two views with and one without a gradient
-would. The paper's formulae were not available to us. Our reading, from name, abstract and cost: a mean teacher
-(Tarvainen & Valpola 2017) whose sharpened answers are mixed with the labels as in MixMatch (Berthelot et al. 2019).
+Known of it: the paper ("Semi-supervised learning for automatic atrial fibrillation detection in
+24-hour Holter monitoring", IEEE JBHI) trains on low-entropy labels that it makes for unlabelled
+samples; in CE-SSL's tables, where it has this name, it takes 0.68 of FixMatch's memory and 0.79 of
+its time, as two views with and one without a gradient would. The paper's formulae were not
+available to us. Our reading, from name, abstract and cost: a mean teacher (Tarvainen & Valpola
+2017) whose sharpened answers are mixed with the labels as in MixMatch (Berthelot et al. 2019).
 """
 
 import math
@@ -20,18 +22,22 @@ from ecglib.errors import DataError
 
 
 def sharpen(logits: Tensor, temperature: float = 0.5) -> Tensor:
-    """p^(1/T) / (p^(1/T) + (1 - p)^(1/T)) with p = sigmoid(logits): closer to 0 or 1 the lower the temperature T.
+    """p^(1/T) / (p^(1/T) + (1 - p)^(1/T)) with p = sigmoid(logits): closer to 0 or 1 the lower the
+    temperature T.
 
-    Equation 7 of MixMatch for a two-way decision, which for a sigmoid is the same as dividing the logits by T.
+    Equation 7 of MixMatch for a two-way decision, which for a sigmoid is the same as dividing the
+    logits by T.
     """
     return torch.sigmoid(logits.float() / temperature)
 
 
 def mixed_loss(logits: Tensor, targets: Tensor, labelled: int, weight: Tensor | float) -> Tensor:
-    """BCE of the first `labelled` rows plus `weight` times the squared error of probabilities of the other rows.
+    """BCE of the first `labelled` rows plus `weight` times the squared error of probabilities of
+    the other rows.
 
-    `logits` and soft `targets` are `(n, classes)`; both parts are means. The squared error is bounded: a wrong answer
-    of the teacher costs less than it would in a cross-entropy (MixMatch, section 3.4).
+    `logits` and soft `targets` are `(n, classes)`; both parts are means. The squared error is
+    bounded: a wrong answer of the teacher costs less than it would in a cross-entropy (MixMatch,
+    section 3.4).
     """
     logits, targets = logits.float(), targets.detach()
     supervised = F.binary_cross_entropy_with_logits(logits[:labelled], targets[:labelled])
@@ -39,18 +45,29 @@ def mixed_loss(logits: Tensor, targets: Tensor, labelled: int, weight: Tensor | 
 
 
 class MixedTeacher(nn.Module):
-    """`.network`, the student, maps signals `(n, leads, time)` to logits `(n, classes)`; `.teacher` is its average.
+    """`.network`, the student, maps signals `(n, leads, time)` to logits `(n, classes)`; `.teacher`
+    is its average.
 
-    Score the teacher: it is the better of the two in the mean teacher's paper. It has no dropout and normalises by its
-    batch while training; running statistics are the student's. Its momentum rises to 1 along a cosine and is fitted to
-    the `steps` of the run (`ema.momentum_for_steps`): of the first weights exp(-`turnover`) is left at the end. The
-    unlabelled part grows linearly to `weight` over the first share `ramp` of the run, while the teacher knows little.
-    `noise` is that of the weak views, a share of each lead's standard deviation.
+    Score the teacher: it is the better of the two in the mean teacher's paper. It has no dropout
+    and normalises by its batch while training; running statistics are the student's. Its momentum
+    rises to 1 along a cosine and is fitted to the `steps` of the run (`ema.momentum_for_steps`): of
+    the first weights exp(-`turnover`) is left at the end. The unlabelled part grows linearly to
+    `weight` over the first share `ramp` of the run, while the teacher knows little. `noise` is that
+    of the weak views, a share of each lead's standard deviation.
     """
 
-    def __init__(self, network: nn.Module, steps: int, *, weight: float = 10.0, ramp: float = 0.25,
-                 temperature: float = 0.5, alpha: float = 0.75, turnover: float = 10.0,
-                 noise: float = 0.05) -> None:  # fmt: skip
+    def __init__(
+        self,
+        network: nn.Module,
+        steps: int,
+        *,
+        weight: float = 10.0,
+        ramp: float = 0.25,
+        temperature: float = 0.5,
+        alpha: float = 0.75,
+        turnover: float = 10.0,
+        noise: float = 0.05,
+    ) -> None:
         super().__init__()
         _check_settings(weight, ramp, temperature)
         self.network, self.teacher = network, average_of(network)
@@ -61,7 +78,8 @@ class MixedTeacher(nn.Module):
         self.register_buffer("tally", torch.zeros(3, dtype=torch.float64))
 
     def loss(self, batch: SemiBatch) -> Tensor:
-        """The student on labelled records and unlabelled weak views, mixed; DataError for a batch without the latter.
+        """The student on labelled records and unlabelled weak views, mixed; DataError for a batch
+        without the latter.
 
         Teacher and student see different views of the unlabelled crops.
         """
@@ -71,38 +89,54 @@ class MixedTeacher(nn.Module):
             answers = self.teacher(asked).float()
             self._count(torch.sigmoid(answers))
         targets = torch.cat([batch.targets, sharpen(answers, self.temperature)])
-        signals, targets = mixup(torch.cat([batch.signals, learnt]), targets, batch.generator, self.alpha)
+        signals, targets = mixup(
+            torch.cat([batch.signals, learnt]), targets, batch.generator, self.alpha
+        )
         weight = self.weight * (self.progress / self.ramp).clamp_max(1.0)
         return mixed_loss(self.network(signals), targets, len(batch.signals), weight)
 
     def after_step(self, progress: float) -> None:
-        """The teacher moves towards the student; the progress decides about the unlabelled part's weight."""
+        """The teacher moves towards the student; the progress decides about the unlabelled part's
+        weight.
+        """
         update_average(self.teacher, self.network, momentum_at(progress, self.momentum))
         self.progress.fill_(progress)
 
     def _count(self, probabilities: Tensor) -> None:
         """Add the teacher's answers to the tally."""
         if self.training:
-            parts = (torch.maximum(probabilities, 1.0 - probabilities), probabilities > 0.5,
-                     torch.ones_like(probabilities))  # fmt: skip
+            parts = (
+                torch.maximum(probabilities, 1.0 - probabilities),
+                probabilities > 0.5,
+                torch.ones_like(probabilities),
+            )
             self.tally += torch.stack([part.sum(dtype=torch.float64) for part in parts])
 
     def report(self) -> dict[str, float]:
-        """Of the teacher's answers since the last report: mean `confidence` before sharpening, share `positive`.
+        """Of the teacher's answers since the last report: mean `confidence` before sharpening,
+        share `positive`.
 
         NaN where there was none. There is no threshold that an answer could pass.
         """
         confident, positive, answers = self.tally.tolist()
         self.tally.zero_()
-        return {"confidence": confident / answers if answers else math.nan,
-                "positive": positive / answers if answers else math.nan}  # fmt: skip
+        return {
+            "confidence": confident / answers if answers else math.nan,
+            "positive": positive / answers if answers else math.nan,
+        }
 
 
 def _check_settings(weight: float, ramp: float, temperature: float) -> None:
     """DataError for settings with which the loss would mean nothing."""
     if not 0.0 <= weight < math.inf:
-        raise DataError(f"The unlabelled part of the loss cannot have weight {weight}; choose 0 or more.")
+        raise DataError(
+            f"The unlabelled part of the loss cannot have weight {weight}; choose 0 or more."
+        )
     if not 0.0 < ramp <= 1.0:
-        raise DataError(f"The weight cannot grow over the share {ramp} of a run; choose above 0 and at most 1.")
+        raise DataError(
+            f"The weight cannot grow over the share {ramp} of a run; choose above 0 and at most 1."
+        )
     if not 0.0 < temperature <= 1.0:
-        raise DataError(f"Temperature {temperature} sharpens nothing; choose above 0 and at most 1.")
+        raise DataError(
+            f"Temperature {temperature} sharpens nothing; choose above 0 and at most 1."
+        )

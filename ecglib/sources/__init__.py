@@ -8,10 +8,12 @@ from ecglib.sources.index_files import existing_folder
 
 
 def read_source(folder: str | Path, task: str = "superclass", sampling_rate: int = 100) -> Records:
-    """The records of any folder that the study knows, told apart by its index file; DataError for any other folder.
+    """The records of any folder that the study knows, told apart by its index file; DataError for
+    any other folder.
 
-    The data sets of CinC 2021 have no index and are known by the names of their folders (WFDB_Ga or georgia, ...).
-    `task` is a PTB-XL label set and is ignored by the other sources, which have one set of classes each.
+    The data sets of CinC 2021 have no index and are known by the names of their folders (WFDB_Ga or
+    georgia, ...). `task` is a PTB-XL label set and is ignored by the other sources, which have one
+    set of classes each.
     """
     folder = existing_folder(folder, "the ECG files")
     if (folder / "ptbxl_database.csv").exists():
@@ -34,10 +36,14 @@ def read_source(folder: str | Path, task: str = "superclass", sampling_rate: int
 
     datasets = [name for name, part in cinc2021.DATASETS.items() if folder.name in part.folders]
     if len(datasets) > 1:
-        raise DataError(f"{folder}: a folder of this name holds {' and '.join(datasets)}; separate them and name each "
-                        "after its data set, such as WFDB_Ningbo.")  # fmt: skip
+        raise DataError(
+            f"{folder}: a folder of this name holds {' and '.join(datasets)}; separate them and name each "
+            "after its data set, such as WFDB_Ningbo."
+        )
     if datasets:
-        return cinc2021.read_cinc2021(folder, datasets[0], sampling_rate=sampling_rate, keep_without_class=False)
+        return cinc2021.read_cinc2021(
+            folder, datasets[0], sampling_rate=sampling_rate, keep_without_class=False
+        )
     raise DataError(
         f"{folder}: holds none of ptbxl_database.csv (PTB-XL), exams.csv (CODE-15 %), ludb.csv (LUDB) or labels.csv "
         "(your own WFDB records, see the README), and has no name of a CinC 2021 data set such as WFDB_Ga; give the "

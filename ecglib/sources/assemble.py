@@ -1,7 +1,8 @@
-"""From single recordings to `Records`: lead order, missing samples, rate, length, faults; each by one stated rule.
+"""From single recordings to `Records`: lead order, missing samples, rate, length, faults; each by
+one stated rule.
 
-Every repair and every omission becomes one row of `Records.left_out`. Recordings are handled one after the other and
-written to disk as counts, so memory does not grow with their number.
+Every repair and every omission becomes one row of `Records.left_out`. Recordings are handled one
+after the other and written to disk as counts, so memory does not grow with their number.
 """
 
 import tempfile
@@ -30,7 +31,9 @@ from ecglib.records import (
 
 REPAIRABLE_GAP = 0.1  # share of a lead's samples that may be missing and are then interpolated
 WRONG_GAIN = 5.0  # mV; median distance from the median beyond which the whole lead has a wrong gain
-ARTEFACT_SHARE = 0.05  # share of a lead's samples beyond ABSURD_PEAK that is a wrong gain, not an artefact
+ARTEFACT_SHARE = (
+    0.05  # share of a lead's samples beyond ABSURD_PEAK that is a wrong gain, not an artefact
+)
 FLUSH = 256  # recordings checked and written together
 
 # What is done about each fault; a caller may replace single entries by "drop", "keep" or "stop".
@@ -49,10 +52,11 @@ Listed = TypeVar("Listed")
 
 @dataclass
 class Recording:
-    """One recording as read: leads `(names,)`, millivolts `(leads, time)` with NaN where missing, rate in Hz.
+    """One recording as read: leads `(names,)`, millivolts `(leads, time)` with NaN where missing,
+    rate in Hz.
 
-    `row` goes to the table (record_id, patient_id, fold, source, ...), `target` `(classes,)` to the targets, and
-    `notes` (fault, action, detail) to the left-out table.
+    `row` goes to the table (record_id, patient_id, fold, source, ...), `target` `(classes,)` to the
+    targets, and `notes` (fault, action, detail) to the left-out table.
     """
 
     leads: tuple[str, ...]
@@ -71,9 +75,15 @@ class Unreadable:
     reason: str
 
 
-def read_each(items: Iterable[Listed], read: Callable[[Listed], Recording], name: Callable[[Listed], str],
-              rules: Mapping[str, str] | None = None) -> Iterator[Recording | Unreadable]:  # fmt: skip
-    """Read one item after the other; a DataError stops, or becomes `Unreadable` under the rule `unreadable: drop`."""
+def read_each(
+    items: Iterable[Listed],
+    read: Callable[[Listed], Recording],
+    name: Callable[[Listed], str],
+    rules: Mapping[str, str] | None = None,
+) -> Iterator[Recording | Unreadable]:
+    """Read one item after the other; a DataError stops, or becomes `Unreadable` under the rule
+    `unreadable: drop`.
+    """
     stop = {**RULES, **(rules or {})}["unreadable"] == "stop"
     for item in items:
         try:
@@ -84,9 +94,17 @@ def read_each(items: Iterable[Listed], read: Callable[[Listed], Recording], name
             yield Unreadable(name(item), str(error))
 
 
-def assemble(recordings: Iterable[Recording | Unreadable], classes: Iterable[str], sampling_rate: float, seconds: float,
-             about: dict, rules: Mapping[str, str] | None = None) -> Records:  # fmt: skip
-    """`Records` of one rate (Hz) and length from a stream of recordings; DataError where a rule says stop."""
+def assemble(
+    recordings: Iterable[Recording | Unreadable],
+    classes: Iterable[str],
+    sampling_rate: float,
+    seconds: float,
+    about: dict,
+    rules: Mapping[str, str] | None = None,
+) -> Records:
+    """`Records` of one rate (Hz) and length from a stream of recordings; DataError where a rule
+    says stop.
+    """
     rules = _checked_rules(rules)
     length = round(sampling_rate * seconds)
     work = _Assembly(length, rules)
@@ -105,12 +123,16 @@ def _checked_rules(rules: Mapping[str, str] | None) -> dict[str, str]:
     merged = {**RULES, **(rules or {})}
     for fault, action in merged.items():
         if fault not in RULES or action not in ("repair", "drop", "keep", "stop"):
-            raise DataError(f"There is no rule {fault!r}: {action!r}; faults are {', '.join(RULES)}.")
+            raise DataError(
+                f"There is no rule {fault!r}: {action!r}; faults are {', '.join(RULES)}."
+            )
     return merged
 
 
 class _Assembly:
-    """Buffers recordings, settles their faults a batch at a time, and writes counts to an unnamed temporary file."""
+    """Buffers recordings, settles their faults a batch at a time, and writes counts to an unnamed
+    temporary file.
+    """
 
     def __init__(self, length: int, rules: Mapping[str, str]) -> None:
         self.length, self.rules = length, rules
@@ -122,9 +144,13 @@ class _Assembly:
             self.file = tempfile.TemporaryFile()
 
     def note(self, record_id: str, lead: str, fault: str, action: str, detail: str) -> None:
-        """Keep one line of what was repaired or left out; stop where the rule for this fault says so."""
+        """Keep one line of what was repaired or left out; stop where the rule for this fault says
+        so.
+        """
         if self.rules.get(fault) == "stop":
-            raise DataError(f"Record {record_id}, {lead}: {fault} ({detail}); mend the file or allow another rule.")
+            raise DataError(
+                f"Record {record_id}, {lead}: {fault} ({detail}); mend the file or allow another rule."
+            )
         self.left_out.append((record_id, lead, fault, action, detail))
 
     def add(self, recording: Recording) -> None:
@@ -141,7 +167,8 @@ class _Assembly:
         for index, lead, fault, detail in find_faults(signals):
             faults.setdefault(index, []).append((lead, fault, detail))
         keep = [
-            self._settle(signals[i], self.buffer[i].row["record_id"], faults.get(i, [])) for i in range(len(signals))
+            self._settle(signals[i], self.buffer[i].row["record_id"], faults.get(i, []))
+            for i in range(len(signals))
         ]
         with explain_storage(tempfile.gettempdir()):
             self.file.write(to_counts(signals[keep]).tobytes())
@@ -149,7 +176,9 @@ class _Assembly:
         self.targets += [r.target for r, kept in zip(self.buffer, keep, strict=True) if kept]
         self.buffer.clear()
 
-    def _settle(self, signal: np.ndarray, record_id: str, faults: list[tuple[str, str, str]]) -> bool:
+    def _settle(
+        self, signal: np.ndarray, record_id: str, faults: list[tuple[str, str, str]]
+    ) -> bool:
         """Apply the rules to one signal `(12, time)` in place; False where it is dropped."""
         for fault in dict.fromkeys(name for _, name, _ in faults):
             leads = [lead for lead, name, _ in faults if name == fault]
@@ -168,17 +197,37 @@ class _Assembly:
         self.flush()
         left_out = pd.DataFrame(self.left_out, columns=list(LEFT_OUT_COLUMNS))
         if not self.rows:
-            why = f" ({left_out['fault'].iloc[0]}: {left_out['detail'].iloc[0]})" if len(left_out) else ""
-            raise DataError(f"{about.get('folder', about.get('source'))}: no usable recording{why}; check the folder.")
+            why = (
+                f" ({left_out['fault'].iloc[0]}: {left_out['detail'].iloc[0]})"
+                if len(left_out)
+                else ""
+            )
+            raise DataError(
+                f"{about.get('folder', about.get('source'))}: no usable recording{why}; check the folder."
+            )
         with explain_storage(tempfile.gettempdir()):
             self.file.flush()
-        signals = np.memmap(self.file, np.int16, "r", shape=(len(self.rows), len(LEADS), self.length))
-        return Records(signals, MICROVOLT, sampling_rate, pd.DataFrame(self.rows), np.stack(self.targets), classes,
-                       left_out, about)  # fmt: skip
+        signals = np.memmap(
+            self.file, np.int16, "r", shape=(len(self.rows), len(LEADS), self.length)
+        )
+        return Records(
+            signals,
+            MICROVOLT,
+            sampling_rate,
+            pd.DataFrame(self.rows),
+            np.stack(self.targets),
+            classes,
+            left_out,
+            about,
+        )
 
 
-def _one_form(recording: Recording, sampling_rate: float, length: int, work: _Assembly) -> Recording | None:
-    """The recording with the twelve leads in order, without gaps, at the wanted rate and length; None if dropped."""
+def _one_form(
+    recording: Recording, sampling_rate: float, length: int, work: _Assembly
+) -> Recording | None:
+    """The recording with the twelve leads in order, without gaps, at the wanted rate and length;
+    None if dropped.
+    """
     record_id = str(recording.row["record_id"])
     for fault, action, detail in recording.notes:
         work.note(record_id, "all", fault, action, detail)
@@ -197,9 +246,14 @@ def _one_form(recording: Recording, sampling_rate: float, length: int, work: _As
 
 
 def _ordered(recording: Recording, work: _Assembly) -> np.ndarray | None:
-    """Signals `(12, time)` in the study's order; an absent limb lead is computed, an absent chest lead drops."""
+    """Signals `(12, time)` in the study's order; an absent limb lead is computed, an absent chest
+    lead drops.
+    """
     record_id = str(recording.row["record_id"])
-    found = {_LEAD_NAMES.get(name.upper().removeprefix("LEAD ")): row for row, name in enumerate(recording.leads)}
+    found = {
+        _LEAD_NAMES.get(name.upper().removeprefix("LEAD ")): row
+        for row, name in enumerate(recording.leads)
+    }
     absent = [lead for lead in LEADS if lead not in found]
     signal = np.zeros((len(LEADS), recording.millivolts.shape[1]), dtype=np.float32)
     for row, lead in enumerate(LEADS):
@@ -210,7 +264,9 @@ def _ordered(recording: Recording, work: _Assembly) -> np.ndarray | None:
         if action == "repair":
             action = "repaired" if rebuild_limb_leads(signal, absent) else "drop"
         action = {"drop": "dropped", "keep": "kept as zeros"}.get(action, action)
-        work.note(record_id, ", ".join(absent), "lead missing", action, f"{12 - len(absent)} of 12 leads")
+        work.note(
+            record_id, ", ".join(absent), "lead missing", action, f"{12 - len(absent)} of 12 leads"
+        )
         return None if action == "dropped" else signal
     return signal
 
@@ -225,7 +281,13 @@ def _fill_gaps(signal: np.ndarray, record_id: str, work: _Assembly) -> bool:
     action = work.rules["missing samples"]
     if action == "repair" and share > REPAIRABLE_GAP:
         action = "drop"
-    work.note(record_id, leads, "missing samples", "dropped" if action == "drop" else "repaired", f"up to {share:.1%}")
+    work.note(
+        record_id,
+        leads,
+        "missing samples",
+        "dropped" if action == "drop" else "repaired",
+        f"up to {share:.1%}",
+    )
     time = np.arange(signal.shape[1])
     for row in np.flatnonzero(missing.any(axis=1)):
         known = ~missing[row]
@@ -234,16 +296,23 @@ def _fill_gaps(signal: np.ndarray, record_id: str, work: _Assembly) -> bool:
 
 
 def resample(signal: np.ndarray, rate: float, wanted: float) -> np.ndarray:
-    """Signals `(..., time)` from `rate` to `wanted` Hz by a polyphase filter that removes what would alias."""
+    """Signals `(..., time)` from `rate` to `wanted` Hz by a polyphase filter that removes what
+    would alias.
+    """
     if rate == wanted:
         return signal
     ratio = Fraction(wanted / rate).limit_denominator(1000)
-    # The ends are extended by their own value: zero padding would draw a step where the baseline is not zero.
-    return resample_poly(signal, ratio.numerator, ratio.denominator, axis=-1, padtype="line").astype(np.float32)
+    # The ends are extended by their own value: zero padding would draw a step where the baseline is
+    # not zero.
+    return resample_poly(
+        signal, ratio.numerator, ratio.denominator, axis=-1, padtype="line"
+    ).astype(np.float32)
 
 
 def rebuild_limb_leads(signal: np.ndarray, broken: list[str]) -> bool:
-    """Compute broken limb leads of `(12, time)` in place from two sound ones; False where that is not possible."""
+    """Compute broken limb leads of `(12, time)` in place from two sound ones; False where that is
+    not possible.
+    """
     rows = [LEADS.index(lead) for lead in broken]
     sound = [row for row in range(6) if row not in rows]
     if max(rows) > 5 or len(sound) < 2:

@@ -1,7 +1,9 @@
-"""PhysioNet/Computing in Cardiology Challenge 2021 (Reyna et al., CinC 2021; PhysioNet challenge-2021 1.0.3).
+"""PhysioNet/Computing in Cardiology Challenge 2021 (Reyna et al., CinC 2021; PhysioNet
+challenge-2021 1.0.3).
 
-`cinc2021_classes.csv` holds the challenge's 30 scored diagnoses with their SNOMED codes and how often each data set
-has them (its dx_mapping_scored.csv), and the name under which codes that the challenge scores alike are merged.
+`cinc2021_classes.csv` holds the challenge's 30 scored diagnoses with their SNOMED codes and how
+often each data set has them (its dx_mapping_scored.csv), and the name under which codes that the
+challenge scores alike are merged.
 """
 
 import re
@@ -16,7 +18,13 @@ from ecglib.errors import DataError
 from ecglib.files import inside
 from ecglib.records import Records
 from ecglib.sources.assemble import Recording, Unreadable, assemble, read_each
-from ecglib.sources.index_files import existing_folder, nearest_checksums, read_csv, ten_folds, whole_numbers
+from ecglib.sources.index_files import (
+    existing_folder,
+    nearest_checksums,
+    read_csv,
+    ten_folds,
+    whole_numbers,
+)
 from ecglib.sources.ptbxl import INDEX as PTBXL_INDEX
 from ecglib.sources.wfdb_files import read_wfdb
 
@@ -27,7 +35,9 @@ LAST_CHAPMAN = 10_646  # JS00001 to JS10646 are Chapman-Shaoxing, JS10647 and ab
 
 @dataclass(frozen=True)
 class Part:
-    """One data set of the challenge: folder names in use, record names, and the numbers that belong to it."""
+    """One data set of the challenge: folder names in use, record names, and the numbers that belong
+    to it.
+    """
 
     folders: tuple[str, ...]
     names: str
@@ -41,68 +51,110 @@ class Part:
 
 DATASETS: Mapping[str, Part] = {
     "georgia": Part(("georgia", "WFDB_Ga"), "E"),
-    "chapman": Part(("chapman_shaoxing", "chapman_ningbo", "WFDB_ChapmanShaoxing"), "JS", (1, LAST_CHAPMAN)),
-    "ningbo": Part(("ningbo", "chapman_ningbo", "WFDB_Ningbo"), "JS", (LAST_CHAPMAN + 1, float("inf"))),
+    "chapman": Part(
+        ("chapman_shaoxing", "chapman_ningbo", "WFDB_ChapmanShaoxing"), "JS", (1, LAST_CHAPMAN)
+    ),
+    "ningbo": Part(
+        ("ningbo", "chapman_ningbo", "WFDB_Ningbo"), "JS", (LAST_CHAPMAN + 1, float("inf"))
+    ),
     "cpsc": Part(("cpsc_2018", "WFDB_CPSC2018"), "A"),
     "cpsc_extra": Part(("cpsc_2018_extra", "WFDB_CPSC2018_2"), "Q"),
     "ptb-xl": Part(("ptb-xl", "WFDB_PTBXL"), "HR"),
     "ptb": Part(("ptb", "WFDB_PTB"), "S"),
 }
-NO_PATIENTS = "by record: the headers name no patients, so one patient's records may lie in several folds"
+NO_PATIENTS = (
+    "by record: the headers name no patients, so one patient's records may lie in several folds"
+)
 CE_SSL_DATASETS = ("georgia", "ptb-xl", "ningbo", "chapman")
 
 
-def read_cinc2021(folder: str | Path, dataset: str, *, sampling_rate: float = 100, seconds: float = 10.0,
-                  classes: Sequence[str] | None = None, merge_equivalent: bool = False, keep_without_class: bool = True,
-                  ptbxl_index: str | Path | None = None, verify: bool = True,
-                  rules: Mapping[str, str] | None = None) -> Records:  # fmt: skip
-    """One of `DATASETS` below its own folder, the challenge's `training` folder or the root, with SNOMED classes.
+def read_cinc2021(
+    folder: str | Path,
+    dataset: str,
+    *,
+    sampling_rate: float = 100,
+    seconds: float = 10.0,
+    classes: Sequence[str] | None = None,
+    merge_equivalent: bool = False,
+    keep_without_class: bool = True,
+    ptbxl_index: str | Path | None = None,
+    verify: bool = True,
+    rules: Mapping[str, str] | None = None,
+) -> Records:
+    """One of `DATASETS` below its own folder, the challenge's `training` folder or the root, with
+    SNOMED classes.
 
-    Default classes are CE-SSL's for Georgia (18), PTB-XL (19), Ningbo (23) and Chapman (16), else all scored ones that
-    occur; `classes` takes abbreviations. Longer recordings are cut, shorter ones padded with zeros, both noted. CE-SSL
-    leaves out records without a class (`keep_without_class=False`); either way their number is in `about`. The headers
-    name no patients, so each record counts as one and folds are split by record; for PTB-XL the path of its
+    Default classes are CE-SSL's for Georgia (18), PTB-XL (19), Ningbo (23) and Chapman (16), else
+    all scored ones that occur; `classes` takes abbreviations. Longer recordings are cut, shorter
+    ones padded with zeros, both noted. CE-SSL leaves out records without a class
+    (`keep_without_class=False`); either way their number is in `about`. The headers name no
+    patients, so each record counts as one and folds are split by record; for PTB-XL the path of its
     `ptbxl_database.csv` brings the true patients and folds. Raises DataError.
     """
     if dataset not in DATASETS:
-        raise DataError(f"There is no CinC 2021 data set {dataset!r}; choose one of {', '.join(DATASETS)}.")
-    listing = _headers(existing_folder(folder, f"CinC 2021's {DATASETS[dataset].folders[0]}"), dataset)
+        raise DataError(
+            f"There is no CinC 2021 data set {dataset!r}; choose one of {', '.join(DATASETS)}."
+        )
+    listing = _headers(
+        existing_folder(folder, f"CinC 2021's {DATASETS[dataset].folders[0]}"), dataset
+    )
     codes = class_codes(dataset, classes, merge_equivalent)
-    root, sums = nearest_checksums(listing[0].parent, levels=4) if verify else (listing[0].parent, {})
+    root, sums = (
+        nearest_checksums(listing[0].parent, levels=4) if verify else (listing[0].parent, {})
+    )
     patients = _ptbxl_patients(ptbxl_index) if ptbxl_index is not None else {}
 
     def read(path: Path) -> Recording:
         header, millivolts = read_wfdb(path, root, sums, verify)
         notes = [("header", "repaired", oddity) for oddity in header.oddities]
         found = _diagnoses(path, header.comments)
-        target = np.array([not found.isdisjoint(wanted) for wanted in codes.values()], dtype=np.uint8)
+        target = np.array(
+            [not found.isdisjoint(wanted) for wanted in codes.values()], dtype=np.uint8
+        )
         patient, fold = _patient(path, patients)
-        row = {"record_id": path.stem, "patient_id": patient, "fold": fold, "source": f"cinc2021 {dataset}",
-               "age": _age(header.comments), "sex": _sex(header.comments),
-               "codes": ";".join(sorted(found))}  # fmt: skip
+        row = {
+            "record_id": path.stem,
+            "patient_id": patient,
+            "fold": fold,
+            "source": f"cinc2021 {dataset}",
+            "age": _age(header.comments),
+            "sex": _sex(header.comments),
+            "codes": ";".join(sorted(found)),
+        }
         return Recording(header.leads, millivolts, header.sampling_rate, row, target, notes)
 
     about = {
-        "source": "CinC 2021", "simulated": False, "task": "diagnoses", "dataset": dataset,
+        "source": "CinC 2021",
+        "simulated": False,
+        "task": "diagnoses",
+        "dataset": dataset,
         "folder": listing[0].parent.parent.name,
-        "merge_equivalent": merge_equivalent, "codes": {name: sorted(wanted) for name, wanted in codes.items()},
+        "merge_equivalent": merge_equivalent,
+        "codes": {name: sorted(wanted) for name, wanted in codes.items()},
         "split": "PTB-XL's patients and folds" if patients else NO_PATIENTS,
-        "without_class": 0, "without_class_kept": keep_without_class,
-    }  # fmt: skip
+        "without_class": 0,
+        "without_class_kept": keep_without_class,
+    }
     stream = read_each(listing, read, lambda path: path.stem, rules)
-    records = assemble(_count_without_class(stream, about), list(codes), sampling_rate, seconds, about, rules)
+    records = assemble(
+        _count_without_class(stream, about), list(codes), sampling_rate, seconds, about, rules
+    )
     if not patients:
         records.table["fold"] = ten_folds(records.table["record_id"], records.targets)
-    about["class_counts"] = dict(zip(codes, records.targets.sum(axis=0, dtype=int).tolist(), strict=True))
+    about["class_counts"] = dict(
+        zip(codes, records.targets.sum(axis=0, dtype=int).tolist(), strict=True)
+    )
     return records
 
 
-def class_codes(dataset: str, classes: Sequence[str] | None = None,
-                merge_equivalent: bool = False) -> dict[str, set[str]]:  # fmt: skip
-    """Class name -> SNOMED codes that count for it, in the order of the challenge's list of scored diagnoses.
+def class_codes(
+    dataset: str, classes: Sequence[str] | None = None, merge_equivalent: bool = False
+) -> dict[str, set[str]]:
+    """Class name -> SNOMED codes that count for it, in the order of the challenge's list of scored
+    diagnoses.
 
-    With `merge_equivalent` the pairs that the challenge scores alike (CLBBB and LBBB, CRBBB and RBBB, PAC and SVPB, PVC
-    and VPB) become one class, named LBBB, RBBB, PAC or PVC.
+    With `merge_equivalent` the pairs that the challenge scores alike (CLBBB and LBBB, CRBBB and
+    RBBB, PAC and SVPB, PVC and VPB) become one class, named LBBB, RBBB, PAC or PVC.
     """
     scored = pd.read_csv(SCORED, dtype={"code": str}).set_index("abbreviation", drop=False)
     if classes is None:
@@ -110,7 +162,9 @@ def class_codes(dataset: str, classes: Sequence[str] | None = None,
         classes = scored.index[counts > (MORE_THAN if dataset in CE_SSL_DATASETS else 0)]
     unknown = [name for name in classes if name not in scored.index]
     if unknown:
-        raise DataError(f"There is no scored diagnosis {unknown[0]!r}; choose among {', '.join(scored.index)}.")
+        raise DataError(
+            f"There is no scored diagnosis {unknown[0]!r}; choose among {', '.join(scored.index)}."
+        )
     if not merge_equivalent:
         return {name: {scored["code"][name]} for name in classes}
     merged = dict.fromkeys(scored["merged"][name] for name in classes)
@@ -118,7 +172,9 @@ def class_codes(dataset: str, classes: Sequence[str] | None = None,
 
 
 def _headers(folder: Path, dataset: str) -> list[Path]:
-    """Header files of one data set, in order of their names, from its RECORDS lists or else from what is there."""
+    """Header files of one data set, in order of their names, from its RECORDS lists or else from
+    what is there.
+    """
     part = DATASETS[dataset]
     named = [folder / above / name for above in ("", "training") for name in part.folders]
     roots = [path for path in named if path.is_dir()] or [folder]
@@ -147,8 +203,12 @@ def _listed(group: Path) -> Iterator[Path]:
             yield inside(group, f"{line.strip()}.hea", str(listing))
 
 
-def _count_without_class(stream: Iterator[Recording | Unreadable], about: dict) -> Iterator[Recording | Unreadable]:
-    """Pass recordings on; those without any class are counted in `about`, and left out where it says so."""
+def _count_without_class(
+    stream: Iterator[Recording | Unreadable], about: dict
+) -> Iterator[Recording | Unreadable]:
+    """Pass recordings on; those without any class are counted in `about`, and left out where it
+    says so.
+    """
     for recording in stream:
         if isinstance(recording, Recording) and not recording.target.any():
             about["without_class"] += 1
@@ -169,7 +229,9 @@ def _field(comments: Sequence[str], name: str) -> str:
 def _diagnoses(path: Path, comments: Sequence[str]) -> set[str]:
     """SNOMED codes of the `Dx:` line; a header without that line is a DataError."""
     if not any(comment.lower().startswith("dx") for comment in comments):
-        raise DataError(f"{path}: the line with the diagnoses (#Dx:) is missing; download the header again.")
+        raise DataError(
+            f"{path}: the line with the diagnoses (#Dx:) is missing; download the header again."
+        )
     return {code.strip() for code in _field(comments, "dx").split(",") if code.strip()}
 
 
@@ -190,15 +252,24 @@ def _ptbxl_patients(path: str | Path) -> dict[int, tuple[str, int]]:
     """ecg_id -> (patient_id, fold) from PTB-XL's own index."""
     path = Path(path) / PTBXL_INDEX if Path(path).is_dir() else Path(path)
     index = read_csv(path, ("ecg_id", "patient_id", "strat_fold"))
-    columns = [whole_numbers(path, index, column) for column in ("ecg_id", "patient_id", "strat_fold")]
-    return {ecg: (str(patient), fold) for ecg, patient, fold in zip(*(c.tolist() for c in columns), strict=True)}
+    columns = [
+        whole_numbers(path, index, column) for column in ("ecg_id", "patient_id", "strat_fold")
+    ]
+    return {
+        ecg: (str(patient), fold)
+        for ecg, patient, fold in zip(*(c.tolist() for c in columns), strict=True)
+    }
 
 
 def _patient(path: Path, patients: Mapping[int, tuple[str, int]]) -> tuple[str, int]:
-    """Patient and fold of a record: itself and 0 (set later), or from PTB-XL's index, where HRnnnnn is ecg_id nnnnn."""
+    """Patient and fold of a record: itself and 0 (set later), or from PTB-XL's index, where HRnnnnn
+    is ecg_id nnnnn.
+    """
     if not patients:
         return path.stem, 0
     number = re.fullmatch(r"HR(\d+)", path.stem)
     if number is None or int(number[1]) not in patients:
-        raise DataError(f"{path}: is not in PTB-XL's index; give the ptbxl_database.csv of version 1.0.1 or 1.0.2.")
+        raise DataError(
+            f"{path}: is not in PTB-XL's index; give the ptbxl_database.csv of version 1.0.1 or 1.0.2."
+        )
     return patients[int(number[1])]

@@ -1,8 +1,10 @@
-"""CODE-15 % (Ribeiro et al., Zenodo 4916206): 345,779 exams of 233,770 patients, `exams.csv` and 18 HDF5 parts.
+"""CODE-15 % (Ribeiro et al., Zenodo 4916206): 345,779 exams of 233,770 patients, `exams.csv` and 18
+HDF5 parts.
 
-The unit of the stored numbers is not certain. Zenodo names none; the authors' "scale 1e-4 V, so multiply volts by 1000"
-contradicts itself (tenths of a millivolt, or millivolts). The PhysioNet Challenge 2025 converts the set as millivolts,
-as does this reader; measured lead ranges are 1.4 to 2 times those of other sets. `millivolts_per_unit` changes it.
+The unit of the stored numbers is not certain. Zenodo names none; the authors' "scale 1e-4 V, so
+multiply volts by 1000" contradicts itself (tenths of a millivolt, or millivolts). The PhysioNet
+Challenge 2025 converts the set as millivolts, as does this reader; measured lead ranges are 1.4 to
+2 times those of other sets. `millivolts_per_unit` changes it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,7 +17,14 @@ import pandas as pd
 from ecglib.errors import DataError
 from ecglib.records import LEADS, Records
 from ecglib.sources.assemble import RULES, Recording, Unreadable, assemble
-from ecglib.sources.index_files import existing_folder, no_duplicates, read_csv, ten_folds, where, whole_numbers
+from ecglib.sources.index_files import (
+    existing_folder,
+    no_duplicates,
+    read_csv,
+    ten_folds,
+    where,
+    whole_numbers,
+)
 
 INDEX = "exams.csv"
 PARTS = "exams_part*.hdf5"
@@ -25,26 +34,42 @@ STORED = 4096  # samples; shorter recordings stand in the middle, zeros on both 
 ROWS = 64  # tracings read together: 12.6 MB
 
 
-def read_code15(folder: str | Path, *, sampling_rate: float = 100, seconds: float = 10.0,
-                millivolts_per_unit: float = 1.0, rules: Mapping[str, str] | None = None) -> Records:  # fmt: skip
-    """The exams of every part that is in the folder, with six classes, patients, and folds by patient.
+def read_code15(
+    folder: str | Path,
+    *,
+    sampling_rate: float = 100,
+    seconds: float = 10.0,
+    millivolts_per_unit: float = 1.0,
+    rules: Mapping[str, str] | None = None,
+) -> Records:
+    """The exams of every part that is in the folder, with six classes, patients, and folds by
+    patient.
 
-    The zeros around a tracing are stripped, then it is resampled and cut, or padded with zeros, to `seconds` (most last
-    7.3 or 10.24 s); both are noted. Tracings of nothing but zeros are dropped as flat. `about` counts exams whose part
-    is not downloaded and stored rows that `exams.csv` lacks (each part ends with a filler of exam_id 0). DataError.
+    The zeros around a tracing are stripped, then it is resampled and cut, or padded with zeros, to
+    `seconds` (most last 7.3 or 10.24 s); both are noted. Tracings of nothing but zeros are dropped
+    as flat. `about` counts exams whose part is not downloaded and stored rows that `exams.csv`
+    lacks (each part ends with a filler of exam_id 0). DataError.
     """
     folder = existing_folder(folder, f"CODE-15 %'s {INDEX}")
     exams = _read_exams(folder)
     parts = sorted(path for path in folder.glob(PARTS) if path.is_file())
     if not parts:
-        raise DataError(f"{folder}: no part ({PARTS}) is there; download at least one, or unpack its zip file.")
+        raise DataError(
+            f"{folder}: no part ({PARTS}) is there; download at least one, or unpack its zip file."
+        )
     absent = ~exams["trace_file"].isin([path.name for path in parts])
     about = {
-        "source": "CODE-15%", "simulated": False, "task": "diagnoses", "folder": folder.name,
+        "source": "CODE-15%",
+        "simulated": False,
+        "task": "diagnoses",
+        "folder": folder.name,
         "parts": [path.name for path in parts],
-        "split": "by patient", "millivolts_per_unit": millivolts_per_unit, "not_downloaded": int(absent.sum()),
-        "filler_rows": 0, "not_in_index": 0,
-    }  # fmt: skip
+        "split": "by patient",
+        "millivolts_per_unit": millivolts_per_unit,
+        "not_downloaded": int(absent.sum()),
+        "filler_rows": 0,
+        "not_in_index": 0,
+    }
     rows = {exam: row for row, exam in enumerate(exams["exam_id"].tolist())}
     stop = {**RULES, **(rules or {})}["unreadable"] == "stop"
 
@@ -55,7 +80,10 @@ def read_code15(folder: str | Path, *, sampling_rate: float = 100, seconds: floa
                 for exam, tracing in _tracings(path):
                     missing.discard(exam)
                     if exam in rows:
-                        yield _recording(exams.iloc[rows[exam]], strip_zeros(tracing) * np.float32(millivolts_per_unit))
+                        yield _recording(
+                            exams.iloc[rows[exam]],
+                            strip_zeros(tracing) * np.float32(millivolts_per_unit),
+                        )
                     else:
                         about["filler_rows" if exam == 0 else "not_in_index"] += 1
                 if missing:
@@ -70,21 +98,32 @@ def read_code15(folder: str | Path, *, sampling_rate: float = 100, seconds: floa
 
     records = assemble(recordings(), CLASSES, sampling_rate, seconds, about, rules)
     records.table["fold"] = ten_folds(records.table["patient_id"], records.targets)
-    about["class_counts"] = dict(zip(CLASSES, records.targets.sum(axis=0, dtype=int).tolist(), strict=True))
+    about["class_counts"] = dict(
+        zip(CLASSES, records.targets.sum(axis=0, dtype=int).tolist(), strict=True)
+    )
     return records
 
 
 def _read_exams(folder: Path) -> pd.DataFrame:
     """`exams.csv` with numbers for ids and 0/1 for the classes, all checked."""
     path = folder / INDEX
-    exams = read_csv(path, ("exam_id", "patient_id", "trace_file", *CLASSES), text=("trace_file", *CLASSES))
+    exams = read_csv(
+        path, ("exam_id", "patient_id", "trace_file", *CLASSES), text=("trace_file", *CLASSES)
+    )
     for column in ("exam_id", "patient_id"):
         exams[column] = whole_numbers(path, exams, column)
     no_duplicates(path, exams, "exam_id")
     for column in CLASSES:
-        values = exams[column].str.strip().str.lower().map({"true": 1, "1": 1, "1.0": 1, "false": 0, "0": 0, "0.0": 0})
+        values = (
+            exams[column]
+            .str.strip()
+            .str.lower()
+            .map({"true": 1, "1": 1, "1.0": 1, "false": 0, "0": 0, "0.0": 0})
+        )
         if values.isna().any():
-            raise DataError(f"{path}: {where(exams, column, values.isna())}, not True or False; correct it.")
+            raise DataError(
+                f"{path}: {where(exams, column, values.isna())}, not True or False; correct it."
+            )
         exams[column] = values.astype(np.uint8)
     return exams
 
@@ -93,7 +132,9 @@ def _tracings(path: Path) -> Iterator[tuple[int, np.ndarray]]:
     """(exam_id, tracing `(4096, 12)` as stored) of one part, a block of `ROWS` at a time."""
     with _open(path) as file:
         if "exam_id" not in file or "tracings" not in file:
-            raise DataError(f"{path}: lacks the dataset exam_id or tracings; download this part again.")
+            raise DataError(
+                f"{path}: lacks the dataset exam_id or tracings; download this part again."
+            )
         exam_ids, tracings = file["exam_id"], file["tracings"]
         if exam_ids.ndim != 1 or tracings.shape != (len(exam_ids), STORED, len(LEADS)):
             raise DataError(
@@ -114,24 +155,35 @@ def _open(path: Path) -> Iterator:
         with h5py.File(path, "r") as file:
             yield file
     except (OSError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: h5py cannot read this part ({error}); it is damaged, download it again.") from error
+        raise DataError(
+            f"{path}: h5py cannot read this part ({error}); it is damaged, download it again."
+        ) from error
 
 
 def strip_zeros(tracing: np.ndarray) -> np.ndarray:
-    """`(time, leads)` without the samples at both ends that are zero in all leads; all of it where nothing else is."""
+    """`(time, leads)` without the samples at both ends that are zero in all leads; all of it where
+    nothing else is.
+    """
     active = np.flatnonzero((tracing != 0).any(axis=1))
     return tracing[active[0] : active[-1] + 1] if len(active) else tracing
 
 
 def _recording(entry: pd.Series, millivolts: np.ndarray) -> Recording:
     """One recording from its index row and its signal `(time, 12)`."""
-    row = {"record_id": str(int(entry["exam_id"])), "patient_id": str(int(entry["patient_id"])), "fold": 0,
-           "source": "code-15", "age": pd.to_numeric(entry.get("age"), errors="coerce"),
-           "sex": _sex(entry.get("is_male"))}  # fmt: skip
+    row = {
+        "record_id": str(int(entry["exam_id"])),
+        "patient_id": str(int(entry["patient_id"])),
+        "fold": 0,
+        "source": "code-15",
+        "age": pd.to_numeric(entry.get("age"), errors="coerce"),
+        "sex": _sex(entry.get("is_male")),
+    }
     target = entry[list(CLASSES)].to_numpy(dtype=np.uint8)
     return Recording(LEADS, np.ascontiguousarray(millivolts.T), RATE, row, target)
 
 
 def _sex(is_male: object) -> float:
     """0 male, 1 female as in PTB-XL, NaN where unknown."""
-    return {"true": 0.0, "1": 0.0, "1.0": 0.0, "false": 1.0, "0": 1.0, "0.0": 1.0}.get(str(is_male).lower(), np.nan)
+    return {"true": 0.0, "1": 0.0, "1.0": 0.0, "false": 1.0, "0": 1.0, "0.0": 1.0}.get(
+        str(is_male).lower(), np.nan
+    )

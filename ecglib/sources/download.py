@@ -2,8 +2,8 @@
 
     python -m ecglib.sources.download ptb-xl data/ptb-xl --only "records100/*"
 
-pooch compares checksums and moves a finished file into place; what it lacks, resuming a broken transfer, is the
-downloader given to it here. A second call fetches only what is missing or wrong.
+pooch compares checksums and moves a finished file into place; what it lacks, resuming a broken
+transfer, is the downloader given to it here. A second call fetches only what is missing or wrong.
 """
 
 import argparse
@@ -35,7 +35,9 @@ GIGABYTE = 1e9
 
 @dataclass(frozen=True)
 class DataSet:
-    """Where a data set lies: base addresses by preference, its index of checksums, its part, and its size on disk."""
+    """Where a data set lies: base addresses by preference, its index of checksums, its part, and
+    its size on disk.
+    """
 
     addresses: tuple[str, ...]
     gigabytes: float
@@ -43,44 +45,72 @@ class DataSet:
     only: tuple[str, ...] = ("*",)
 
 
-def _physionet(project: str, gigabytes: float, only: tuple[str, ...] = ("*",), mirror: bool = True) -> DataSet:
+def _physionet(
+    project: str, gigabytes: float, only: tuple[str, ...] = ("*",), mirror: bool = True
+) -> DataSet:
     """A PhysioNet project, with PhysioNet's open mirror at Amazon where it has one."""
     mirrors = (f"https://physionet-open.s3.amazonaws.com/{project}/",) if mirror else ()
     return DataSet((f"https://physionet.org/files/{project}/", *mirrors), gigabytes, only=only)
 
 
-_CINC_FOLDERS = {"georgia": 1.3, "chapman_shaoxing": 1.3, "ningbo": 4.2, "cpsc_2018": 1.4, "cpsc_2018_extra": 0.7,
-                 "ptb-xl": 2.7, "ptb": 1.4}  # fmt: skip
+_CINC_FOLDERS = {
+    "georgia": 1.3,
+    "chapman_shaoxing": 1.3,
+    "ningbo": 4.2,
+    "cpsc_2018": 1.4,
+    "cpsc_2018_extra": 0.7,
+    "ptb-xl": 2.7,
+    "ptb": 1.4,
+}
 DATASETS: dict[str, DataSet] = {
     "ptb-xl": _physionet("ptb-xl/1.0.3", 3.1),
     "ludb": _physionet("ludb/1.0.1", 0.04),
     "nstdb": _physionet("nstdb/1.0.0", 0.04),
     "cinc2021": _physionet("challenge-2021/1.0.3", 13.8, mirror=False),
-    **{f"cinc2021/{name}": _physionet("challenge-2021/1.0.3", size, (f"training/{name}/*",), mirror=False)
-       for name, size in _CINC_FOLDERS.items()},
-    "code15": DataSet(("https://zenodo.org/records/4916206/files/",), 72, "https://zenodo.org/api/records/4916206"),
-}  # fmt: skip
+    **{
+        f"cinc2021/{name}": _physionet(
+            "challenge-2021/1.0.3", size, (f"training/{name}/*",), mirror=False
+        )
+        for name, size in _CINC_FOLDERS.items()
+    },
+    "code15": DataSet(
+        ("https://zenodo.org/records/4916206/files/",), 72, "https://zenodo.org/api/records/4916206"
+    ),
+}
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file to fetch: its path below the folder, its checksum as pooch writes it, and its size where known."""
+    """One file to fetch: its path below the folder, its checksum as pooch writes it, and its size
+    where known.
+    """
 
     name: str
     checksum: str
     size: int | None = None
 
 
-def download(name: str, folder: str | Path, *, only: str = "*", addresses: Sequence[str] | None = None,
-             unpack: bool = True, progress: bool = True) -> Path:  # fmt: skip
-    """Fetch the files of a data set (those that match `only`) that are missing or wrong below `folder`; its path.
+def download(
+    name: str,
+    folder: str | Path,
+    *,
+    only: str = "*",
+    addresses: Sequence[str] | None = None,
+    unpack: bool = True,
+    progress: bool = True,
+) -> Path:
+    """Fetch the files of a data set (those that match `only`) that are missing or wrong below
+    `folder`; its path.
 
-    `addresses` replaces the official ones, for a mirror of your own. Every file is checked against the data set's own
-    SHA-256 (Zenodo: MD5) and appears under its name only when it is whole. DataError where no address gives a right
-    file or the index names a path outside `folder`, StorageError where the disk is full or cannot be written to.
+    `addresses` replaces the official ones, for a mirror of your own. Every file is checked against
+    the data set's own SHA-256 (Zenodo: MD5) and appears under its name only when it is whole.
+    DataError where no address gives a right file or the index names a path outside `folder`,
+    StorageError where the disk is full or cannot be written to.
     """
     if name not in DATASETS:
-        raise DataError(f"There is no data set {name!r} to download; choose one of {', '.join(DATASETS)}.")
+        raise DataError(
+            f"There is no data set {name!r} to download; choose one of {', '.join(DATASETS)}."
+        )
     folder, data_set = Path(folder), DATASETS[name]
     bases = [base.rstrip("/") + "/" for base in addresses or data_set.addresses]
     with explain_storage(folder):
@@ -88,10 +118,18 @@ def download(name: str, folder: str | Path, *, only: str = "*", addresses: Seque
     listed = _index(folder, data_set, bases, bool(addresses))
     for file in listed:  # all of them before the first is fetched
         inside(folder, file.name, f"the index of {name}")
-    chosen = [file for file in listed if _matches(file.name, [only]) and _matches(file.name, data_set.only)]
+    chosen = [
+        file
+        for file in listed
+        if _matches(file.name, [only]) and _matches(file.name, data_set.only)
+    ]
     if not chosen:
-        raise DataError(f"{name}: no file of its index matches {only!r}; choose one for names like {listed[0].name}.")
-    missing = [file for file in _bar(chosen, f"checking {name}", progress) if not _is_here(folder, file)]
+        raise DataError(
+            f"{name}: no file of its index matches {only!r}; choose one for names like {listed[0].name}."
+        )
+    missing = [
+        file for file in _bar(chosen, f"checking {name}", progress) if not _is_here(folder, file)
+    ]
     _check_space(folder, missing, data_set.gigabytes * GIGABYTE * len(missing) / len(chosen))
     _fetch_all(name, folder, missing, bases, progress)
     if unpack:
@@ -101,7 +139,9 @@ def download(name: str, folder: str | Path, *, only: str = "*", addresses: Seque
     return folder
 
 
-def _index(folder: Path, data_set: DataSet, bases: Sequence[str], own_addresses: bool) -> list[RemoteFile]:
+def _index(
+    folder: Path, data_set: DataSet, bases: Sequence[str], own_addresses: bool
+) -> list[RemoteFile]:
     """The data set's files with their checksums, from the index in the folder or fetched to it."""
     from_zenodo = data_set.index != SUMS
     path = folder / ("zenodo.json" if from_zenodo else SUMS)
@@ -111,7 +151,11 @@ def _index(folder: Path, data_set: DataSet, bases: Sequence[str], own_addresses:
             return parse(path)
         except DataError:
             pass  # damaged: fetch it again
-    urls = [base + path.name for base in bases] if own_addresses or not from_zenodo else [data_set.index]
+    urls = (
+        [base + path.name for base in bases]
+        if own_addresses or not from_zenodo
+        else [data_set.index]
+    )
     failures = []
     fetched = path.with_name(f"{path.name}.new")
     with explain_storage(path):
@@ -125,7 +169,9 @@ def _index(folder: Path, data_set: DataSet, bases: Sequence[str], own_addresses:
                 failures.append(f"{url}: {error}")
                 fetched.unlink(missing_ok=True)
     why = "; ".join(failures)
-    raise DataError(f"{path}: the list of files could not be fetched ({why}); check the network and start again.")
+    raise DataError(
+        f"{path}: the list of files could not be fetched ({why}); check the network and start again."
+    )
 
 
 def _summed_files(path: Path) -> list[RemoteFile]:
@@ -145,7 +191,10 @@ def _summed_files(path: Path) -> list[RemoteFile]:
 def _zenodo_files(path: Path) -> list[RemoteFile]:
     """Files of a Zenodo record in its JSON form, which gives MD5 sums and sizes."""
     try:
-        return [RemoteFile(str(f["key"]), str(f["checksum"]), int(f["size"])) for f in read_json(path)["files"]]
+        return [
+            RemoteFile(str(f["key"]), str(f["checksum"]), int(f["size"]))
+            for f in read_json(path)["files"]
+        ]
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path.name}: not the description of a Zenodo record ({error})") from None
 
@@ -161,7 +210,10 @@ def _is_here(folder: Path, file: RemoteFile) -> bool:
     if not note.exists():
         return False
     unpacked = read_json(note)
-    sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else -1 for name in unpacked["members"]}
+    sizes = {
+        name: (folder / name).stat().st_size if (folder / name).is_file() else -1
+        for name in unpacked["members"]
+    }
     return unpacked["checksum"] == file.checksum and sizes == unpacked["members"]
 
 
@@ -197,8 +249,12 @@ def _check_space(folder: Path, missing: Sequence[RemoteFile], estimate: float) -
         )
 
 
-def _fetch_all(name: str, folder: Path, missing: Sequence[RemoteFile], bases: Sequence[str], progress: bool) -> None:
-    """Fetch files side by side; the first failure stops the rest, and finished files and parts stay."""
+def _fetch_all(
+    name: str, folder: Path, missing: Sequence[RemoteFile], bases: Sequence[str], progress: bool
+) -> None:
+    """Fetch files side by side; the first failure stops the rest, and finished files and parts
+    stay.
+    """
     from tqdm import tqdm
 
     sizes = [file.size for file in missing]
@@ -214,7 +270,9 @@ def _fetch_all(name: str, folder: Path, missing: Sequence[RemoteFile], bases: Se
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _fetch(folder: Path, file: RemoteFile, bases: Sequence[str], session: object, bar: object) -> None:
+def _fetch(
+    folder: Path, file: RemoteFile, bases: Sequence[str], session: object, bar: object
+) -> None:
     """Fetch one file from the first address that has it whole and right."""
     import pooch
 
@@ -225,17 +283,23 @@ def _fetch(folder: Path, file: RemoteFile, bases: Sequence[str], session: object
     with explain_storage(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         for base in bases:
-            for _ in range(2):  # a wrong checksum may come from the part of an older version: once more from the start
+            for _ in range(
+                2
+            ):  # a wrong checksum may come from the part of an older version: once more from the start
                 try:
                     url = base + quote(file.name)
-                    pooch.retrieve(url, file.checksum, target.name, target.parent, downloader=resume)
+                    pooch.retrieve(
+                        url, file.checksum, target.name, target.parent, downloader=resume
+                    )
                     return
                 except ConnectionError as error:
                     failures.append(f"{base}: {error}")
                     break
                 except ValueError:
                     failures.append(f"{base}: wrong checksum")
-    raise DataError(f"{target}: could not be fetched ({'; '.join(failures)}); check the network and start again.")
+    raise DataError(
+        f"{target}: could not be fetched ({'; '.join(failures)}); check the network and start again."
+    )
 
 
 class _Refused(ConnectionError):
@@ -243,13 +307,17 @@ class _Refused(ConnectionError):
 
 
 class _Resume:
-    """A pooch downloader that continues `part` by HTTP Range, retries with growing pauses, and then hands it over."""
+    """A pooch downloader that continues `part` by HTTP Range, retries with growing pauses, and then
+    hands it over.
+    """
 
     def __init__(self, part: Path, session: object, bar: object = None) -> None:
         self.part, self.session, self.bar = part, session, bar
 
     def __call__(self, url: str, output_file: str | Path, pooch: object = None) -> None:
-        """Bring `url` to `output_file`; ConnectionError after `ATTEMPTS` attempts that brought nothing new."""
+        """Bring `url` to `output_file`; ConnectionError after `ATTEMPTS` attempts that brought
+        nothing new.
+        """
         idle, before = 0, self._size()
         while True:
             try:
@@ -269,22 +337,31 @@ class _Resume:
         return self.part.stat().st_size if self.part.exists() else 0
 
     def _continue(self, url: str) -> None:
-        """One request for what is missing; returns when the part is whole, else raises ConnectionError."""
+        """One request for what is missing; returns when the part is whole, else raises
+        ConnectionError.
+        """
         import requests
 
         have = self._size()
         headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
         try:
             with self.session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
-                if answer.status_code == 416:  # nothing lies beyond what is here: whole already, or not this file
+                if (
+                    answer.status_code == 416
+                ):  # nothing lies beyond what is here: whole already, or not this file
                     whole = answer.headers.get("Content-Range", "").rpartition("/")[2]
                     if whole == str(have):
                         return
                     self.part.unlink()
                     raise ConnectionError("the part does not fit the file, starting anew")
                 if answer.status_code not in (200, 206):
-                    refused = 400 <= answer.status_code < 500 and answer.status_code not in (408, 429)
-                    raise (_Refused if refused else ConnectionError)(f"HTTP {answer.status_code} {answer.reason}")
+                    refused = 400 <= answer.status_code < 500 and answer.status_code not in (
+                        408,
+                        429,
+                    )
+                    raise (_Refused if refused else ConnectionError)(
+                        f"HTTP {answer.status_code} {answer.reason}"
+                    )
                 start = answer.headers.get("Content-Range", "")
                 resumed = answer.status_code == 206 and start.startswith(f"bytes {have}-")
                 if answer.status_code == 206 and not resumed:
@@ -294,7 +371,9 @@ class _Resume:
             raise ConnectionError(_in_short(error)) from error
 
     def _receive(self, answer: object, have: int) -> None:
-        """Append the body of an answer at `have`; a body shorter than announced is a ConnectionError."""
+        """Append the body of an answer at `have`; a body shorter than announced is a
+        ConnectionError.
+        """
         announced = answer.headers.get("Content-Length")
         with self.part.open("ab" if have else "wb") as file:
             for piece in answer.iter_content(PIECE):
@@ -302,11 +381,15 @@ class _Resume:
                 if self.bar is not None:
                     self.bar.update(len(piece))
         if announced is not None and self._size() != have + int(announced):
-            raise ConnectionError(f"the connection broke after {self._size():,} of {have + int(announced):,} bytes")
+            raise ConnectionError(
+                f"the connection broke after {self._size():,} of {have + int(announced):,} bytes"
+            )
 
 
 def _in_short(error: Exception) -> str:
-    """The kind of a network error, without the addresses of objects in memory that its text carries."""
+    """The kind of a network error, without the addresses of objects in memory that its text
+    carries.
+    """
     return re.sub(r"(?<!^)(?=[A-Z])", " ", type(error).__name__).lower()
 
 
@@ -320,7 +403,11 @@ def _unpack(folder: Path, file: RemoteFile) -> None:
         for name, size in members.items():
             target = folder / name
             if not target.is_file() or target.stat().st_size != size:
-                with atomic_file(target) as temporary, opened.open(name) as source, temporary.open("wb") as sink:
+                with (
+                    atomic_file(target) as temporary,
+                    opened.open(name) as source,
+                    temporary.open("wb") as sink,
+                ):
                     shutil.copyfileobj(source, sink, PIECE)
     write_json(folder / f"{file.name}.unpacked", {"checksum": file.checksum, "members": members})
     archive.unlink()
@@ -333,16 +420,24 @@ def _readable(archive: Path) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(archive) as opened:
             yield opened
     except (zipfile.BadZipFile, EOFError) as error:
-        raise DataError(f"{archive}: not a whole zip file ({error}); delete it and download again.") from None
+        raise DataError(
+            f"{archive}: not a whole zip file ({error}); delete it and download again."
+        ) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; a failure is one sentence on stderr and exit status 1."""
-    parser = argparse.ArgumentParser(prog="python -m ecglib.sources.download", description="Fetch one data set.")
+    parser = argparse.ArgumentParser(
+        prog="python -m ecglib.sources.download", description="Fetch one data set."
+    )
     parser.add_argument("name", choices=list(DATASETS), metavar="name", help=", ".join(DATASETS))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", default="*", help="pattern of the files to fetch, such as 'records100/*'")
-    parser.add_argument("--address", action="append", help="a mirror to use instead of the official addresses")
+    parser.add_argument(
+        "--only", default="*", help="pattern of the files to fetch, such as 'records100/*'"
+    )
+    parser.add_argument(
+        "--address", action="append", help="a mirror to use instead of the official addresses"
+    )
     given = parser.parse_args(arguments)
     try:
         folder = download(given.name, given.folder, only=given.only, addresses=given.address)

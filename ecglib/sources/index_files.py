@@ -1,4 +1,6 @@
-"""What every source needs before it reads a signal: its folder, its CSV files, its checksums, and ten folds."""
+"""What every source needs before it reads a signal: its folder, its CSV files, its checksums, and
+ten folds.
+"""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -17,7 +19,9 @@ def existing_folder(folder: str | Path, holds: str) -> Path:
     """The folder as a path; a DataError saying what it should hold where there is no such folder."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such folder; give the folder that holds {holds} or download it first.")
+        raise DataError(
+            f"{folder}: there is no such folder; give the folder that holds {holds} or download it first."
+        )
     return folder
 
 
@@ -26,12 +30,20 @@ def read_csv(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> pd
     try:
         table = pd.read_csv(path, low_memory=False, dtype=dict.fromkeys(text, str))
     except FileNotFoundError:
-        raise DataError(f"{path}: the file is missing; give the folder that holds it or download it.") from None
-    except (ValueError, OSError, OverflowError) as error:  # ParserError, EmptyDataError, UnicodeDecodeError too
+        raise DataError(
+            f"{path}: the file is missing; give the folder that holds it or download it."
+        ) from None
+    except (
+        ValueError,
+        OSError,
+        OverflowError,
+    ) as error:  # ParserError, EmptyDataError, UnicodeDecodeError too
         raise DataError(f"{path}: cannot be read as CSV ({error}); download it again.") from None
     for column in columns:
         if column not in table:
-            raise DataError(f"{path}: the column {column!r} is missing; download the file again or add the column.")
+            raise DataError(
+                f"{path}: the column {column!r} is missing; download the file again or add the column."
+            )
     return table
 
 
@@ -57,7 +69,9 @@ def no_duplicates(path: Path, table: pd.DataFrame, column: str) -> None:
     """A DataError where a column that identifies the rows holds a value twice."""
     again = table[column].duplicated()
     if again.any():
-        raise DataError(f"{path}: {where(table, column, again)}, which stands there twice; keep one line.")
+        raise DataError(
+            f"{path}: {where(table, column, again)}, which stands there twice; keep one line."
+        )
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
@@ -68,13 +82,20 @@ def read_checksums(folder: Path) -> dict[str, str]:
     try:
         lines = path.read_text(errors="replace").splitlines()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions or delete it.") from None
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); check its permissions or delete it."
+        ) from None
     pairs = (line.split(maxsplit=1) for line in lines if line.strip())
-    return {name.strip().lstrip("*"): digest.lower() for digest, name in (pair for pair in pairs if len(pair) == 2)}
+    return {
+        name.strip().lstrip("*"): digest.lower()
+        for digest, name in (pair for pair in pairs if len(pair) == 2)
+    }
 
 
 def nearest_checksums(folder: Path, levels: int = 2) -> tuple[Path, dict[str, str]]:
-    """The folder, itself or up to `levels` above, that holds SHA256SUMS.txt, and its checksums; else (folder, {})."""
+    """The folder, itself or up to `levels` above, that holds SHA256SUMS.txt, and its checksums;
+    else (folder, {}).
+    """
     resolved = folder.resolve()
     for root in (resolved, *resolved.parents[:levels]):
         if (root / SUMS).is_file():
@@ -83,25 +104,33 @@ def nearest_checksums(folder: Path, levels: int = 2) -> tuple[Path, dict[str, st
 
 
 def verify_file(folder: Path, path: Path, sums: Mapping[str, str]) -> None:
-    """Compare one file with its listed SHA-256, if it has one and is there; a difference is a DataError."""
+    """Compare one file with its listed SHA-256, if it has one and is there; a difference is a
+    DataError.
+    """
     resolved, root = path.resolve(), folder.resolve()
-    expected = sums.get(resolved.relative_to(root).as_posix()) if resolved.is_relative_to(root) else None
+    expected = (
+        sums.get(resolved.relative_to(root).as_posix()) if resolved.is_relative_to(root) else None
+    )
     if expected is None or not resolved.is_file():
         return
     try:
         with resolved.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions.") from None
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); check the file and its permissions."
+        ) from None
     if found != expected:
         raise DataError(f"{path}: its checksum differs from {SUMS}; download the file again.")
 
 
 def ten_folds(patients: Sequence[str], targets: np.ndarray) -> np.ndarray:
-    """Fold 1 to 10 of each record: whole patients, each class spread evenly, the same on every machine.
+    """Fold 1 to 10 of each record: whole patients, each class spread evenly, the same on every
+    machine.
 
-    targets `(records, classes)`. Patients are ordered by the set of classes that they have, the rarest class first, and
-    within a set by the SHA-256 of their name; then they are dealt to the folds in turn.
+    targets `(records, classes)`. Patients are ordered by the set of classes that they have, the
+    rarest class first, and within a set by the SHA-256 of their name; then they are dealt to the
+    folds in turn.
     """
     codes, names = pd.factorize(np.asarray(patients, dtype=object))
     has = np.zeros((len(names), targets.shape[1]), dtype=bool)

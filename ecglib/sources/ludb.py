@@ -1,8 +1,10 @@
-"""Lobachevsky University database 1.0.1 (Kalyakulina et al., IEEE Access 8:186181, 2020), with its wave marks.
+"""Lobachevsky University database 1.0.1 (Kalyakulina et al., IEEE Access 8:186181, 2020), with its
+wave marks.
 
-The headers give each lead its own gain, which maps that lead's range to one "millivolt": it is a normalisation, not a
-calibration. No common gain is documented; this reader takes one microvolt a count. Einthoven's law holds exactly on the
-counts, and read so the leads' median 1-99 % ranges lie within 20 % of PTB-XL's (lead II: 0.98 mV against 0.92 mV).
+The headers give each lead its own gain, which maps that lead's range to one "millivolt": it is a
+normalisation, not a calibration. No common gain is documented; this reader takes one microvolt a
+count. Einthoven's law holds exactly on the counts, and read so the leads' median 1-99 % ranges lie
+within 20 % of PTB-XL's (lead II: 0.98 mV against 0.92 mV).
 """
 
 from collections.abc import Iterable, Mapping
@@ -34,34 +36,71 @@ COUNTS_PER_MILLIVOLT = 1000.0
 WAVES = {24: "P", 1: "QRS", 27: "T"}
 ONSET, OFFSET = 39, 40
 SKIP, NOTE, WITHOUT_TIME = 59, 63, (60, 61, 62)
-STATEMENT_COLUMNS = ("Rhythms", "Conduction abnormalities", "Extrasystolies", "Hypertrophies", "Cardiac pacing",
-                     "Ischemia", "Non-specific repolarization abnormalities", "Other states")  # fmt: skip
+STATEMENT_COLUMNS = (
+    "Rhythms",
+    "Conduction abnormalities",
+    "Extrasystolies",
+    "Hypertrophies",
+    "Cardiac pacing",
+    "Ischemia",
+    "Non-specific repolarization abnormalities",
+    "Other states",
+)
 AXIS = "Electric axis of the heart"
 
-# The beginning of a statement -> its class, under PTB-XL's code where it has one. Walls and sites are not told apart.
+# The beginning of a statement -> its class, under PTB-XL's code where it has one. Walls and sites
+# are not told apart.
 CLASSES: Mapping[str, str] = {
-    "sinus rhythm": "SR", "sinus bradycardia": "SBRAD", "sinus tachycardia": "STACH", "sinus arrhythmia": "SARRH",
-    "irregular sinus rhythm": "SARRH", "atrial fibrillation": "AFIB", "atrial flutter": "AFLT",
-    "i degree av block": "1AVB", "iii degree av-block": "3AVB", "incomplete right bundle branch block": "IRBBB",
-    "complete right bundle branch block": "CRBBB", "incomplete left bundle branch block": "ILBBB",
-    "complete left bundle branch block": "CLBBB", "left anterior hemiblock": "LAFB",
-    "non-specific intravintricular conduction delay": "IVCD", "atrial extrasystole": "PAC",
-    "ventricular extrasystole": "PVC", "left ventricular hypertrophy": "LVH", "right ventricular hypertrophy": "RVH",
-    "left ventricular overload": "LV overload", "left atrial hypertrophy": "LAO/LAE", "left atrial overload": "LAO/LAE",
-    "right atrial hypertrophy": "RAO/RAE", "right atrial overload": "RAO/RAE", "stemi": "STEMI",
-    "ischemia": "ischaemia", "scar formation": "scar", "undefined ischemia/scar/supp.nstemi": "ischaemia or scar",
+    "sinus rhythm": "SR",
+    "sinus bradycardia": "SBRAD",
+    "sinus tachycardia": "STACH",
+    "sinus arrhythmia": "SARRH",
+    "irregular sinus rhythm": "SARRH",
+    "atrial fibrillation": "AFIB",
+    "atrial flutter": "AFLT",
+    "i degree av block": "1AVB",
+    "iii degree av-block": "3AVB",
+    "incomplete right bundle branch block": "IRBBB",
+    "complete right bundle branch block": "CRBBB",
+    "incomplete left bundle branch block": "ILBBB",
+    "complete left bundle branch block": "CLBBB",
+    "left anterior hemiblock": "LAFB",
+    "non-specific intravintricular conduction delay": "IVCD",
+    "atrial extrasystole": "PAC",
+    "ventricular extrasystole": "PVC",
+    "left ventricular hypertrophy": "LVH",
+    "right ventricular hypertrophy": "RVH",
+    "left ventricular overload": "LV overload",
+    "left atrial hypertrophy": "LAO/LAE",
+    "left atrial overload": "LAO/LAE",
+    "right atrial hypertrophy": "RAO/RAE",
+    "right atrial overload": "RAO/RAE",
+    "stemi": "STEMI",
+    "ischemia": "ischaemia",
+    "scar formation": "scar",
+    "undefined ischemia/scar/supp.nstemi": "ischaemia or scar",
     "non-specific repolarization abnormalities": "repolarisation",
     "early repolarization syndrome": "early repolarisation",
-    **dict.fromkeys(("pacemaker presence", "unipolar", "bipolar", "biventricular", "p-synchrony"), "PACE"),
-}  # fmt: skip
+    **dict.fromkeys(
+        ("pacemaker presence", "unipolar", "bipolar", "biventricular", "p-synchrony"), "PACE"
+    ),
+}
 
 
-def read_ludb(folder: str | Path, *, sampling_rate: float = RATE, seconds: float = 10.0, verify: bool = True,
-              rules: Mapping[str, str] | None = None) -> Records:  # fmt: skip
-    """All 200 recordings (10 s, 500 Hz, resampled to `sampling_rate`) with the classes of `CLASSES`.
+def read_ludb(
+    folder: str | Path,
+    *,
+    sampling_rate: float = RATE,
+    seconds: float = 10.0,
+    verify: bool = True,
+    rules: Mapping[str, str] | None = None,
+) -> Records:
+    """All 200 recordings (10 s, 500 Hz, resampled to `sampling_rate`) with the classes of
+    `CLASSES`.
 
-    One patient a record; folds are split by record, though the study only tests on this set. Statements without a class
-    (rare rhythms) are counted in `about`; the axis and all statements are in the table. Ages over 89 are 90.
+    One patient a record; folds are split by record, though the study only tests on this set.
+    Statements without a class (rare rhythms) are counted in `about`; the axis and all statements
+    are in the table. Ages over 89 are 90.
     """
     folder = existing_folder(folder, f"LUDB's {INDEX}")
     sums = read_checksums(folder) if verify else {}
@@ -78,32 +117,50 @@ def read_ludb(folder: str | Path, *, sampling_rate: float = RATE, seconds: float
         verify_file(folder, path, sums)
         verify_file(folder, path.with_suffix(".dat"), sums)
         header = read_header(path)
-        channels = tuple(replace(channel, gain=COUNTS_PER_MILLIVOLT, baseline=0) for channel in header.channels)
-        row = {"record_id": str(entry["ID"]), "patient_id": str(entry["ID"]), "fold": int(folds[position]),
-               "source": "ludb", "age": _age(entry["Age"]),
-               "sex": {"M": 0.0, "F": 1.0}.get(str(entry["Sex"]).strip(), np.nan),
-               "axis": _after_colon(entry[AXIS]), "statements": ";".join(statements[position])}  # fmt: skip
+        channels = tuple(
+            replace(channel, gain=COUNTS_PER_MILLIVOLT, baseline=0) for channel in header.channels
+        )
+        row = {
+            "record_id": str(entry["ID"]),
+            "patient_id": str(entry["ID"]),
+            "fold": int(folds[position]),
+            "source": "ludb",
+            "age": _age(entry["Age"]),
+            "sex": {"M": 0.0, "F": 1.0}.get(str(entry["Sex"]).strip(), np.nan),
+            "axis": _after_colon(entry[AXIS]),
+            "statements": ";".join(statements[position]),
+        }
         millivolts = read_millivolts(replace(header, channels=channels), verify)
         return Recording(header.leads, millivolts, header.sampling_rate, row, targets[position])
 
-    without = [statement for of_one in statements for statement in of_one if _class(statement) is None]
+    without = [
+        statement for of_one in statements for statement in of_one if _class(statement) is None
+    ]
     about = {
-        "source": "LUDB", "simulated": False, "task": "diagnoses", "folder": folder.name,
+        "source": "LUDB",
+        "simulated": False,
+        "task": "diagnoses",
+        "folder": folder.name,
         "split": "by record, one patient each",
         "scale": "1 microvolt a count in all leads, not the headers' gains",
         "class_counts": dict(zip(classes, targets.sum(axis=0, dtype=int).tolist(), strict=True)),
         "statements_without_class": {name: without.count(name) for name in sorted(set(without))},
-    }  # fmt: skip
-    stream = read_each(range(len(index)), read, lambda position: str(index.iloc[position]["ID"]), rules)
+    }
+    stream = read_each(
+        range(len(index)), read, lambda position: str(index.iloc[position]["ID"]), rules
+    )
     return assemble(stream, classes, sampling_rate, seconds, about, rules)
 
 
-def read_ludb_marks(folder: str | Path, record_ids: Iterable[str] | None = None, *,
-                    sampling_rate: float = RATE) -> pd.DataFrame:  # fmt: skip
-    """Marks of the cardiologists: record_id, lead, wave (P, QRS, T), onset, peak, offset, one row a wave and lead.
+def read_ludb_marks(
+    folder: str | Path, record_ids: Iterable[str] | None = None, *, sampling_rate: float = RATE
+) -> pd.DataFrame:
+    """Marks of the cardiologists: record_id, lead, wave (P, QRS, T), onset, peak, offset, one row a
+    wave and lead.
 
-    Onset, peak and offset are samples at `sampling_rate`, rounded to the nearest, and missing (<NA>) where a border was
-    not marked. All records, or those in `record_ids`; an absent or damaged mark file is a DataError.
+    Onset, peak and offset are samples at `sampling_rate`, rounded to the nearest, and missing
+    (<NA>) where a border was not marked. All records, or those in `record_ids`; an absent or
+    damaged mark file is a DataError.
     """
     folder = existing_folder(folder, f"LUDB's {INDEX}")
     if record_ids is None:
@@ -112,27 +169,39 @@ def read_ludb_marks(folder: str | Path, record_ids: Iterable[str] | None = None,
     for record in map(str, record_ids):
         path = _header_path(folder, record)
         for lead in LEADS:
-            rows += [(record, lead, *wave) for wave in _waves(read_annotations(path.with_suffix(f".{lead.lower()}")))]
+            rows += [
+                (record, lead, *wave)
+                for wave in _waves(read_annotations(path.with_suffix(f".{lead.lower()}")))
+            ]
     marks = pd.DataFrame(rows, columns=["record_id", "lead", "wave", "onset", "peak", "offset"])
     for column in ("onset", "peak", "offset"):
-        marks[column] = (marks[column].astype("Float64") * (sampling_rate / RATE)).round().astype("Int64")
+        marks[column] = (
+            (marks[column].astype("Float64") * (sampling_rate / RATE)).round().astype("Int64")
+        )
     return marks
 
 
 def read_annotations(path: Path) -> list[tuple[int, int]]:
-    """(sample, code) of each mark in a WFDB annotation file; an absent or damaged file is a DataError.
+    """(sample, code) of each mark in a WFDB annotation file; an absent or damaged file is a
+    DataError.
 
-    wfdb.rdann reads the same in 20 ms a file, which is 48 s for the 2,400 files of this set; a test compares the two.
+    wfdb.rdann reads the same in 20 ms a file, which is 48 s for the 2,400 files of this set; a test
+    compares the two.
     """
     try:
         words = np.frombuffer(path.read_bytes(), "<u2").tolist()
     except FileNotFoundError:
-        raise DataError(f"{path}: the wave marks of this lead are absent; download the file again.") from None
+        raise DataError(
+            f"{path}: the wave marks of this lead are absent; download the file again."
+        ) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); download the file again.") from None
     marks, sample, place = [], 0, 0
     while place < len(words) and words[place]:
-        code, value = words[place] >> 10, words[place] & 0x3FF  # six bits of code, ten of time since the last mark
+        code, value = (
+            words[place] >> 10,
+            words[place] & 0x3FF,
+        )  # six bits of code, ten of time since the last mark
         place += 1
         if code == SKIP and place + 1 < len(words):  # a longer time: 32 bits, high word first
             long = (words[place] << 16) + words[place + 1]
@@ -151,8 +220,9 @@ def read_annotations(path: Path) -> list[tuple[int, int]]:
 def _waves(marks: Iterable[tuple[int, int]]) -> list[tuple[str, int | None, int, int | None]]:
     """(wave, onset, peak, offset) from marks in order of time.
 
-    Usually they come as onset, peak, offset. Some waves overlap (onsets, peaks, then offsets), some lack a border, and
-    on some the onset lies a few samples behind the peak: it then counts as the peak's sample.
+    Usually they come as onset, peak, offset. Some waves overlap (onsets, peaks, then offsets), some
+    lack a border, and on some the onset lies a few samples behind the peak: it then counts as the
+    peak's sample.
     """
     waves: list[list] = []
     onsets: list[int] = []

@@ -26,23 +26,42 @@ VERSIONS = {21_837: "1.0.1 or 1.0.2", 21_799: "1.0.3"}  # told apart by the numb
 LIKELY = 50.0  # per cent; the optional rule for diagnostic statements
 INDEX, STATEMENTS = "ptbxl_database.csv", "scp_statements.csv"
 _NEEDED = ("ecg_id", "patient_id", "scp_codes", "strat_fold", "filename_lr", "filename_hr")
-_KEPT = ("age", "sex", "device", "validated_by_human", "baseline_drift", "static_noise", "burst_noise",
-         "electrodes_problems", "scp_codes")  # fmt: skip
+_KEPT = (
+    "age",
+    "sex",
+    "device",
+    "validated_by_human",
+    "baseline_drift",
+    "static_noise",
+    "burst_noise",
+    "electrodes_problems",
+    "scp_codes",
+)
 
 
-def read_ptbxl(folder: str | Path, task: str = "superclass", *, sampling_rate: int = 100, likely_only: bool = False,
-               verify: bool = True, rules: Mapping[str, str] | None = None) -> Records:  # fmt: skip
-    """All recordings of a PTB-XL folder, 10 s of 12 leads at 100 or 500 Hz, with the classes of one of `TASKS`.
+def read_ptbxl(
+    folder: str | Path,
+    task: str = "superclass",
+    *,
+    sampling_rate: int = 100,
+    likely_only: bool = False,
+    verify: bool = True,
+    rules: Mapping[str, str] | None = None,
+) -> Records:
+    """All recordings of a PTB-XL folder, 10 s of 12 leads at 100 or 500 Hz, with the classes of one
+    of `TASKS`.
 
-    A statement counts whatever its likelihood; with `likely_only` diagnostic statements count from 50 % on. Both
-    counts a class are in `about["class_counts"]`. Recordings without a class of the task are kept with an all-zero
-    target. `verify` compares each file with SHA256SUMS.txt where that exists, and the samples with the header's
-    own checksums. Raises DataError.
+    A statement counts whatever its likelihood; with `likely_only` diagnostic statements count from
+    50 % on. Both counts a class are in `about["class_counts"]`. Recordings without a class of the
+    task are kept with an all-zero target. `verify` compares each file with SHA256SUMS.txt where
+    that exists, and the samples with the header's own checksums. Raises DataError.
     """
     if task not in TASKS:
         raise DataError(f"There is no PTB-XL task {task!r}; choose one of {', '.join(TASKS)}.")
     if sampling_rate not in (100, 500):
-        raise DataError(f"PTB-XL has recordings at 100 and 500 Hz, not at {sampling_rate}; choose one of them.")
+        raise DataError(
+            f"PTB-XL has recordings at 100 and 500 Hz, not at {sampling_rate}; choose one of them."
+        )
     folder = existing_folder(folder, f"PTB-XL's {INDEX}")
     sums = read_checksums(folder) if verify else {}
     index = _read_index(folder, sums)
@@ -53,27 +72,44 @@ def read_ptbxl(folder: str | Path, task: str = "superclass", *, sampling_rate: i
     any_statement, likely = _targets(folder, index, classes, code_to_class, diagnostic)
     column = "filename_lr" if sampling_rate == 100 else "filename_hr"
     present = np.ones(len(index), dtype=bool)
-    if sampling_rate == 500:  # the 500 Hz files are optional in a download; how many are not there is said in `about`
-        present = np.array([inside(folder, f"{name}.hea", INDEX).exists() for name in index[column]])
+    if (
+        sampling_rate == 500
+    ):  # the 500 Hz files are optional in a download; how many are not there is said in `about`
+        present = np.array(
+            [inside(folder, f"{name}.hea", INDEX).exists() for name in index[column]]
+        )
     targets = likely if likely_only else any_statement
 
     def read(position: int) -> Recording:
         entry = index.iloc[position]
         path = inside(folder, f"{entry[column]}.hea", f"{folder / INDEX}, ecg_id {entry['ecg_id']}")
         header, millivolts = read_wfdb(path, folder, sums, verify)
-        row = {"record_id": str(entry["ecg_id"]), "patient_id": str(int(entry["patient_id"])),
-               "fold": int(entry["strat_fold"]), "source": "ptb-xl",
-               **{c: entry[c] for c in _KEPT if c in entry}}  # fmt: skip
+        row = {
+            "record_id": str(entry["ecg_id"]),
+            "patient_id": str(int(entry["patient_id"])),
+            "fold": int(entry["strat_fold"]),
+            "source": "ptb-xl",
+            **{c: entry[c] for c in _KEPT if c in entry},
+        }
         return Recording(header.leads, millivolts, header.sampling_rate, row, targets[position])
 
     about = {
-        "source": "PTB-XL", "simulated": False, "task": task, "folder": folder.name, **_version(folder, index),
-        "likely_only": likely_only, "not_downloaded": int((~present).sum()),
+        "source": "PTB-XL",
+        "simulated": False,
+        "task": task,
+        "folder": folder.name,
+        **_version(folder, index),
+        "likely_only": likely_only,
+        "not_downloaded": int((~present).sum()),
         "without_class": int((~targets.any(axis=1)).sum()),
-        "class_counts": {name: {"any statement": int(a), f"likelihood {LIKELY:.0f} or more": int(b)}
-                         for name, a, b in zip(classes, any_statement.sum(0), likely.sum(0), strict=True)},
-    }  # fmt: skip
-    stream = read_each(np.flatnonzero(present), read, lambda position: str(index.iloc[position]["ecg_id"]), rules)
+        "class_counts": {
+            name: {"any statement": int(a), f"likelihood {LIKELY:.0f} or more": int(b)}
+            for name, a, b in zip(classes, any_statement.sum(0), likely.sum(0), strict=True)
+        },
+    }
+    stream = read_each(
+        np.flatnonzero(present), read, lambda position: str(index.iloc[position]["ecg_id"]), rules
+    )
     return assemble(stream, classes, sampling_rate, 10.0, about, rules)
 
 
@@ -91,10 +127,16 @@ def _read_index(folder: Path, sums: Mapping[str, str]) -> pd.DataFrame:
 
 
 def _version(folder: Path, index: pd.DataFrame) -> dict:
-    """The recognised version; a record count that disagrees with the folder's own list is a DataError."""
+    """The recognised version; a record count that disagrees with the folder's own list is a
+    DataError.
+    """
     listing = folder / "RECORDS"
     if listing.exists():
-        listed = {line.strip() for line in listing.read_text().splitlines() if line.startswith("records100/")}
+        listed = {
+            line.strip()
+            for line in listing.read_text().splitlines()
+            if line.startswith("records100/")
+        }
         unknown = set(index["filename_lr"]) ^ listed
         if listed and unknown:
             raise DataError(
@@ -109,10 +151,14 @@ def _read_statements(folder: Path, sums: Mapping[str, str]) -> pd.DataFrame:
     """`scp_statements.csv`, one row a statement, its columns and names checked."""
     path = folder / STATEMENTS
     verify_file(folder, path, sums)
-    table = read_csv(path, ("diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass"))
+    table = read_csv(
+        path, ("diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass")
+    )
     blank = table.iloc[:, 0].isna()
     if blank.any():
-        raise DataError(f"{path}: line {int(blank.argmax()) + 2} names no statement; download the file again.")
+        raise DataError(
+            f"{path}: line {int(blank.argmax()) + 2} names no statement; download the file again."
+        )
     table = table.set_index(table.columns[0])
     table.index = table.index.astype(str)
     return table
@@ -129,12 +175,18 @@ def _code_to_class(statements: pd.DataFrame, task: str) -> dict[str, str]:
     return chosen.astype(str).to_dict()
 
 
-def _targets(folder: Path, index: pd.DataFrame, classes: tuple[str, ...],
-             code_to_class: Mapping[str, str], diagnostic: set[str]) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """0/1 targets `(records, classes)` by any statement, and by statements of at least 50 % likelihood.
+def _targets(
+    folder: Path,
+    index: pd.DataFrame,
+    classes: tuple[str, ...],
+    code_to_class: Mapping[str, str],
+    diagnostic: set[str],
+) -> tuple[np.ndarray, np.ndarray]:
+    """0/1 targets `(records, classes)` by any statement, and by statements of at least 50 %
+    likelihood.
 
-    Form and rhythm statements carry no likelihood (it is 0): they always count. For a diagnostic statement 0 means
-    that no likelihood was noted, so that the likelihood rule leaves it out.
+    Form and rhythm statements carry no likelihood (it is 0): they always count. For a diagnostic
+    statement 0 means that no likelihood was noted, so that the likelihood rule leaves it out.
     """
     column = {name: position for position, name in enumerate(classes)}
     any_statement = np.zeros((len(index), len(classes)), dtype=np.uint8)
@@ -152,7 +204,15 @@ def _parse_codes(folder: Path, ecg_id: int, text: object) -> dict[str, float]:
     """The statements of one record, `{"NORM": 100.0, ...}`."""
     try:
         return {str(code): float(value) for code, value in ast.literal_eval(str(text)).items()}
-    except (ValueError, SyntaxError, AttributeError, TypeError, OverflowError, RecursionError, MemoryError):
+    except (
+        ValueError,
+        SyntaxError,
+        AttributeError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+        MemoryError,
+    ):
         raise DataError(
             f"{folder / INDEX}: ecg_id {ecg_id} has scp_codes {text!r}, not a list of statements; correct it."
         ) from None

@@ -1,8 +1,8 @@
 """WFDB headers and signals as they are found in the wild.
 
-The library wfdb refuses headers that the CinC 2021 challenge ships (a record named `E00271.mat`) and takes 6 ms to
-parse a header that needs 0.1 ms, so the header and the one format of all our sources (16 bits, interleaved) are read
-here; every other format goes through the library.
+The library wfdb refuses headers that the CinC 2021 challenge ships (a record named `E00271.mat`)
+and takes 6 ms to parse a header that needs 0.1 ms, so the header and the one format of all our
+sources (16 bits, interleaved) are read here; every other format goes through the library.
 """
 
 import math
@@ -18,7 +18,8 @@ from ecglib.records import MISSING
 from ecglib.sources.index_files import verify_file
 
 UNITS_PER_MILLIVOLT = {"mv": 1.0, "uv": 1000.0, "v": 0.001, "nv": 1e6}
-# The first release of the Georgia set gave 4880 counts per mV for counts of 1 microvolt; 1000 is right.
+# The first release of the Georgia set gave 4880 counts per mV for counts of 1 microvolt; 1000 is
+# right.
 OBSOLETE_GAINS = {4880.0: 1000.0}
 SAMPLING_RATES = (50.0, 20_000.0)  # Hz; outside it the header is wrong
 MOST_SAMPLES_A_BYTE = 64  # of any format, compressed ones included
@@ -32,7 +33,9 @@ _SIGNAL_LINE = re.compile(
 
 @dataclass(frozen=True)
 class Channel:
-    """One signal line: file, format, gain in counts per mV, baseline and checksum in counts, lead name."""
+    """One signal line: file, format, gain in counts per mV, baseline and checksum in counts, lead
+    name.
+    """
 
     file: str
     format: str
@@ -45,7 +48,9 @@ class Channel:
 
 @dataclass(frozen=True)
 class Header:
-    """One WFDB header: sampling rate in Hz, length in samples, channels, comment lines without `#`, oddities met."""
+    """One WFDB header: sampling rate in Hz, length in samples, channels, comment lines without `#`,
+    oddities met.
+    """
 
     path: Path
     sampling_rate: float
@@ -61,14 +66,20 @@ class Header:
 
 
 def read_header(path: str | Path) -> Header:
-    """Header of `NAME.hea`; anything that cannot be understood is a DataError naming the file and the line."""
+    """Header of `NAME.hea`; anything that cannot be understood is a DataError naming the file and
+    the line.
+    """
     path = Path(path)
     try:
         text = path.read_bytes().decode("utf-8", errors="replace")
     except FileNotFoundError:
-        raise DataError(f"{path}: listed but absent; download it again or remove it from the list.") from None
+        raise DataError(
+            f"{path}: listed but absent; download it again or remove it from the list."
+        ) from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions.") from None
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); check the file and its permissions."
+        ) from None
     lines = [line.strip() for line in text.splitlines()]
     comments = tuple(line.lstrip("#").strip() for line in lines if line.startswith("#"))
     content = [line for line in lines if line and not line.startswith("#")]
@@ -76,7 +87,9 @@ def read_header(path: str | Path) -> Header:
         raise DataError(f"{path}: the header is empty; download it again.")
     channel_count, sampling_rate, length, oddities = _record_line(path, content[0])
     if len(content) - 1 < channel_count:
-        raise DataError(f"{path}: {channel_count} signals announced, {len(content) - 1} described; download it again.")
+        raise DataError(
+            f"{path}: {channel_count} signals announced, {len(content) - 1} described; download it again."
+        )
     channels = []
     for line in content[1 : 1 + channel_count]:
         channel, oddity = _signal_line(path, line)
@@ -90,14 +103,20 @@ def _record_line(path: Path, line: str) -> tuple[int, float, int | None, list[st
     fields = line.split()
     oddities = []
     if "/" in fields[0]:
-        raise DataError(f"{path}: a multi-segment record; join its segments first, for example with wfdb's tools.")
+        raise DataError(
+            f"{path}: a multi-segment record; join its segments first, for example with wfdb's tools."
+        )
     if fields[0] != path.stem:
         oddities.append(f"record line names {fields[0]}")
     if len(fields) < 3:
-        raise DataError(f"{path}: the record line {line!r} lacks the sampling rate; download the header again.")
+        raise DataError(
+            f"{path}: the record line {line!r} lacks the sampling rate; download the header again."
+        )
     count = _number(path, fields[1], "number of signals", 1, 1000)
     rate = _number(path, re.split(r"[/(]", fields[2])[0], "sampling rate", *SAMPLING_RATES)
-    length = int(_number(path, fields[3], "number of samples", 0, 1e12)) if len(fields) > 3 else None
+    length = (
+        int(_number(path, fields[3], "number of samples", 0, 1e12)) if len(fields) > 3 else None
+    )
     return int(count), rate, length or None, oddities
 
 
@@ -105,26 +124,45 @@ def _signal_line(path: Path, line: str) -> tuple[Channel, str | None]:
     """One channel and what was odd about it."""
     match = _SIGNAL_LINE.match(line)
     if match is None:
-        raise DataError(f"{path}: the signal line {line!r} cannot be understood; download the header again.")
+        raise DataError(
+            f"{path}: the signal line {line!r} cannot be understood; download the header again."
+        )
     part = match.groupdict()
     name = part["name"] or ""
     if part["gain"] is None or _number(path, part["gain"], "gain", -1e9, 1e9) == 0:
-        raise DataError(f"{path}: lead {name or '?'} has gain zero or none, so its millivolts are unknown; correct it.")
+        raise DataError(
+            f"{path}: lead {name or '?'} has gain zero or none, so its millivolts are unknown; correct it."
+        )
     gain = _number(path, part["gain"], "gain", -1e9, 1e9)
     if (part["per_frame"] or "1") != "1":
-        raise DataError(f"{path}: lead {name} has several samples a frame; resample it to one rate first.")
+        raise DataError(
+            f"{path}: lead {name} has several samples a frame; resample it to one rate first."
+        )
     units = (part["units"] or "mV").lower()
     if units not in UNITS_PER_MILLIVOLT:
-        raise DataError(f"{path}: lead {name} is in {part['units']!r}, not in mV, uV or V; correct the unit.")
+        raise DataError(
+            f"{path}: lead {name} is in {part['units']!r}, not in mV, uV or V; correct the unit."
+        )
     oddity = None
     if gain in OBSOLETE_GAINS:
         oddity = f"obsolete gain {gain:g}/mV read as {OBSOLETE_GAINS[gain]:g}/mV"
         gain = OBSOLETE_GAINS[gain]
     zero = int(_number(path, part["zero"] or "0", "ADC zero", -1e9, 1e9))
-    baseline = int(_number(path, part["baseline"], "baseline", -1e9, 1e9)) if part["baseline"] else zero
-    checksum = int(_number(path, part["checksum"], "checksum", -1e9, 1e9)) if part["checksum"] else None
-    channel = Channel(part["file"], part["format"], int(part["offset"] or 0), gain * UNITS_PER_MILLIVOLT[units],
-                      baseline, checksum, name)  # fmt: skip
+    baseline = (
+        int(_number(path, part["baseline"], "baseline", -1e9, 1e9)) if part["baseline"] else zero
+    )
+    checksum = (
+        int(_number(path, part["checksum"], "checksum", -1e9, 1e9)) if part["checksum"] else None
+    )
+    channel = Channel(
+        part["file"],
+        part["format"],
+        int(part["offset"] or 0),
+        gain * UNITS_PER_MILLIVOLT[units],
+        baseline,
+        checksum,
+        name,
+    )
     return channel, oddity
 
 
@@ -135,14 +173,18 @@ def _number(path: Path, text: str, what: str, low: float, high: float) -> float:
     except ValueError:
         value = math.nan
     if not low <= value <= high:
-        raise DataError(f"{path}: the {what} {text!r} is not a number from {low:g} to {high:g}; correct the header.")
+        raise DataError(
+            f"{path}: the {what} {text!r} is not a number from {low:g} to {high:g}; correct the header."
+        )
     return value
 
 
 def read_counts(header: Header) -> np.ndarray:
     """Raw counts `(channels, time)` int16; a missing, short or damaged signal file is a DataError."""
     first = header.channels[0]
-    if any((c.file, c.format, c.offset) != (first.file, "16", first.offset) for c in header.channels):
+    if any(
+        (c.file, c.format, c.offset) != (first.file, "16", first.offset) for c in header.channels
+    ):
         return _counts_by_library(header)
     path = _signal_path(header, first.file)
     channels = len(header.channels)
@@ -156,17 +198,24 @@ def read_counts(header: Header) -> np.ndarray:
             )
         counts = np.fromfile(path, "<i2", channels * length, offset=first.offset)
     except FileNotFoundError:
-        raise DataError(f"{path}: listed but absent; download it again or remove it from the list.") from None
+        raise DataError(
+            f"{path}: listed but absent; download it again or remove it from the list."
+        ) from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions.") from None
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); check the file and its permissions."
+        ) from None
     return counts.reshape(length, channels).T
 
 
 def wrong_checksums(header: Header, counts: np.ndarray) -> list[str]:
     """Leads whose samples do not sum to the header's 16-bit checksum."""
     sums = counts.astype(np.int64).sum(axis=1)
-    return [c.name for c, total in zip(header.channels, sums, strict=True)
-            if c.checksum is not None and (int(total) - c.checksum) % 65536]  # fmt: skip
+    return [
+        c.name
+        for c, total in zip(header.channels, sums, strict=True)
+        if c.checksum is not None and (int(total) - c.checksum) % 65536
+    ]
 
 
 def read_millivolts(header: Header, verify: bool = False) -> np.ndarray:
@@ -182,16 +231,21 @@ def read_millivolts(header: Header, verify: bool = False) -> np.ndarray:
             "record again, or read with verify=False."
         )
     gain = np.array([channel.gain for channel in header.channels], dtype=np.float32)[:, None]
-    baseline = np.array([channel.baseline for channel in header.channels], dtype=np.float32)[:, None]
+    baseline = np.array([channel.baseline for channel in header.channels], dtype=np.float32)[
+        :, None
+    ]
     values = (counts.astype(np.float32) - baseline) / gain
     values[counts == MISSING] = np.nan
     return values
 
 
-def read_wfdb(path: Path, root: Path, sums: Mapping[str, str], verify: bool = True) -> tuple[Header, np.ndarray]:
+def read_wfdb(
+    path: Path, root: Path, sums: Mapping[str, str], verify: bool = True
+) -> tuple[Header, np.ndarray]:
     """Header and signals in mV `(channels, time)` of one record below `root`.
 
-    Its files are compared with the SHA-256 listed in `sums`, and with `verify` the samples with the header's checksums.
+    Its files are compared with the SHA-256 listed in `sums`, and with `verify` the samples with the
+    header's checksums.
     """
     verify_file(root, path, sums)
     header = read_header(path)
@@ -203,7 +257,9 @@ def read_wfdb(path: Path, root: Path, sums: Mapping[str, str], verify: bool = Tr
 def _signal_path(header: Header, name: str) -> Path:
     """The signal file beside its header; a name that is a path could point anywhere and is refused."""
     if name in {".", ".."} or Path(name).name != name or "\0" in name:
-        raise DataError(f"{header.path}: the signal file {name!r} is not a plain file name; correct the header.")
+        raise DataError(
+            f"{header.path}: the signal file {name!r} is not a plain file name; correct the header."
+        )
     return header.path.parent / name
 
 
@@ -214,15 +270,25 @@ def _counts_by_library(header: Header) -> np.ndarray:
     for channel in header.channels:
         path = _signal_path(header, channel.file)
         if not path.is_file():
-            raise DataError(f"{path}: listed but absent; download it again or remove it from the list.")
+            raise DataError(
+                f"{path}: listed but absent; download it again or remove it from the list."
+            )
         # The library would reserve the memory for all announced samples first.
         if (header.length or 0) > MOST_SAMPLES_A_BYTE * path.stat().st_size:
-            raise DataError(f"{path}: far too short for {header.length} samples; it is truncated, download it again.")
+            raise DataError(
+                f"{path}: far too short for {header.length} samples; it is truncated, download it again."
+            )
     try:
         record = wfdb.rdrecord(str(header.path.with_suffix("")), physical=False)
         counts = record.d_signal.T
-    except Exception as error:  # whatever the library raises on a damaged file is one thing to our caller
-        raise DataError(f"{header.path}: wfdb cannot read this record ({error}); download it again.") from error
+    except (
+        Exception
+    ) as error:  # whatever the library raises on a damaged file is one thing to our caller
+        raise DataError(
+            f"{header.path}: wfdb cannot read this record ({error}); download it again."
+        ) from error
     if counts.min() < -32768 or counts.max() > 32767:
-        raise DataError(f"{header.path}: samples of more than 16 bits; convert the record to format 16 first.")
+        raise DataError(
+            f"{header.path}: samples of more than 16 bits; convert the record to format 16 first."
+        )
     return counts.astype(np.int16)

@@ -26,15 +26,24 @@ NAMES = ("record", "record_id", "filename")
 NOT_CLASSES = (*NAMES, "patient_id", "fold", "labels", "age", "sex", "source")
 
 
-def read_wfdb_folder(folder: str | Path, labels_csv: str | Path, *, sampling_rate: float = 100, seconds: float = 10.0,
-                     classes: Sequence[str] | None = None, verify: bool = True,
-                     rules: Mapping[str, str] | None = None) -> Records:  # fmt: skip
-    """The records named in `labels_csv` (a path, or a name within the folder), resampled to one rate and length.
+def read_wfdb_folder(
+    folder: str | Path,
+    labels_csv: str | Path,
+    *,
+    sampling_rate: float = 100,
+    seconds: float = 10.0,
+    classes: Sequence[str] | None = None,
+    verify: bool = True,
+    rules: Mapping[str, str] | None = None,
+) -> Records:
+    """The records named in `labels_csv` (a path, or a name within the folder), resampled to one
+    rate and length.
 
-    Columns: `record` (or record_id, filename: path below the folder without .hea), optional `patient_id` and `fold`
-    (1-10), and the classes: either one column `labels` with names between semicolons, or columns of only 0 and 1;
-    `classes` names them. Other columns go to the table. Without a fold column whole patients are dealt to ten folds, or
-    records where there is no patient_id either; `about["split"]` says which. Raises DataError.
+    Columns: `record` (or record_id, filename: path below the folder without .hea), optional
+    `patient_id` and `fold` (1-10), and the classes: either one column `labels` with names between
+    semicolons, or columns of only 0 and 1; `classes` names them. Other columns go to the table.
+    Without a fold column whole patients are dealt to ten folds, or records where there is no
+    patient_id either; `about["split"]` says which. Raises DataError.
     """
     folder = existing_folder(folder, "the WFDB records")
     path = Path(labels_csv) if Path(labels_csv).is_file() else folder / labels_csv
@@ -44,24 +53,48 @@ def read_wfdb_folder(folder: str | Path, labels_csv: str | Path, *, sampling_rat
     by_patient, given_fold = "patient_id" in table, "fold" in table
     patients = table["patient_id" if by_patient else "record"].tolist()
     folds = _folds(path, table) if given_fold else ten_folds(patients, targets)
-    kept = table[[column for column in table if column not in (*NAMES, "patient_id", "fold", "source", *names)]]
+    kept = table[
+        [
+            column
+            for column in table
+            if column not in (*NAMES, "patient_id", "fold", "source", *names)
+        ]
+    ]
 
     def read(position: int) -> Recording:
         name = table["record"].iloc[position]
         file = inside(folder, f"{name}.hea", f"{path}, line {position + 2}")
         header, millivolts = read_wfdb(file, folder, sums, verify)
-        row = {"record_id": name, "patient_id": patients[position], "fold": int(folds[position]), "source": folder.name,
-               **kept.iloc[position].to_dict()}  # fmt: skip
+        row = {
+            "record_id": name,
+            "patient_id": patients[position],
+            "fold": int(folds[position]),
+            "source": folder.name,
+            **kept.iloc[position].to_dict(),
+        }
         notes = [("header", "repaired", oddity) for oddity in header.oddities]
-        return Recording(header.leads, millivolts, header.sampling_rate, row, targets[position], notes)
+        return Recording(
+            header.leads, millivolts, header.sampling_rate, row, targets[position], notes
+        )
 
     about = {
-        "source": folder.name, "simulated": False, "task": path.stem, "folder": folder.name, "labels": path.name,
-        "split": "as given" if given_fold else "by patient" if by_patient else "by record, no patient_id is given",
-        "not_classes": list(kept.columns), "without_class": int((~targets.any(axis=1)).sum()),
+        "source": folder.name,
+        "simulated": False,
+        "task": path.stem,
+        "folder": folder.name,
+        "labels": path.name,
+        "split": "as given"
+        if given_fold
+        else "by patient"
+        if by_patient
+        else "by record, no patient_id is given",
+        "not_classes": list(kept.columns),
+        "without_class": int((~targets.any(axis=1)).sum()),
         "class_counts": dict(zip(names, targets.sum(axis=0, dtype=int).tolist(), strict=True)),
-    }  # fmt: skip
-    stream = read_each(range(len(table)), read, lambda position: table["record"].iloc[position], rules)
+    }
+    stream = read_each(
+        range(len(table)), read, lambda position: table["record"].iloc[position], rules
+    )
     return assemble(stream, names, sampling_rate, seconds, about, rules)
 
 
@@ -82,33 +115,52 @@ def _read_labels(path: Path) -> pd.DataFrame:
     return table
 
 
-def _targets(path: Path, table: pd.DataFrame, classes: Sequence[str] | None) -> tuple[tuple[str, ...], np.ndarray]:
+def _targets(
+    path: Path, table: pd.DataFrame, classes: Sequence[str] | None
+) -> tuple[tuple[str, ...], np.ndarray]:
     """Class names and 0/1 targets `(records, classes)`."""
     if "labels" in table:
-        sets = [{name.strip() for name in str(cell).split(";") if name.strip()} for cell in table["labels"].fillna("")]
+        sets = [
+            {name.strip() for name in str(cell).split(";") if name.strip()}
+            for cell in table["labels"].fillna("")
+        ]
         names = tuple(classes or sorted(set().union(*sets)))
         targets = np.array([[name in found for name in names] for found in sets], dtype=np.uint8)
     else:
         names = tuple(classes or _class_columns(path, table))
         for name in names:
             if name not in table:
-                raise DataError(f"{path}: the column of the class {name!r} is missing; add it or leave the class out.")
+                raise DataError(
+                    f"{path}: the column of the class {name!r} is missing; add it or leave the class out."
+                )
             if not _is_binary(table[name]):
-                raise DataError(f"{path}: the class column {name!r} holds something else than 0 and 1; correct it.")
-        targets = table[list(names)].to_numpy(dtype=np.uint8) if names else np.zeros((len(table), 0), np.uint8)
+                raise DataError(
+                    f"{path}: the class column {name!r} holds something else than 0 and 1; correct it."
+                )
+        targets = (
+            table[list(names)].to_numpy(dtype=np.uint8)
+            if names
+            else np.zeros((len(table), 0), np.uint8)
+        )
     if not names:
-        raise DataError(f"{path}: no column is a class; add columns of 0 and 1, or one column 'labels' (AF;LBBB).")
+        raise DataError(
+            f"{path}: no column is a class; add columns of 0 and 1, or one column 'labels' (AF;LBBB)."
+        )
     return names, targets
 
 
 def _class_columns(path: Path, table: pd.DataFrame) -> list[str]:
-    """Columns of 0 and 1; one with blanks among them is a DataError, since a blank label is neither."""
+    """Columns of 0 and 1; one with blanks among them is a DataError, since a blank label is
+    neither.
+    """
     found = []
     for name in (column for column in table if column not in NOT_CLASSES):
         known = table[name].dropna()
         if len(known) and len(known) < len(table) and _is_binary(known):
             row = int(np.argmax(table[name].isna().to_numpy()))
-            raise DataError(f"{path}: line {row + 2} has no value for the class {name!r}; write 0 or 1.")
+            raise DataError(
+                f"{path}: line {row + 2} has no value for the class {name!r}; write 0 or 1."
+            )
         if _is_binary(table[name]):
             found.append(name)
     return found
@@ -124,5 +176,7 @@ def _folds(path: Path, table: pd.DataFrame) -> np.ndarray:
     folds = whole_numbers(path, table, "fold").to_numpy()
     outside = (folds < 1) | (folds > FOLDS)
     if outside.any():
-        raise DataError(f"{path}: {where(table, 'fold', pd.Series(outside))}; use 1 to {FOLDS} (9 selects, 10 tests).")
+        raise DataError(
+            f"{path}: {where(table, 'fold', pd.Series(outside))}; use 1 to {FOLDS} (9 selects, 10 tests)."
+        )
     return folds

@@ -1,0 +1,375 @@
+"""How good a classifier is and how sure that is: measures, thresholds, patient bootstrap, test-time
+windows.
+
+Targets are 0/1 `(n, classes)` and scores are real numbers of the same shape, higher for more
+likely. A class can be measured only where it has both a positive and a negative record; the others
+are called absent and always named.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.metrics import (
+    coverage_error,
+    fbeta_score,
+    hamming_loss,
+    label_ranking_loss,
+    precision_recall_curve,
+)
+
+from ecglib.errors import DataError
+
+
+class AbsentClassWarning(UserWarning):
+    """A class has no positive or no negative record, so a mean over classes leaves it out."""
+
+
+class Ranking(NamedTuple):
+    """One class's scores, sorted once: everything that a weighted rank statistic needs.
+
+    positives and negatives are record positions in ascending order of score; below and up_to count,
+    for each positive, the negatives with a smaller score and with a score not larger; peers counts
+    the positives with a smaller score.
+    """
+
+    positives: np.ndarray
+    negatives: np.ndarray
+    below: np.ndarray
+    up_to: np.ndarray
+    peers: np.ndarray
+
+
+Statistic = Callable[
+    [Ranking, np.ndarray], np.ndarray
+]  # one class and record weights (n, draws) -> (draws,)
+
+
+def rank_class(positive: np.ndarray, scores: np.ndarray) -> Ranking:
+    """Sort the scores `(n,)` of one class with its mask of positive records `(n,)`."""
+    order = np.argsort(scores, kind="stable")
+    positives, negatives = order[positive[order]], order[~positive[order]]
+    high, low = scores[positives], scores[negatives]
+    return Ranking(
+        positives,
+        negatives,
+        np.searchsorted(low, high, "left"),
+        np.searchsorted(low, high, "right"),
+        np.searchsorted(high, high, "left"),
+    )
+
+
+def rank_classes(targets: np.ndarray, scores: np.ndarray) -> list[Ranking]:
+    """One `Ranking` a class of targets and scores `(n, classes)`; DataError where they do not fit."""
+    targets, scores = _check(targets, scores)
+    return [rank_class(targets[:, c], scores[:, c]) for c in range(targets.shape[1])]
+
+
+def weighted_auroc(ranking: Ranking, weights: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve for record weights `(n, draws)`, `(draws,)`; a tie counts half; NaN
+    where absent.
+    """
+    won = _running_sum(weights[ranking.negatives])
+    positive = weights[ranking.positives]
+    # Doubled wins stay whole numbers for whole weights, so that ties are counted without rounding.
+    doubled = np.einsum("id,id->d", won[ranking.below] + won[ranking.up_to], positive)
+    return _divide(doubled, 2 * positive.sum(axis=0) * won[-1])
+
+
+def weighted_average_precision(ranking: Ranking, weights: np.ndarray) -> np.ndarray:
+    """Mean precision at the positives for record weights `(n, draws)`, `(draws,)`; equal scores
+    share one precision.
+    """
+    positive = weights[ranking.positives]
+    above_negative, above_positive = (
+        _running_sum(weights[ranking.negatives]),
+        _running_sum(positive),
+    )
+    positives, negatives = above_positive[-1], above_negative[-1]
+    hits = positives - above_positive[ranking.peers]
+    precision = _divide(hits, hits + negatives - above_negative[ranking.below])
+    total = np.einsum("id,id->d", np.nan_to_num(precision), positive)
+    return np.where(negatives > 0, _divide(total, positives), np.nan)
+
+
+STATISTICS: dict[str, Statistic] = {
+    "auroc": weighted_auroc,
+    "average_precision": weighted_average_precision,
+}
+
+
+def class_auroc(
+    targets: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """ROC area of each class `(classes,)`, NaN where absent; weights `(n,)`, or `(draws, n)` for
+    `(draws, classes)`.
+    """
+    return _class_statistic(weighted_auroc, targets, scores, weights)
+
+
+def class_average_precision(
+    targets: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Average precision of each class `(classes,)`, NaN where absent; weights as in `class_auroc`."""
+    return _class_statistic(weighted_average_precision, targets, scores, weights)
+
+
+def absent_classes(targets: np.ndarray, classes: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Names of the classes of `(n, classes)` that have no positive or no negative record."""
+    targets = np.asarray(targets).astype(bool)
+    usable = targets.any(axis=0) & ~targets.all(axis=0)
+    return tuple(
+        name
+        for name, present in zip(_names(classes, targets.shape[1]), usable, strict=True)
+        if not present
+    )
+
+
+def macro_auroc(
+    targets: np.ndarray, scores: np.ndarray, classes: Sequence[str] | None = None
+) -> float:
+    """Mean ROC area over the classes present; an `AbsentClassWarning` names the others. DataError
+    if none is.
+    """
+    return _mean_over_present(class_auroc(targets, scores), targets, classes)
+
+
+def macro_auprc(
+    targets: np.ndarray, scores: np.ndarray, classes: Sequence[str] | None = None
+) -> float:
+    """Mean average precision over the classes present; absent ones are treated as in `macro_auroc`."""
+    return _mean_over_present(class_average_precision(targets, scores), targets, classes)
+
+
+def choose_thresholds(
+    targets: np.ndarray, scores: np.ndarray, beta: float = 2, classes: Sequence[str] | None = None
+) -> np.ndarray:
+    """Threshold `(classes,)` that maximises F_beta of each class on validation data; NaN without a
+    positive record.
+
+    It lies halfway between the best score and the next lower one, so that `>` and `>=` give the
+    same predictions. Of equal maxima the lowest is taken (most sensitive). Classes without a
+    threshold are named in a warning.
+    """
+    targets, scores = _check(targets, scores)
+    found = targets.any(axis=0)
+    if not found.all():
+        _warn_absent(
+            [_names(classes, len(found))[c] for c in np.flatnonzero(~found)], "gets no threshold"
+        )
+    thresholds = [
+        _best_threshold(targets[:, c], scores[:, c], beta) if found[c] else np.nan
+        for c in range(len(found))
+    ]
+    return np.array(thresholds)
+
+
+def _best_threshold(positive: np.ndarray, scores: np.ndarray, beta: float) -> float:
+    """Threshold of one class just below the score where F_beta is largest."""
+    precision, recall, candidates = precision_recall_curve(positive, scores)
+    precision, recall = precision[:-1], recall[:-1]  # the last point, recall 0, belongs to no score
+    f_beta = _divide((1 + beta**2) * precision * recall, beta**2 * precision + recall)
+    best = int(np.nanargmax(f_beta))
+    if best == 0:
+        return float(np.nextafter(candidates[0], -np.inf))
+    return float(candidates[best - 1] + (candidates[best] - candidates[best - 1]) / 2)
+
+
+def ranking_report(
+    targets: np.ndarray,
+    scores: np.ndarray,
+    thresholds: np.ndarray,
+    classes: Sequence[str] | None = None,
+) -> dict[str, float | tuple[str, ...]]:
+    """The measures of the CE-SSL paper (supplement, section 1) and Hamming loss: seven numbers, two
+    lists of names.
+
+    `absent` names the classes without a positive or negative record: they count in ranking loss,
+    coverage and Hamming loss only. `without_threshold` (NaN in thresholds `(classes,)`): they are
+    also left out of Hamming loss, F2 and G2. A record without any label counts 0 in ranking loss
+    and coverage, as in scikit-learn. DataError for one class only.
+    """
+    targets, scores = _check(targets, scores)
+    thresholds = np.asarray(thresholds, dtype=np.float64)
+    names = _names(classes, targets.shape[1])
+    if len(names) < 2 or thresholds.shape != (len(names),):
+        raise DataError(
+            f"The ranking measures need two classes or more and one threshold each, not {len(names)} classes with "
+            f"thresholds {thresholds.shape}."
+        )
+    present, decided = targets.any(axis=0) & ~targets.all(axis=0), np.isfinite(thresholds)
+    predicted, both = scores > thresholds, present & decided
+    return {
+        "ranking_loss": float(label_ranking_loss(targets, scores)),
+        "coverage": float(coverage_error(targets, scores)),
+        "macro_auroc": float(_mean_finite(class_auroc(targets, scores))),
+        "mean_average_precision": float(_mean_finite(class_average_precision(targets, scores))),
+        "macro_f2": _macro_f(targets[:, both], predicted[:, both], beta=2),
+        "macro_g2": _macro_g(targets[:, both], predicted[:, both], beta=2),
+        "hamming_loss": float(hamming_loss(targets[:, decided], predicted[:, decided]))
+        if decided.any()
+        else np.nan,
+        "absent": tuple(np.array(names)[~present].tolist()),
+        "without_threshold": tuple(np.array(names)[~decided].tolist()),
+    }
+
+
+def _macro_f(targets: np.ndarray, predicted: np.ndarray, beta: float) -> float:
+    """Mean F_beta over the columns, NaN where there is none; one by one, for a single column is not
+    multi-label.
+    """
+    if not targets.shape[1]:
+        return np.nan
+    return float(
+        np.mean(
+            [fbeta_score(*pair, beta=beta, zero_division=0) for pair in zip(targets.T, predicted.T)]
+        )
+    )
+
+
+def _macro_g(targets: np.ndarray, predicted: np.ndarray, beta: float) -> float:
+    """Mean G_beta = TP / (TP + FP + beta FN) over the columns, NaN where there is none."""
+    hits, alarms, missed = (
+        (a & b).sum(axis=0)
+        for a, b in ((targets, predicted), (~targets, predicted), (targets, ~predicted))
+    )
+    return float(_mean_finite(_divide(hits, hits + alarms + beta * missed)))
+
+
+def expected_calibration_error(
+    targets: np.ndarray, probabilities: np.ndarray, bins: int = 15
+) -> float:
+    """Mean over classes of sum_b (n_b / n) |share of positives - mean probability| over equal bins
+    b of [0, 1].
+    """
+    targets, probabilities = _check(targets, probabilities)
+    _require_probabilities(probabilities)
+    return float(
+        _weighted_calibration(targets, probabilities[None], np.ones((len(targets), 1)), bins)[0]
+    )
+
+
+def _require_probabilities(values: np.ndarray) -> None:
+    """DataError where values do not lie between 0 and 1."""
+    if not (values.min() >= 0 and values.max() <= 1):  # refuses a NaN, too
+        raise DataError(
+            "Calibration is measured on probabilities between 0 and 1; apply the sigmoid to logits first."
+        )
+
+
+def _weighted_calibration(
+    targets: np.ndarray, models: np.ndarray, weights: np.ndarray, bins: int
+) -> np.ndarray:
+    """Calibration error on each draw, mean over `models` `(repeats, n, classes)`; weights `(n,
+    draws)`: `(draws,)`.
+    """
+    errors = []
+    for probabilities in models:
+        place = np.minimum((probabilities * bins).astype(int), bins - 1)
+        for truth, told, bin_of in zip(targets.T, probabilities.T, place.T, strict=True):
+            gap = np.zeros((bins, len(truth)))
+            gap[bin_of, np.arange(len(truth))] = truth - told
+            errors.append(np.abs(gap @ weights).sum(axis=0))
+    return np.mean(errors, axis=0) / weights.sum(axis=0)
+
+
+def _class_statistic(
+    statistic: Statistic, targets: np.ndarray, scores: np.ndarray, weights: np.ndarray | None
+) -> np.ndarray:
+    """The statistic of each class; the leading shape is that of the weights without their records."""
+    rankings, count = rank_classes(targets, scores), len(targets)
+    weights = np.ones(count) if weights is None else np.asarray(weights, dtype=np.float64)
+    if weights.shape[-1:] != (count,):
+        raise DataError(
+            f"Weights {weights.shape} do not fit {count} records; give one weight a record."
+        )
+    columns = np.ascontiguousarray(np.atleast_2d(weights).T)
+    each = [statistic(ranking, columns) for ranking in rankings]
+    return np.stack(each, axis=1).reshape(*weights.shape[:-1], len(rankings))
+
+
+def _check(targets: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Targets as booleans and scores as floats, both `(n, classes)`, or DataError."""
+    targets, scores = np.asarray(targets), np.asarray(scores)
+    if targets.ndim != 2 or targets.shape != scores.shape or not targets.size:
+        raise DataError(
+            f"Targets {targets.shape} and scores {scores.shape} must be equal in shape (records, classes)."
+        )
+    if not np.isin(targets, (0, 1)).all():
+        raise DataError(
+            "The targets hold values other than 0 and 1; evaluate against labels, not soft targets."
+        )
+    wrong = np.argwhere(~np.isfinite(scores))
+    if len(wrong):
+        raise DataError(
+            f"The score of record {wrong[0, 0]}, class {wrong[0, 1]} (counted from 0) is not a number; train the model "
+            "again with a smaller learning rate, or fill the scores in."
+        )
+    return targets.astype(bool), scores.astype(np.float64)
+
+
+def _names(classes: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """The class names, or numbers in their place."""
+    names = (
+        tuple(classes)
+        if classes is not None
+        else tuple(f"class {number}" for number in range(count))
+    )
+    if len(names) != count:
+        raise DataError(
+            f"{len(names)} class names were given for {count} classes; give one a class."
+        )
+    return names
+
+
+def _warn_absent(names: Sequence[str], consequence: str) -> None:
+    """Name the absent classes in one warning."""
+    listed, plural = ", ".join(names), len(names) > 1
+    message = f"{'Classes' if plural else 'Class'} without positive or negative records: {listed}; "
+    warnings.warn(
+        message + f"{'each' if plural else 'it'} {consequence}.", AbsentClassWarning, stacklevel=4
+    )
+
+
+def _require_present(targets: np.ndarray, classes: Sequence[str] | None) -> None:
+    """Warn of absent classes; DataError where all are absent."""
+    absent = absent_classes(targets, classes)
+    if len(absent) == np.shape(targets)[1]:
+        raise DataError(
+            "No class has both positive and negative records: nothing can be measured; use more records."
+        )
+    if absent:
+        _warn_absent(absent, "is left out of the mean")
+
+
+def _mean_over_present(
+    values: np.ndarray, targets: np.ndarray, classes: Sequence[str] | None
+) -> float:
+    """Mean of the class values over the classes that are present, the others named in a warning."""
+    _require_present(targets, classes)
+    return float(_mean_finite(values))
+
+
+def _mean_finite(values: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Mean over the entries that are not NaN; NaN, without a warning, where there is none."""
+    known = ~np.isnan(values)
+    return _divide(np.where(known, values, 0).sum(axis=axis), known.sum(axis=axis))
+
+
+def _running_sum(weights: np.ndarray) -> np.ndarray:
+    """Sums over the first 0, 1, ... n rows, `(n + 1, draws)`."""
+    sums = np.zeros((len(weights) + 1, weights.shape[1]))
+    np.cumsum(weights, axis=0, out=sums[1:])
+    return sums
+
+
+def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Quotient as float, NaN where the denominator is 0."""
+    numerator, denominator = (
+        np.asarray(numerator, dtype=float),
+        np.asarray(denominator, dtype=float),
+    )
+    return np.divide(
+        numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator != 0
+    )

@@ -1,0 +1,275 @@
+"""What one iteration of a method costs: time, memory, and what has to be stored."""
+
+import resource
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from ecglib.batches import SemiBatches
+from ecglib.checkpoints import save_tensors
+from ecglib.lora import low_rank_layers, save_adapter, trainable_parameters
+from ecglib.records import LEADS, Records
+from ecglib.train import autocast, fit, linear_schedule
+from ecgstudy.analysis.figures import method_label, method_looks, require_columns
+from ecgstudy.arms.semi_supervised import adapt, batches_for, make_network, make_objective
+from ecgstudy.runs import machine
+
+
+def saved_bytes(function: Callable[[], torch.Tensor], parameters: list[nn.Parameter]) -> int:
+    """Bytes that autograd keeps for the backward pass of `function()`, each storage once, without
+    `parameters`.
+    """
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = function()  # held, so that no storage is freed and its place given to another
+    total = sum(kept.values())
+    del result
+    return total
+
+
+def measure(
+    method: str,
+    backbone: str,
+    classes: int,
+    samples: int,
+    settings: Mapping,
+    iterations: int = 3,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> dict:
+    """A row of adaptation_cost.csv: `method` on white noise of `samples` a record, whose time is
+    that of any signal.
+
+    An iteration is a batch with its augmentation, forward and backward pass, and the optimizer's
+    step; the median of `iterations` after a first one. Where layers are deactivated by chance the
+    saved bytes are the mean over as many draws. stored_bytes is the file of the adapter, or of the
+    whole network where every weight is trained. peak_bytes is the memory of the process (of the
+    device on a GPU), so call this in a process of its own: `measure_apart`.
+    """
+    records = _noise(2 * round(settings["batch_size"] * (1 + settings["ratio"])), classes, samples)
+    half = len(records) // 2
+    batches = SemiBatches(
+        records,
+        np.arange(half),
+        np.arange(half, len(records)),
+        settings["batch_size"],
+        settings["ratio"],
+        samples / 100.0,
+        0,
+        device,
+    )
+    source = batches_for(method, batches)
+    network = make_network(backbone, classes, 0).to(device)
+    notes = adapt(method, network, batches.labelled, settings)
+    objective = (
+        make_objective(method, network, classes, half, iterations + 1, settings).to(device).train()
+    )
+    saved = []
+    for step in range(iterations):
+        torch.manual_seed(step)
+        with autocast(device, dtype):
+            saved.append(
+                saved_bytes(lambda: objective.loss(source(step)), list(objective.parameters()))
+            )
+    history = fit(
+        objective,
+        source,
+        iterations + 1,
+        learning_rate=1e-3,
+        schedule=linear_schedule,
+        log_every=1,
+        dtype=dtype,
+    )
+    seconds = history["seconds"].diff().iloc[1:]
+    trained = sum(parameter.numel() for parameter in trainable_parameters(network))
+    return {
+        "method": method,
+        "backbone": backbone,
+        "trained_parameters": trained,
+        "stored_bytes": _stored(network),
+        "seconds_per_iteration": statistics.median(seconds),
+        "peak_bytes": _peak(device),
+        "saved_activation_bytes": round(statistics.mean(saved)),
+        "rank_pass_seconds": notes.get("rank_pass_seconds", 0.0),
+        "machine": _machine(),
+    }
+
+
+def measure_apart(*arguments, **options) -> dict:
+    """`measure` in a fresh process, whose peak memory is its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(measure, *arguments, **options).result()
+
+
+def _noise(count: int, classes: int, samples: int) -> Records:
+    """Records of white noise at 100 Hz with random labels."""
+    generator = np.random.default_rng(0)
+    names = np.arange(count).astype(str)
+    table = pd.DataFrame({"record_id": names, "patient_id": names, "fold": 1, "source": "noise"})
+    signals = generator.integers(-1000, 1000, (count, len(LEADS), samples), dtype=np.int16)
+    targets = (generator.random((count, classes)) < 0.2).astype(np.uint8)
+    return Records(
+        signals, 0.001, 100.0, table, targets, tuple(f"class {number}" for number in range(classes))
+    )
+
+
+def _stored(network: nn.Module) -> int:
+    """Bytes of the file that this network needs besides its backbone."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "stored.safetensors"
+        if low_rank_layers(network):
+            save_adapter(network, path)
+        else:
+            save_tensors(path, network.state_dict())
+        return path.stat().st_size
+
+
+def _peak(device: str) -> int:
+    """Most memory so far in bytes."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if (
+        status.exists()
+    ):  # getrusage would still tell the parent's peak, from before this process was its own
+        return 1024 * int(
+            next(
+                line.split()[1]
+                for line in status.read_text().splitlines()
+                if line.startswith("VmHWM")
+            )
+        )
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _machine() -> str:
+    """The machine in a few words."""
+    about = machine()
+    name = about["processor"] if about["accelerator"] == "none" else about["accelerator"]
+    return f"{name}, {about['threads']} threads"
+
+
+COSTS = {
+    "seconds_per_iteration": ("Seconds an iteration", 1.0),
+    "saved_activation_bytes": ("Activations kept (MiB)", 2**20),
+    "stored_bytes": ("Stored for the task (kB)", 1e3),
+}
+
+
+def plot_cost(costs: pd.DataFrame, summary: pd.DataFrame, title: str | None = None) -> Figure:
+    """Macro AUROC over time, memory and storage: a point a method, a colour a way of training, a
+    marker a method.
+
+    costs has method and the columns of `COSTS` (see `semisup.cost.measure`), summary method, value,
+    low, high.
+    """
+    require_columns(costs, ("method", *COSTS), "table of costs")
+    require_columns(summary, ("method", "value", "low", "high"), "summary")
+    table = costs.merge(summary[["method", "value", "low", "high"]], on="method")
+    figure, panels = plt.subplots(
+        1, len(COSTS), figsize=(13.5, 4.6), sharey=True, layout="constrained"
+    )
+    looks = method_looks(table["method"])
+    for axes, (column, (name, unit)) in zip(panels, COSTS.items(), strict=True):
+        for row in table.itertuples():
+            colour, marker = looks[row.method]
+            x = getattr(row, column) / unit
+            axes.errorbar(
+                x,
+                row.value,
+                [[row.value - row.low], [row.high - row.value]],
+                color=colour,
+                marker=marker,
+                linestyle="none",
+                elinewidth=0.5,
+                markersize=7,
+                label=method_label(row.method),
+            )
+        axes.set_xlabel(name)
+        axes.set_xscale("log") if column == "stored_bytes" else axes.set_xlim(left=0)
+        axes.grid(color="0.92")
+    panels[0].set_ylabel("Macro AUROC (95 % interval)")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, loc="outside right center", fontsize=9)
+    figure.suptitle(title)
+    sns.despine(figure)
+    plt.close(figure)
+    return figure
+
+
+def plot_ranks(scores: pd.DataFrame, ranks: pd.DataFrame, title: str | None = None) -> Figure:
+    """Importance of each layer on a logarithmic axis, in the order of the network; filled where it
+    gets the full rank.
+
+    scores and ranks have the layers as index and the same columns, ways to score; each gets a panel
+    with its own scale. Colours tell the parts of the network, the first piece of a layer's name.
+    """
+    require_columns(scores, (), "table of scores")
+    require_columns(ranks, scores.columns, "table of ranks")
+    layers, parts = list(scores.index), [name.split(".")[0] for name in scores.index]
+    colours = dict(zip(pd.unique(pd.Series(parts)), sns.color_palette("colorblind")))
+    figure, panels = plt.subplots(
+        1,
+        len(scores.columns),
+        figsize=(9.5, 1.6 + 0.26 * len(layers)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, score in zip(panels[0], scores.columns, strict=True):
+        full = ranks[score].max()
+        for height, (name, part) in enumerate(zip(layers, parts, strict=True)):
+            colour = colours[part]
+            axes.plot(
+                scores[score][name],
+                height,
+                "o",
+                color=colour,
+                markersize=7,
+                markeredgewidth=1.4,
+                markerfacecolor=colour if ranks[score][name] == full else "white",
+            )
+        axes.set(title=score, xlabel="Importance", xscale="log")
+        axes.grid(color="0.9")
+    panels[0, 0].set_yticks(range(len(layers)), layers)
+    panels[0, 0].set_ylim(len(layers) - 0.4, -0.6)  # the first layer on top
+    handles = [
+        plt.Line2D([], [], color=colour, marker="o", linestyle="", label=part)
+        for part, colour in colours.items()
+    ]
+    for place, value in enumerate(sorted(pd.unique(ranks.to_numpy().ravel()), reverse=True)):
+        handles.append(
+            plt.Line2D(
+                [],
+                [],
+                color="0.2",
+                marker="o",
+                linestyle="",
+                label=f"rank {value}",
+                markerfacecolor="0.2" if place == 0 else "white",
+            )
+        )
+    figure.legend(handles=handles, frameon=False, ncols=len(handles), loc="outside lower center")
+    figure.suptitle(title)
+    sns.despine(figure)
+    plt.close(figure)
+    return figure

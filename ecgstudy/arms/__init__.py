@@ -1,0 +1,1 @@
+"""Arms of the study: what is computed and kept as a run."""

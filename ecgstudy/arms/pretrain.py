@@ -1,0 +1,243 @@
+"""One pretraining as a run: train an objective, watch it learn or collapse, encode every record
+once.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ecglib.augment import apply, named_transforms
+from ecglib.batches import CropBatches, step_generator
+from ecglib.checkpoints import load_state
+from ecglib.encoders import make_encoder
+from ecglib.errors import DataError
+from ecglib.evaluate.metrics import class_auroc
+from ecglib.evaluate.windows import encode_windows
+from ecglib.files import read_json, write_json
+from ecglib.labels import split_indices
+from ecglib.probe import fit_probes
+from ecglib.records import Records
+from ecglib.train import autocast, fit, precision
+from ecgstudy.runs import RESULT, Result, Run, RunSpec, open_run
+
+WATCHED = 250  # labelled training records, and at most as many validation records, that the online probe sees
+LOOKS = 12  # rows of the history
+# Alignment is measured between these views whatever a method trains on, so that methods can be
+# compared.
+VIEWS = {
+    "channel_resize": {"low": 0.5, "high": 2.0},
+    "gaussian_noise": {"scale": 0.03},
+    "baseline_wander": {"largest": 0.05},
+    "time_out": {"low": 0.0, "high": 0.4},
+}
+
+
+def alignment(first: Tensor, second: Tensor) -> float:
+    """Mean squared distance of two views `(n, d)` on the unit sphere, 0 when they agree (Wang &
+    Isola 2020, eq. 2).
+    """
+    return float(
+        (F.normalize(first, dim=1) - F.normalize(second, dim=1)).square().sum(dim=1).mean()
+    )
+
+
+def uniformity(features: Tensor, sharpness: float = 2.0) -> float:
+    """log mean exp(-t |x - y|^2) over pairs of `(n, d)` on the unit sphere; 0: collapse, lower:
+    more even (eq. 3).
+    """
+    squared = torch.pdist(F.normalize(features, dim=1)).square()
+    return float(torch.logsumexp(-sharpness * squared, dim=0) - math.log(len(squared)))
+
+
+def effective_rank(features: Tensor) -> float:
+    """exp(entropy of the singular values of the centred `(n, d)` features) (Roy & Vetterli 2007): 1
+    is collapse.
+    """
+    values = torch.linalg.svdvals((features - features.mean(dim=0)).double())
+    share = values / values.sum().clamp_min(1e-30)
+    return float(torch.special.entr(share).sum().exp())
+
+
+class Watch:
+    """`watch(step)` for `train.fit`: what the encoder knows at this moment, on the same records for
+    every method.
+
+    online_probe: macro AUROC on fold 9 of logistic probes on `WATCHED` labelled records; alignment
+    of two augmented views of a crop and uniformity, both of features centred over the records;
+    effective_rank of the features.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, records: Records, crop_seconds: float, device: torch.device | str
+    ) -> None:
+        self.encoder, self.transforms = encoder, named_transforms(VIEWS)
+        split, generator = split_indices(records), np.random.default_rng(0)
+        labelled = {
+            name: split[name][records.targets[split[name]].any(axis=1)]
+            for name in ("train", "validation")
+        }
+        chosen = [generator.permutation(indices)[:WATCHED] for indices in labelled.values()]
+        self.training, indices = len(chosen[0]), np.concatenate(chosen)
+        length = round(crop_seconds * records.sampling_rate)
+        start = (records.signals.shape[2] - length) // 2
+        self.signals = torch.from_numpy(
+            np.nan_to_num(records.millivolts(indices)[:, :, start : start + length])
+        )
+        self.signals = self.signals.to(device)
+        self.targets = records.targets[indices]
+
+    def __call__(self, step: int) -> dict:
+        generator = step_generator(0, 0, self.signals.device)
+        plain = self._encode(self.signals)
+        views = [self._encode(apply(self.transforms, self.signals, generator)) for _ in range(2)]
+        first, second = (view - view.mean(dim=0) for view in views)
+        return {
+            "online_probe": self._probe(plain),
+            "alignment": alignment(first, second),
+            "uniformity": uniformity(first),
+            "effective_rank": effective_rank(plain),
+        }
+
+    def _encode(self, signals: Tensor) -> Tensor:
+        """Features `(records, d)` in evaluation mode."""
+        training = self.encoder.training
+        self.encoder.eval()
+        with torch.inference_mode(), autocast(signals.device, precision(signals.device)):
+            features = torch.cat([self.encoder(part).float() for part in signals.split(128)])
+        self.encoder.train(training)
+        return features.cpu()
+
+    def _probe(self, features: Tensor) -> float:
+        """Macro AUROC on the validation records of a probe with a middling penalty."""
+        features = (features - features.mean(dim=0)) / features.std(dim=0).clamp_min(1e-6)
+        known, asked = features[: self.training], features[self.training :]
+        probes = fit_probes(
+            known, self.targets[: self.training], [np.arange(self.training)], [100.0]
+        )
+        scores = asked.double() @ probes.weights[0, 0].T
+        return float(np.nanmean(class_auroc(self.targets[self.training :], scores.numpy())))
+
+
+def pretrain_run(
+    records: Records,
+    objective: Callable[..., nn.Module],
+    device: str = "cpu",
+    batches: Callable = CropBatches,
+) -> Callable[[RunSpec, Path], Result]:
+    """The function for `runs.run_or_load`: pretrain on the signals of folds 1-8, then encode every
+    record.
+
+    `objective(encoder, transforms, **settings["options"])`. No label is used except by the online
+    probe, which does not touch the encoder. The result keeps the encoder's weights and `features`
+    `(records, feature_size)`.
+    """
+    split = split_indices(records)
+
+    def run(spec: RunSpec, workspace: Path) -> Result:
+        settings = spec.settings
+        torch.manual_seed(spec.seed)
+        encoder = make_encoder(settings["encoder"])
+        model = objective(
+            encoder, named_transforms(settings["transforms"]), **settings["options"]
+        ).to(device)
+        source = batches(
+            records,
+            split["train"],
+            settings["batch_size"],
+            settings["crop_seconds"],
+            spec.seed,
+            device,
+        )
+        watch = Watch(model.encoder, records, settings["crop_seconds"], device)
+        before = {"step": 0, "learning_rate": 0.0, "seconds": 0.0, **watch(0)}
+        history = fit(
+            model,
+            source,
+            settings["steps"],
+            learning_rate=settings["learning_rate"],
+            weight_decay=settings["weight_decay"],
+            seed=spec.seed,
+            folder=workspace,
+            log_every=max(1, settings["steps"] // LOOKS),
+            watch=watch,
+        )
+        started = time.perf_counter()
+        features = encode_records(model.encoder, records, settings["crop_seconds"], device)
+        notes = {
+            "history": [before, *history.to_dict("records")],
+            "effective_rank": effective_rank(torch.from_numpy(features[split["train"]])),
+        }
+        seconds = notes["history"][-1]["seconds"] + time.perf_counter() - started
+        return Result([], {"features": features}, model.encoder, seconds, notes)
+
+    return run
+
+
+def pretraining_spec(method: str, records: Records, seed: int, settings: Mapping) -> RunSpec:
+    """What identifies a pretraining: no label set and no labelled share."""
+    return RunSpec(method, records.name, records.fingerprint, "unlabelled", 0.0, seed, settings)
+
+
+def encode_run(
+    records: Records, device: str = "cpu", weights: Mapping[str, Tensor] | None = None
+) -> Callable[[RunSpec, Path], Result]:
+    """The function for `runs.run_or_load` that only encodes: an encoder as it starts, never
+    trained, or with `weights`.
+
+    Like a pretraining it keeps the encoder and `features` `(records, feature_size)`.
+    """
+
+    def run(spec: RunSpec, workspace: Path) -> Result:
+        torch.manual_seed(spec.seed)
+        encoder, started = make_encoder(spec.settings["encoder"]).to(device), time.perf_counter()
+        if weights is not None:
+            load_state(encoder, weights, spec.name)
+        features = encode_records(encoder, records, spec.settings["crop_seconds"], device)
+        return Result([], {"features": features}, encoder, time.perf_counter() - started)
+
+    return run
+
+
+def keep_pretrained(run: Run, results: str | Path) -> None:
+    """Note in `results/pretrained` which run stands for its method, so that later notebooks find
+    it.
+    """
+    write_json(Path(results) / "pretrained" / f"{run.spec.method}.json", {"run": run.folder.name})
+
+
+def pretrained_runs(results: str | Path, records: Records) -> dict[str, Run]:
+    """The noted run of each method, by name; DataError where one is missing or was trained on other
+    records.
+    """
+    found = {}
+    for path in sorted((Path(results) / "pretrained").glob("*.json")):
+        folder = Path(results) / "runs" / read_json(path)["run"]
+        if not (folder / RESULT).exists():
+            raise DataError(
+                f"{path}: its run {folder.name} is gone; run the notebook of {path.stem} again."
+            )
+        found[path.stem] = open_run(folder)
+        if found[path.stem].spec.data_key != records.fingerprint:
+            raise DataError(
+                f"{path}: was pretrained on other records; run the notebook of {path.stem} again."
+            )
+    if not found:
+        raise DataError(f"{results}: holds no pretrained encoder; run notebooks 03 to 08 first.")
+    return found
+
+
+def encode_records(
+    encoder: nn.Module, records: Records, crop_seconds: float, device: str = "cpu"
+) -> np.ndarray:
+    """Features `(records, feature_size)` of every record: the mean over overlapping windows as long
+    as the crops.
+    """
+    return encode_windows(
+        encoder, records, np.arange(len(records)), crop_seconds, crop_seconds / 2, device=device
+    )

@@ -1,0 +1,93 @@
+"""Where a backbone comes from: labels of simulated ECGs, self-supervision on the study's own
+signals, or chance.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from ecglib.checkpoints import load_state
+from ecglib.encoders import make_encoder
+from ecglib.errors import DataError
+from ecglib.evaluate.windows import predict_windows
+from ecglib.files import read_json, write_json
+from ecglib.records import Records
+from ecglib.sources.simulate import CONDITIONS, TASKS
+from ecglib.supervised import Classifier
+from ecgstudy.runs import Run, RunSpec, open_run
+
+FOLDER = "backbones"  # below a results folder
+
+
+def cohort_spec(cohort: Records, seed: int, settings: Mapping) -> RunSpec:
+    """What identifies a backbone trained with all labels of a simulated cohort
+    (`supervised.supervised_run`).
+    """
+    return RunSpec(
+        "backbone", cohort.name, cohort.fingerprint, cohort.about["task"], 1.0, seed, settings
+    )
+
+
+def keep_start(run: Run, name: str, results: str | Path) -> None:
+    """Note in `results/backbones` which run is the start of that name, so that later notebooks find
+    it.
+    """
+    write_json(Path(results) / FOLDER / f"{name}.json", {"run": run.folder.name})
+
+
+def kept_starts(results: str | Path) -> dict[str, Run]:
+    """The noted start of each name; DataError where there is none or where one's run is gone."""
+    found = {}
+    for path in sorted((Path(results) / FOLDER).glob("*.json")):
+        try:
+            found[path.stem] = open_run(Path(results) / "runs" / read_json(path)["run"])
+        except DataError as error:
+            raise DataError(f"{path}: its run is gone ({error}); run notebook 11 again.") from None
+    if not found:
+        raise DataError(f"{results}: holds no pretrained backbone; run notebook 11 first.")
+    return found
+
+
+def start_weights(run: Run) -> dict[str, Tensor]:
+    """The encoder's weights of a finished pretraining, or of a finished training with labels."""
+    weights = run.weights()
+    prefix = "encoder." if any(name.startswith("encoder.") for name in weights) else ""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in weights.items()
+        if name.startswith(prefix)
+    }
+
+
+def without_real_labels(
+    run: Run, records: Records, indices: np.ndarray, device: str = "cpu"
+) -> np.ndarray:
+    """What a network trained on simulated statements says of real records: `(n, classes)` in the
+    order of `records`.
+
+    A superclass is as likely as the noisy-or of its statements, 1 - prod(1 - p). DataError where a
+    class of `records` has no simulated statement.
+    """
+    if run.spec.data != "simulated":
+        raise DataError(
+            f"{run.folder.name}: was trained on {run.spec.data}, not on simulated statements; without "
+            "labels only a simulated backbone can be asked."
+        )
+    statements = TASKS[run.spec.labels]
+    belongs = {name: CONDITIONS.get(name, name) for name in statements}
+    absent = [name for name in records.classes if name not in belongs.values()]
+    if absent:
+        raise DataError(
+            f"The simulated cohort has no statement of the class {absent[0]}; ask for superclasses."
+        )
+    network = Classifier(make_encoder(run.spec.settings["encoder"]), len(statements)).to(device)
+    load_state(network, run.weights(), run.folder)
+    window = run.spec.settings["crop_seconds"]
+    stated = predict_windows(network, records, indices, window, window / 2, device=device)
+    columns = [
+        [place for place, name in enumerate(statements) if belongs[name] == wanted]
+        for wanted in records.classes
+    ]
+    return np.stack([1.0 - (1.0 - stated[:, own]).prod(axis=1) for own in columns], axis=1)

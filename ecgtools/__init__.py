@@ -1,0 +1,1 @@
+"""Running the notebooks: the command line, the environment, pairs, exercises and the report."""

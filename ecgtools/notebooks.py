@@ -1,0 +1,254 @@
+"""Notebooks as files: the `.py` percent script is the source, the `.ipynb` its pair without
+outputs, and a run executes a notebook made from the source, so that the two cannot drift apart.
+"""
+
+import ast
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+
+from ecglib.errors import DataError, explain_storage
+from ecglib.files import atomic_file, write_json
+
+PACKAGE_PARENT = Path(__file__).resolve().parents[1]
+NAME = re.compile(r"\d\d_[a-z0-9_]+")
+KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+SOURCE_LINES_SHOWN = 5
+
+
+class NotebookFailure(Exception):
+    """A cell raised an error, or its kernel died: the message gives the error, the cell and the
+    executed copy.
+    """
+
+
+def notebook_sources(folder: str | Path) -> list[Path]:
+    """The sources `NN_name.py` of a folder in the order of their numbers; raises DataError where
+    two share a number.
+    """
+    sources = sorted(path for path in Path(folder).glob("*.py") if NAME.fullmatch(path.stem))
+    numbers = [path.stem[:2] for path in sources]
+    for first, second in zip(sources, sources[1:], strict=False):
+        if first.stem[:2] == second.stem[:2]:
+            raise DataError(
+                f"{second}: has the number of {first.name}; give each notebook its own."
+            )
+    if not numbers:
+        raise DataError(
+            f"{folder}: holds no notebook NN_name.py; restore the folder from the repository."
+        )
+    return sources
+
+
+def read_notebook(source: str | Path) -> NotebookNode:
+    """The notebook of a percent script: no outputs, cell ids by position (jupytext's own are
+    random), no metadata that would change with jupytext's version.
+    """
+    import jupytext
+
+    notebook = jupytext.read(source, fmt="py:percent")
+    for position, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{position:02d}"
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    notebook.metadata = nbformat.from_dict(
+        {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    )
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    return notebook
+
+
+def write_pairs(folder: str | Path, check: bool = False) -> list[Path]:
+    """Write each `NN_name.ipynb` that differs from its source and return these; with `check` only
+    return them.
+    """
+    sources = notebook_sources(folder)
+    return write_changed(
+        {source.with_suffix(".ipynb"): read_notebook(source) for source in sources}, check
+    )
+
+
+def write_changed(notebooks: Mapping[Path, NotebookNode], check: bool = False) -> list[Path]:
+    """Write each notebook whose file differs from it and return these files; with `check` only
+    return them.
+    """
+    differing = []
+    for path, notebook in notebooks.items():
+        text = nbformat.writes(notebook) + "\n"
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            differing.append(path)
+            if not check:
+                with atomic_file(path) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
+    return differing
+
+
+def parameter_names(source: str | Path) -> tuple[str, ...]:
+    """Names assigned in the one cell tagged `parameters`; raises DataError where there is none, or
+    several.
+    """
+    tagged = [
+        cell
+        for cell in read_notebook(source).cells
+        if "parameters" in cell.metadata.get("tags", [])
+    ]
+    if len(tagged) != 1:
+        raise DataError(f"{source}: {len(tagged)} cells are tagged `parameters`; tag exactly one.")
+    try:
+        statements = ast.parse(tagged[0].source).body
+    except SyntaxError as error:
+        raise DataError(
+            f"{source}: the parameters cell is not valid Python ({error.msg}); correct it."
+        ) from None
+    targets = [target for statement in statements for target in getattr(statement, "targets", [])]
+    targets += [
+        statement.target for statement in statements if isinstance(statement, ast.AnnAssign)
+    ]
+    return tuple(target.id for target in targets if isinstance(target, ast.Name))
+
+
+def execute(source: Path, parameters: dict, executed: Path, title: str, bar: bool = True) -> None:
+    """Run a notebook with these parameters in its own folder and keep the executed copy, also of a
+    failing one.
+
+    Shows `title`, the cells done and the time; without a `bar` also on a terminal as two lines.
+    Raises NotebookFailure, or StorageError where the copy cannot be written.
+    """
+    import papermill
+
+    notebook = read_notebook(source)
+    cells = sum(cell.cell_type == "code" and bool(cell.source.strip()) for cell in notebook.cells)
+    failure = f"{source.stem} failed: {{}}\nExecuted copy: {shown(executed)}"
+    with explain_storage(executed):
+        executed.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            same_interpreter(),
+            progress(title, cells + bool(parameters), bar) as cell_done,
+        ):  # papermill adds a cell
+            try:
+                papermill.execute_notebook(
+                    _with_papermill_metadata(notebook),
+                    re.sub(r"([{}])", r"\1\1", str(executed)),
+                    parameters,
+                    kernel_name=KERNEL["name"],
+                    cwd=source.parent,
+                    progress_bar=False,
+                    on_cell_complete=cell_done,
+                )
+            except papermill.PapermillExecutionError as error:
+                raise NotebookFailure(failure.format(_describe(error))) from None
+            except RuntimeError as error:  # nbclient's DeadKernelError is one
+                reason = f"its Python stopped ({error}), most often because the memory ran out"
+                raise NotebookFailure(failure.format(reason)) from None
+
+
+def _with_papermill_metadata(notebook: NotebookNode) -> NotebookNode:
+    """What papermill adds when it loads a notebook from a file; a NotebookNode must bring it along."""
+    notebook.metadata["papermill"] = {
+        "default_parameters": {},
+        "parameters": {},
+        "environment_variables": {},
+    }
+    for cell in notebook.cells:
+        cell.metadata.setdefault("tags", [])
+        cell.metadata["papermill"] = {}
+    return notebook
+
+
+def _describe(error: Exception) -> str:
+    """`ValueError: message`, then the first lines of the cell that raised it."""
+    lines = error.source.strip().splitlines()
+    more = ["..."] if len(lines) > SOURCE_LINES_SHOWN else []
+    source = "\n".join("    " + line for line in [*lines[:SOURCE_LINES_SHOWN], *more])
+    return f"{error.ename}: {error.evalue}\nin the cell In [{error.exec_count}]:\n{source}"
+
+
+@contextmanager
+def same_interpreter() -> Iterator[None]:
+    """Kernels started inside run this interpreter with this package, whatever kernels the user has
+    registered.
+
+    Nothing is registered: the kernel's description and its files live in a temporary folder.
+    """
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory(prefix="ecg-study-") as folder:
+        command = [
+            sys.executable,
+            "-m",
+            "ipykernel_launcher",
+            "-f",
+            "{connection_file}",
+            "--log-level=CRITICAL",
+        ]
+        write_json(
+            Path(folder, "kernels", KERNEL["name"], "kernel.json"), KERNEL | {"argv": command}
+        )
+        python_path = os.pathsep.join(
+            filter(None, [str(PACKAGE_PARENT), before.get("PYTHONPATH", "")])
+        )
+        os.environ.update(
+            JUPYTER_PATH=folder,
+            JUPYTER_RUNTIME_DIR=folder,
+            IPYTHONDIR=folder,
+            PYTHONPATH=python_path,
+        )
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+@contextmanager
+def progress(title: str, cells: int, bar: bool = True) -> Iterator:
+    """Show a notebook's progress: a bar that ticks each second on a terminal, else a line at the
+    start and the end.
+
+    Yields the function to call after each cell.
+    """
+    from tqdm import tqdm
+
+    start, finished = time.monotonic(), threading.Event()
+    terminal = bar and sys.stderr.isatty()
+    if not terminal:
+        print(f"{title} ({cells} cells) ...", file=sys.stderr, flush=True)
+    form = "{desc}: cell {n_fmt}/{total_fmt} |{bar:20}| {elapsed}"
+    columns, lines = (
+        shutil.get_terminal_size()
+    )  # 80 x 24 where a terminal tells none; tqdm would then draw nothing
+    with tqdm(
+        total=cells, desc=title, disable=not terminal, bar_format=form, ncols=columns, nrows=lines
+    ) as shown_bar:
+
+        def tick() -> None:
+            while not finished.wait(1.0):
+                shown_bar.refresh()
+
+        threading.Thread(target=tick, daemon=True).start()
+        try:
+            yield lambda **_: shown_bar.update()
+        finally:
+            finished.set()
+    if not terminal:
+        print(f"{title} done in {minutes(time.monotonic() - start)}", file=sys.stderr, flush=True)
+
+
+def minutes(seconds: float) -> str:
+    """Seconds as `m:ss`."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def shown(path: Path) -> str:
+    """A path as the reader would type it: relative where it lies below the present folder."""
+    path = Path(path).absolute()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

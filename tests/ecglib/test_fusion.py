@@ -1,0 +1,531 @@
+"""Fusion: tokens, stacks of models, comparators and their runs, bad members."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ecglib.batches import Batch, step_generator
+from ecglib.encoders.vit1d import vit1d_small
+from ecglib.errors import DataError
+from ecglib.evaluate.metrics import macro_auroc
+from ecglib.fusion import (
+    Fusion,
+    FusionBatches,
+    FusionNetwork,
+    FusionPerceptron,
+    count_parameters,
+    draw_tokens,
+    linear_cka,
+    matched_hidden,
+    stack_logits,
+    token_weights,
+    train_stack,
+)
+from ecglib.probe import probe_subsets
+from ecglib.records import Records
+from ecgstudy.analysis.gains import fusion_gains
+from ecgstudy.arms.fusion import (
+    NETWORKS,
+    FusionData,
+    as_member,
+    finetuned_fusion_run,
+    fuse,
+    fused_classifier,
+    fusion_spec,
+    model_of,
+    supervised_member,
+)
+from ecgstudy.arms.pretrain import encode_run, pretraining_spec
+from ecgstudy.arms.supervised import supervised_run
+from ecgstudy.runs import Result, Run, RunSpec, run_grid, run_or_load, tidy
+from toolkit import labelled_records
+
+SIZES, CLASSES = (6, 5, 9), 3
+FRACTIONS, SEEDS = [0.2, 1.0], {0.2: 2, 1.0: 1}
+SETTINGS = {
+    "width": 8,
+    "heads": 2,
+    "hidden": 6,
+    "dropout": 0.1,
+    "token_dropout": 0.2,
+    "steps": 6,
+    "batch_size": 8,
+    "learning_rates": [0.0001, 0.003],
+}
+TRAINING = {
+    "encoder": "xresnet1d_narrow",
+    "steps": 3,
+    "batch_size": 8,
+    "crop_seconds": 1.0,
+    "learning_rate": 0.003,
+    "weight_decay": 0.01,
+    "dropout": 0.0,
+    "transforms": {},
+}
+
+
+def network(models: int = 1, seeds: list[int] | None = None, **options) -> FusionNetwork:
+    return FusionNetwork(
+        models, SIZES, CLASSES, **{"width": 8, "heads": 2, "hidden": 6, "seeds": seeds, **options}
+    )
+
+
+def draw(models: int = 1, records: int = 4) -> torch.Tensor:
+    return torch.randn(models, records, sum(SIZES), generator=torch.Generator().manual_seed(3))
+
+
+def norm(x: np.ndarray) -> np.ndarray:
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+
+
+@pytest.mark.parametrize("mixing", ["attention", "uniform"])
+def test_a_fusion_is_what_numpy_says(mixing):
+    model, x = network(mixing=mixing, votes=False).eval(), draw()
+    with torch.no_grad():  # biases, scales and shifts too
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(8)
+            )
+    weights = {
+        name: value[0].detach().double().numpy() for name, value in model.state_dict().items()
+    }
+    expected = []
+    for record in x[0].double().numpy():
+        parts = np.split(record, np.cumsum(SIZES)[:-1])
+        tokens = [
+            part @ weights[f"project.{k}.weight"] + weights[f"project.{k}.bias"]
+            for k, part in enumerate(parts)
+        ]
+        tokens = (
+            norm(np.concatenate(tokens)) * weights["norm.scale"]
+            + weights["norm.shift"]
+            + weights["names"][0]
+        )
+        inner = norm(tokens) * weights["inner_norm.scale"] + weights["inner_norm.shift"]
+        q, k, v = np.split(inner @ weights["qkv.weight"] + weights["qkv.bias"], 3, axis=1)
+        heads = []
+        for head in (slice(0, 4), slice(4, 8)):
+            scores = (
+                np.exp(q[:, head] @ k[:, head].T / 2.0)
+                if mixing == "attention"
+                else np.ones((3, 3))
+            )
+            heads.append(scores / scores.sum(axis=1, keepdims=True) @ v[:, head])
+        tokens = (
+            tokens + np.concatenate(heads, axis=1) @ weights["mix.weight"] + weights["mix.bias"]
+        )
+        hidden = torch.from_numpy(
+            tokens.ravel() @ weights["hidden.weight"] + weights["hidden.bias"][0]
+        )
+        expected.append(
+            nn.functional.gelu(hidden).numpy() @ weights["head.weight"] + weights["head.bias"][0]
+        )
+    np.testing.assert_allclose(model(x)[0].detach(), expected, atol=1e-5)
+
+
+def test_every_matrix_is_drawn_anew():
+    model = FusionNetwork(2, (6, 6), CLASSES, width=8, heads=2, hidden=6, votes=False)
+    matrices = [
+        value.flatten(1) for name, value in model.named_parameters() if name.endswith("weight")
+    ]
+    for place, one in enumerate(matrices):
+        for other in matrices[:place]:
+            size = min(one.shape[1], other.shape[1])
+            alike = torch.nn.functional.cosine_similarity(one[:, :size], other[:, :size])
+            assert (alike.abs() < 0.6).all()
+        assert not torch.equal(one[0], one[1])
+
+
+def test_a_gate_gives_the_weights_of_dropped_tokens_to_the_others():
+    model = network(mixing="gate", votes=False).eval()
+    model.gate.weight.data.zero_()  # all tokens weigh alike
+    keep = torch.tensor([[True, True, False]]).expand(4, 3)
+    tokens = model.tokens(draw())
+    mixed = model.mixed(tokens, keep, None)
+    torch.testing.assert_close(mixed[:, :, :2], 1.5 * tokens[:, :, :2])
+    assert not mixed[:, :, 2].any()
+    hidden = nn.functional.gelu(model.hidden(mixed.flatten(2)))
+    torch.testing.assert_close(model(draw(), keep), model.head(hidden))
+
+
+def test_a_gate_weighs_whole_tokens():
+    model, x = network(mixing="gate").eval(), draw()
+    gates = model.mixing_weights(model.tokens(x))
+    torch.testing.assert_close(gates.sum(dim=2), torch.ones(1, 4))
+    model.gate.weight.data.zero_()
+    torch.testing.assert_close(model.mixed(model.tokens(x), None, None), model.tokens(x))
+
+
+def test_attention_rows_sum_to_one_and_dropped_tokens_get_none():
+    model, x = network(), draw()
+    keep = torch.tensor([[True, False, True]]).expand(4, -1)
+    weights = model.mixing_weights(model.tokens(x), keep)
+    torch.testing.assert_close(weights.sum(dim=4), torch.ones(weights.shape[:4]))
+    assert (weights[..., 1] == 0).all()
+    changed = x.clone()
+    changed[:, :, 6:11] += 7.0
+    model.start_from(torch.randn(1, 20, 3), torch.zeros(1, 3, 3))
+    model.eval()
+    torch.testing.assert_close(
+        model(changed, keep), model(x, keep), msg="a dropped member has no say"
+    )
+    assert not torch.allclose(model(changed), model(x))
+
+
+def test_attention_does_not_depend_on_the_order_of_the_tokens():
+    model, x = network(), draw()
+    tokens, order = model.tokens(x), torch.tensor([2, 0, 1])
+    model.eval()
+    torch.testing.assert_close(
+        model.mixed(tokens[:, :, order], None, None), model.mixed(tokens, None, None)[:, :, order]
+    )
+
+
+def test_a_fusion_starts_as_the_mean_of_the_votes():
+    generator = torch.Generator().manual_seed(0)
+    weights, bias = (
+        torch.randn(2, 20, 3, generator=generator),
+        torch.randn(2, 3, 3, generator=generator),
+    )
+    x = draw(2)
+    parts = zip(x.split(SIZES, dim=2), weights.split(SIZES, dim=1), bias.unbind(1), strict=True)
+    expected = torch.stack([part @ own + each[:, None] for part, own, each in parts]).mean(dim=0)
+    for model in (network(2), FusionPerceptron(2, SIZES, CLASSES, hidden=5)):
+        model.start_from(weights, bias)
+        torch.testing.assert_close(model.eval()(x), expected)
+    with pytest.raises(DataError, match="no votes to start from"):
+        network(votes=False).start_from(weights, bias)
+
+
+def test_never_are_all_tokens_dropped_and_the_share_is_right():
+    keep = draw_tokens(20_000, 3, 0.5, torch.Generator().manual_seed(0))
+    assert keep.any(dim=1).all()
+    assert (~keep).float().mean().item() == pytest.approx(0.5 - 0.5**3 / 3, abs=0.01)
+    assert draw_tokens(50, 3, 1.0).sum(dim=1).eq(1).all()
+    assert draw_tokens(50, 3, 0.0).all()
+
+
+def stack_batches(seeds: list[int], subsets: list[np.ndarray], steps: int = 5) -> FusionBatches:
+    """Batches of one member that is alike for every model and of two that are not."""
+    generator = torch.Generator().manual_seed(0)
+    shared, *own = (torch.randn(1, 40, size, generator=generator) for size in SIZES)
+    own = [torch.cat([each + seed for seed in seeds]) for each in own]
+    targets = np.random.default_rng(0).integers(0, 2, (40, CLASSES))
+    return FusionBatches([shared, *own], targets, subsets, seeds, steps, 8)
+
+
+@pytest.mark.parametrize("mixing", ["attention", "uniform", "gate"])
+def test_a_model_in_a_stack_learns_as_it_would_alone(mixing):
+    subsets = [np.arange(5), np.arange(10, 40)]
+    together, alone = network(2, [4, 9], mixing=mixing), network(1, [9], mixing=mixing)
+    train_stack(together, stack_batches([4, 9], subsets), 5, 0.01)
+    train_stack(alone, stack_batches([9], subsets[1:]), 5, 0.01)
+    x = draw(records=20)
+    # Answers, not weights: the keys' bias has no gradient but rounding, which AdamW makes as large
+    # as any other.
+    torch.testing.assert_close(
+        together.eval()(x.expand(2, -1, -1))[1:], alone.eval()(x), atol=1e-3, rtol=1e-3
+    )
+    assert not torch.allclose(alone(x), network(1, [9], mixing=mixing).eval()(x), atol=0.01)
+    torch.testing.assert_close(model_of(together, 1)(x), together(x.expand(2, -1, -1))[1:])
+
+
+def test_gradients_do_not_pass_from_one_model_to_another():
+    objective = Fusion(network(2, [0, 1], votes=False))
+    batch = stack_batches([0, 1], [np.arange(40)] * 2)(0)
+    objective.loss(batch).backward()
+    before = {name: parameter.grad[0].clone() for name, parameter in objective.named_parameters()}
+    objective.zero_grad()
+    other = Batch(batch.signals.clone(), batch.targets.clone(), batch.indices, step_generator(0, 0))
+    other.signals[1], other.targets[1] = 5.0, 1 - other.targets[1]
+    objective.loss(other).backward()
+    for name, parameter in objective.named_parameters():
+        torch.testing.assert_close(parameter.grad[0], before[name], atol=1e-6, rtol=1e-5)
+
+
+def test_every_record_of_a_subset_comes_equally_often():
+    batches = stack_batches([1, 2], [np.arange(4), np.arange(20, 36)], steps=8)
+    first, second = torch.stack([batches(step).indices for step in range(8)]).unbind(1)
+    assert np.bincount(first.flatten()).tolist() == [16] * 4
+    assert np.bincount(second.flatten())[20:].tolist() == [4] * 16
+    batch = batches(3)
+    torch.testing.assert_close(batch.signals[1, 0, :6], batches.features[0][0, batch.indices[1, 0]])
+    torch.testing.assert_close(
+        batch.signals[1, 0, 6:11], batches.features[1][1, batch.indices[1, 0]]
+    )
+
+
+def test_the_perceptron_has_as_many_parameters():
+    sizes, shape = (256, 256, 384, 256), {"width": 64, "heads": 4, "hidden": 128}
+    fusion = count_parameters(FusionNetwork(1, sizes, 5, **shape))
+    perceptron = count_parameters(
+        FusionPerceptron(1, sizes, 5, hidden=matched_hidden(sizes, 5, **shape))
+    )
+    assert abs(perceptron / fusion - 1) < 0.02, (perceptron, fusion)
+
+
+def test_token_weights_find_the_member_that_decides():
+    model, x = network(), draw(records=50)
+    weights = torch.zeros(1, 20, 3)
+    weights[:, 6:11] = 1.0  # only the second member votes
+    model.start_from(weights, torch.zeros(1, 3, 3))
+    found = token_weights(model, x, torch.ones(1, 50, 3))
+    assert found["attention"].shape == found["gradient_input"].shape == (1, 3, 3)
+    torch.testing.assert_close(found["attention"].sum(dim=2), torch.ones(1, 3))
+    torch.testing.assert_close(
+        found["gradient_input"], torch.tensor([0.0, 1.0, 0.0]).expand(1, 3, 3)
+    )
+
+
+def test_cka_is_the_slow_form_and_knows_no_turn_or_scale():
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(30, 4)) + 5, generator.normal(size=(30, 7))
+    centring = np.eye(30) - 1 / 30
+    k, m = centring @ x @ x.T @ centring, centring @ y @ y.T @ centring
+    slow = np.sum(k * m) / np.sqrt(np.sum(k * k) * np.sum(m * m))
+    assert linear_cka(x, y) == pytest.approx(slow) == pytest.approx(linear_cka(y, x))
+    turn = np.linalg.qr(generator.normal(size=(4, 4)))[0]
+    assert linear_cka(x, 3 * x @ turn - 8) == pytest.approx(1)
+    assert linear_cka(x, x * [1, 1, 1, 40]) < 0.9
+    with pytest.raises(DataError, match="not of 30 and 29"):
+        linear_cka(x, y[:29])
+    with pytest.raises(DataError, match="features that vary"):
+        linear_cka(x, np.ones((30, 2)))
+
+
+def member(records: Records, folder: Path, name: str, seed: int, noise: float) -> Run:
+    """A run with features that tell the class B through noise."""
+    generator = np.random.default_rng(seed)
+    features = records.targets[:, [1]] + noise * generator.normal(size=(len(records), 6 + seed))
+    spec = pretraining_spec(
+        name, records, seed, {"encoder": "xresnet1d_narrow", "crop_seconds": 1.0}
+    )
+    return run_or_load(
+        spec, lambda *_: Result([], {"features": features.astype(np.float32)}), folder
+    )
+
+
+@pytest.fixture(scope="module")
+def data(records: Records, folder: Path) -> FusionData:
+    members = {
+        name: member(records, folder, name, seed, 1.0 + seed) for seed, name in enumerate("pqr")
+    }
+    return FusionData(records, FRACTIONS, SEEDS, members)
+
+
+@pytest.fixture(scope="module")
+def runs(data: FusionData, folder: Path) -> list[Run]:
+    found = [run for method in NETWORKS for run in fuse(data, method, SETTINGS, folder)]
+    found += [
+        run
+        for method in ("best_single", "concatenation", "mean_of_logits")
+        for run in fuse(data, method, SETTINGS, folder)
+    ]
+    return found + [
+        run for name in data.members for run in fuse(data, "alone", SETTINGS, folder, [name])
+    ]
+
+
+def test_comparators_are_the_probes_of_the_package(data, runs, records):
+    found = {
+        (run.spec.method, run.spec.settings["members"], run.spec.fraction, run.spec.seed): run
+        for run in runs
+    }
+    logits = {}
+    for name, each in data.members.items():
+        probes = probe_subsets(
+            each.predictions()["features"], records.targets, data.subsets, data.split
+        )
+        for cell in data.cells:
+            kept = found["alone", name, *cell]
+            expected = probes[cell]["test/probabilities"]
+            np.testing.assert_allclose(
+                kept.predictions()["test/probabilities"], expected, atol=1e-4
+            )
+            logits[name, cell] = np.log(expected / (1 - expected))
+    mean = found["mean_of_logits", "p+q+r", 0.2, 1].predictions()["test/probabilities"]
+    by_hand = np.mean([logits[name, (0.2, 1)] for name in "pqr"], axis=0)
+    np.testing.assert_allclose(mean, 1 / (1 + np.exp(-by_hand)), atol=1e-4)
+    best, validation = (
+        found["best_single", "p+q+r", 0.2, 0],
+        records.targets[data.split["validation"]],
+    )
+    chosen = best.about["notes"]["member"]
+    scores = {
+        name: macro_auroc(
+            validation, found["alone", name, 0.2, 0].predictions()["validation/probabilities"]
+        )
+        for name in "pqr"
+    }
+    assert scores[chosen] == max(scores.values())
+    expected = found["alone", chosen, 0.2, 0].predictions()["test/probabilities"]
+    np.testing.assert_allclose(best.predictions()["test/probabilities"], expected, atol=1e-6)
+
+
+def test_runs_tell_members_and_protocol_and_keep_token_weights(runs):
+    rows = tidy((row for run in runs for row in run.rows()), extra=("protocol", "members"))
+    assert set(rows["protocol"]) == {"frozen"} and {"p+q+r", "p"} <= set(rows["members"])
+    dvme = next(run for run in runs if run.spec.method == "dvme")
+    arrays = dvme.predictions()
+    assert arrays["tokens/attention"].shape == arrays["tokens/gradient_input"].shape == (2, 3)
+    assert dvme.about["notes"]["learning_rate"] in SETTINGS["learning_rates"]
+    assert set(dvme.spec.settings["member_keys"]) == set("pqr")
+    assert (
+        "tokens/attention"
+        not in next(run for run in runs if run.spec.method == "perceptron").predictions()
+    )
+
+
+def test_a_lost_run_is_made_again_and_the_others_are_opened(data, runs, tmp_path):
+    first = fuse(data, "dvme", SETTINGS, tmp_path)
+    lost, written = (
+        first[1],
+        {run.folder: (run.folder / "run.json").stat().st_mtime_ns for run in first},
+    )
+    numbers = lost.predictions()
+    shutil.rmtree(lost.folder)
+    again = fuse(data, "dvme", SETTINGS, tmp_path)
+    changed = [
+        run.folder
+        for run in again
+        if (run.folder / "run.json").stat().st_mtime_ns != written[run.folder]
+    ]
+    assert changed == [lost.folder]
+    for name, values in again[1].predictions().items():
+        assert np.array_equal(values, numbers[name]), name
+
+
+def test_a_lone_cell_gives_the_same_numbers(data, runs, tmp_path):
+    before = {(run.spec.method, run.spec.fraction, run.spec.seed): run for run in runs}
+    for cells in (data.cells, [(0.2, 1)]):
+        for again in fuse(data, "dvme", SETTINGS, tmp_path / str(len(cells)), cells=cells):
+            kept = before["dvme", again.spec.fraction, again.spec.seed]
+            assert again.spec == kept.spec
+            for name, values in kept.predictions().items():
+                tolerance = 0 if cells is data.cells else 1e-5
+                np.testing.assert_allclose(
+                    again.predictions()[name], values, atol=tolerance, rtol=0
+                )
+
+
+def test_gains_are_over_every_other_method(data, runs, records, folder):
+    without = fuse(data, "dvme", SETTINGS, folder, ["p", "q"], [(0.2, 0), (0.2, 1)])
+    gains = fusion_gains(runs + without, records)
+    assert set(gains["over"]) == {
+        "alone",
+        "best_single",
+        "concatenation",
+        "mean_of_logits",
+        *NETWORKS,
+    }
+    assert gains[gains["over"] == "dvme"][["members", "fraction"]].to_numpy().tolist() == [
+        ["p+q", 0.2]
+    ]
+    assert (gains["low"] <= gains["gain"]).all() and (gains["gain"] <= gains["high"]).all()
+
+
+def test_a_member_that_differs_by_cell_is_taken_by_cell(data, records, folder):
+    own = {cell: member(records, folder, f"own{cell[0]:g}", cell[1], 2.0) for cell in [(0.2, 0)]}
+    both = FusionData(records, FRACTIONS, {0.2: 1}, {"p": data.members["p"], "own": own})
+    spec = fusion_spec(both, "dvme", ["p", "own"], (0.2, 0), SETTINGS)
+    assert spec.settings["member_keys"] == {
+        "p": data.members["p"].spec.key,
+        "own": own[0.2, 0].spec.key,
+    }
+    (run,) = fuse(both, "dvme", SETTINGS, folder)
+    assert run.predictions()["tokens/attention"].shape == (2, 2)
+
+
+def test_bad_members_are_named(data, records, folder):
+    with pytest.raises(DataError, match="^p: a single member cannot be fused; add"):
+        FusionData(records, FRACTIONS, SEEDS, {"p": data.members["p"]})
+    with pytest.raises(DataError, match="^q: a single member cannot be fused"):
+        fuse(data, "dvme", SETTINGS, folder, ["q"])
+    others = records.select(np.arange(110))
+    with pytest.raises(
+        DataError,
+        match="^p: its features were computed on other records .* for 110 records.*run the notebook",
+    ):
+        FusionData(others, FRACTIONS, SEEDS, data.members)
+    moved = labelled_records()
+    moved.table["fold"] = 1 + (moved.table["fold"] + 3) % 10
+    with pytest.raises(DataError, match="^p: .*another split"):
+        FusionData(moved, FRACTIONS, SEEDS, data.members)
+    with pytest.raises(
+        DataError, match="^supervised: no xresnet1d_narrow was trained .* run notebook 09"
+    ):
+        supervised_member([], records, [(0.2, 0)], folder, "xresnet1d_narrow")
+
+
+@pytest.fixture(scope="module")
+def encoded(records: Records, folder: Path) -> dict[str, Run]:
+    """Real encoders, never trained."""
+    settings = {"encoder": "xresnet1d_narrow", "crop_seconds": 1.0}
+    specs = [pretraining_spec("random", records, seed, settings) for seed in range(2)]
+    return {f"random{spec.seed}": run_or_load(spec, encode_run(records), folder) for spec in specs}
+
+
+def test_fine_tuning_starts_as_the_frozen_fusion_and_moves_the_encoders(records, folder, encoded):
+    data = FusionData(records, FRACTIONS, {0.2: 1}, encoded)
+    frozen = fuse(data, "dvme", SETTINGS, folder)
+    classifier = fused_classifier(frozen[0], list(encoded.values()), records).eval()
+    positions = data.split["test"][:4]
+    raw = [torch.from_numpy(run.predictions()["features"]) for run in encoded.values()]
+    for encoder, each in zip(
+        classifier.encoders, raw, strict=True
+    ):  # the kept features in place of its own
+        encoder.forward = lambda signals, each=each: each[positions]
+    expected = stack_logits(classifier.network, list(data.features.values()), positions, 1)[0]
+    torch.testing.assert_close(classifier(torch.zeros(4, 12, 100)), expected, atol=1e-4, rtol=1e-4)
+    settings = {**SETTINGS, **TRAINING, "encoder_factor": 0.1, "start": frozen[0].spec.key}
+    spec = fusion_spec(data, "dvme", list(encoded), (0.2, 0), settings, "fine-tuned")
+    (tuned,) = run_grid([spec], finetuned_fusion_run(data, frozen), folder, progress_bar=False)
+    assert tuned.spec.value("protocol") == "fine-tuned" and tuned.spec.settings["steps"] == 3
+    own = {key.removeprefix("encoders.0."): value for key, value in tuned.weights().items()}
+    name = next(key for key, value in encoded["random0"].weights().items() if value.ndim > 1)
+    assert not torch.equal(own[name], encoded["random0"].weights()[name])
+
+
+def test_a_supervised_member_has_the_encoder_of_each_cell(records, folder):
+    specs = [
+        RunSpec(
+            "supervised",
+            "test",
+            records.fingerprint,
+            "ab",
+            0.2,
+            seed,
+            {**TRAINING, "protocol": "supervised"},
+        )
+        for seed in range(2)
+    ]
+    trained = run_grid(specs, supervised_run(records, FRACTIONS), folder, progress_bar=False)
+    found = supervised_member(trained, records, [(0.2, 0), (0.2, 1)], folder, "xresnet1d_narrow")
+    assert set(found) == {(0.2, 0), (0.2, 1)}
+    for (_, seed), run in found.items():
+        for name, value in run.weights().items():
+            assert torch.equal(value, trained[seed].weights()[f"encoder.{name}"])
+    assert not np.allclose(*[run.predictions()["features"] for run in found.values()])
+
+
+def test_a_transformer_gives_the_class_tokens_of_its_last_four_blocks(records, folder, encoded):
+    settings = {"encoder": "vit1d_small", "crop_seconds": 1.0}
+    run = run_or_load(pretraining_spec("dino", records, 0, settings), encode_run(records), folder)
+    tokens = as_member(run, records, folder)
+    assert tokens.predictions()["features"].shape == (120, 4 * 96)
+    assert as_member(run, records, folder).folder == tokens.folder
+    encoder = vit1d_small().eval()
+    encoder.load_state_dict(run.weights())
+    windows = [
+        encoder.class_tokens(
+            torch.from_numpy(records.millivolts([3])[:, :, start : start + 100]).float()
+        )
+        for start in (0, 50, 100)
+    ]
+    expected = torch.stack(windows).mean(dim=0)[0].detach()
+    np.testing.assert_allclose(tokens.predictions()["features"][3], expected, atol=1e-4)
+    assert as_member(encoded["random0"], records, folder) is encoded["random0"]
