@@ -1,35 +1,41 @@
-"""Encoders: each maps `(batch, leads, time)` mV to `(batch, feature_size)`."""
+"""The registry of encoders: each maps `(batch, leads, time)` mV to `(batch, feature_size)`.
 
-from functools import partial
+A new encoder is a file and an entry here, or from elsewhere `ENCODERS["mine"] = "my_module:make"`.
+"""
+
+from collections.abc import Callable
+from pkgutil import resolve_name
 
 from torch import nn
 
-from ecglib.encoders.conv_transformer import ConvTransformer, conv_transformer_small
-from ecglib.encoders.cpc_lstm import CPCEncoder, cpc_lstm_small
-from ecglib.encoders.s4 import S4Encoder, s4_small
-from ecglib.encoders.vit1d import ViT1d, vit1d_small
-from ecglib.encoders.xresnet1d import xresnet1d50, xresnet1d_narrow
+# Name in the configs: where its maker is. Only the file of the encoder asked for is imported, so
+# that an edit of one encoder leaves the runs of all others as they are.
+ENCODERS = {
+    "xresnet1d50": "ecglib.encoders.xresnet1d:xresnet1d50",
+    "xresnet1d_narrow": "ecglib.encoders.xresnet1d:xresnet1d_narrow",
+    "cpc_lstm": "ecglib.encoders.cpc_lstm:CPCEncoder",
+    "cpc_lstm_small": "ecglib.encoders.cpc_lstm:cpc_lstm_small",
+    "s4": "ecglib.encoders.s4:S4Encoder",
+    "s4_small": "ecglib.encoders.s4:s4_small",
+    "vit1d": "ecglib.encoders.vit1d:ViT1d",
+    "vit1d_small": "ecglib.encoders.vit1d:vit1d_small",
+    "conv_transformer": "ecglib.encoders.conv_transformer:ConvTransformer",
+    "conv_transformer_small": "ecglib.encoders.conv_transformer:conv_transformer_small",
+}
 
 
-def make_encoder(name: str, leads: int = 12) -> nn.Module:
-    """The encoder of that name, as configs spell it, with random weights; ValueError for an unknown
-    name.
+def encoder_maker(name: str) -> Callable[..., nn.Module]:
+    """The function or class behind a name of `ENCODERS`; ValueError for an unknown name."""
+    if name not in ENCODERS:
+        raise ValueError(f"There is no encoder {name!r}; choose from {', '.join(ENCODERS)}.")
+    return resolve_name(ENCODERS[name])
 
-    Besides `feature_size` each has `layers()`, its parts from input to output, for layer-wise
-    learning rates.
+
+def make_encoder(name: str, leads: int = 12, **options) -> nn.Module:
+    """The encoder of that name with random weights; ValueError for an unknown name.
+
+    Besides `feature_size` it has `layers()`, its parts from input to output, for layer-wise
+    learning rates. Further options go to its maker, such as `classes` of a ConvTransformer, which
+    then returns logits.
     """
-    encoders = {
-        "xresnet1d50": xresnet1d50,
-        "cpc_lstm": CPCEncoder,
-        "s4": S4Encoder,
-        "vit1d": ViT1d,
-        "xresnet1d_narrow": xresnet1d_narrow,
-        "cpc_lstm_small": cpc_lstm_small,
-        "s4_small": s4_small,
-        "vit1d_small": vit1d_small,
-        "conv_transformer": partial(ConvTransformer, "base", None),
-        "conv_transformer_small": conv_transformer_small,
-    }
-    if name not in encoders:
-        raise ValueError(f"There is no encoder {name!r}; choose from {', '.join(encoders)}.")
-    return encoders[name](leads)
+    return encoder_maker(name)(leads=leads, **options)

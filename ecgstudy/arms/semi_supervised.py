@@ -4,6 +4,7 @@ and schedule.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ecglib.batches import CropBatches, SemiBatches
 from ecglib.checkpoints import first_difference
-from ecglib.encoders.conv_transformer import ConvTransformer, conv_transformer_small
+from ecglib.encoders import ENCODERS, encoder_maker, make_encoder
 from ecglib.errors import DataError
 from ecglib.labels import label_subsets, split_indices
 from ecglib.lora import add_lora, last_linear, low_rank_layers, merge_lora, trainable_parameters
@@ -25,7 +26,6 @@ from ecglib.train import fit, linear_schedule
 from ecgstudy.arms.supervised import classifier_result
 from ecgstudy.runs import Result, RunSpec
 
-BACKBONES = {"conv_transformer": ConvTransformer, "conv_transformer_small": conv_transformer_small}
 CE_SSL = (
     "ce_ssl",
     "ce_ssl_without_deactivation",
@@ -46,17 +46,21 @@ LABELLED_ONLY = ("supervised", "ce_ssl_without_norm")  # have no use for unlabel
 
 def make_network(
     backbone: str, classes: int, seed: int, start: Mapping[str, Tensor] | None = None
-) -> ConvTransformer:
-    """A backbone with classes, random weights drawn from the seed, and the weights of `start` but
-    for the last layer.
+) -> nn.Module:
+    """An encoder made with classes, random weights drawn from the seed, and the weights of `start`
+    but for the last layer.
 
     `start` may come from other classes, or from an encoder without a head, whose first layer then
-    stays random. DataError where it lacks a weight of the backbone or has one of another shape.
+    stays random. DataError where it lacks a weight of the backbone or has one of another shape,
+    ValueError for a name that is no encoder made with classes.
     """
-    if backbone not in BACKBONES:
-        raise ValueError(f"There is no backbone {backbone!r}; choose from {', '.join(BACKBONES)}.")
+    if backbone not in ENCODERS or "classes" not in signature(encoder_maker(backbone)).parameters:
+        raise ValueError(
+            f"There is no backbone {backbone!r}; choose an encoder that is made with classes, such as "
+            "conv_transformer_small."
+        )
     torch.manual_seed(seed)
-    network = BACKBONES[backbone](classes=classes)
+    network = make_encoder(backbone, classes=classes)
     if start is not None:
         last, own = last_linear(network), network.state_dict()
         taken = {

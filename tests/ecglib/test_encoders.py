@@ -1,10 +1,12 @@
 """xresnet1d against a plain Conv1d twin, and its published size."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 
-from ecglib.encoders import make_encoder
+from ecglib.encoders import ENCODERS, encoder_maker, make_encoder
 from ecglib.encoders.xresnet1d import XResNet1d, xresnet1d50
 from ecglib.train import autocast
 from toolkit import plain_conv1d
@@ -94,6 +96,17 @@ def test_bfloat16_gradients_differ_by_rounding_alone():
 def test_unknown_encoder_is_named():
     with pytest.raises(ValueError, match="no encoder 'resnet9000'.*xresnet1d50"):
         make_encoder("resnet9000")
+
+
+def test_an_encoder_from_elsewhere_is_one_entry(monkeypatch, tmp_path):
+    (tmp_path / "own_encoder.py").write_text(
+        "from torch import nn\ndef make(leads=12, width=3): return nn.Linear(leads, width)"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(ENCODERS, "mine", "own_encoder:make")
+    assert "own_encoder" not in sys.modules, "a file is imported when its encoder is asked for"
+    assert encoder_maker("mine").__module__ == "own_encoder"
+    assert make_encoder("mine", leads=2, width=5).weight.shape == (5, 2)
 
 
 @pytest.mark.parametrize("name", ["xresnet1d_narrow", "cpc_lstm_small", "s4_small", "vit1d_small"])
