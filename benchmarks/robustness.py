@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from ecglib import noise
 from ecglib.labels import split_indices
 from ecglib.records import Records
 from ecglib.train import autocast, precision
