@@ -132,7 +132,7 @@ print(
 import matplotlib.pyplot as plt
 import seaborn as sns
 
-from ecgstudy.analysis.figures import save_figure
+from ecgstudy.results import save_figure
 
 together = (records.targets.T.astype(float) @ records.targets) / np.maximum(
     records.targets.sum(axis=0), 1
@@ -153,7 +153,7 @@ axes.set(
     ylabel="recordings of this class",
     title=f"Classes together: {records.about['source']}",
 )
-save_figure(figure, Path(results) / "figures" / "classes_together.svg")
+save_figure(figure, "classes_together", results)
 figure
 
 # %% [markdown]
@@ -230,12 +230,11 @@ assert again.fingerprint == records.fingerprint
 print(f"fingerprint {again.fingerprint[:16]}: results computed on these records carry it")
 
 # %%
-from ecglib.files import atomic_file
+from ecgstudy.results import save_table
 
 tables = {"left_out": records.left_out, "classes": counts.rename_axis("class").reset_index()}
 for name, frame in tables.items():
-    with atomic_file(Path(results) / "tables" / f"{name}.csv") as path:
-        frame.to_csv(path, index=False)
+    save_table(frame, name, results)
 
 # %% [markdown]
 # ## Exercise

@@ -33,7 +33,7 @@ print(f"{len(records):,} recordings: {origin}")
 
 # %%
 from ecglib.plot_ecg import plot_ecg
-from ecgstudy.analysis.figures import save_figure
+from ecgstudy.results import save_figure
 
 generator = np.random.default_rng(examples_seed)
 
@@ -54,7 +54,7 @@ figure = plot_ecg(
     records.sampling_rate,
     f"{first}, record {records.table['record_id'][index]}, {origin}",
 )
-save_figure(figure, Path(results) / "figures" / "ecg_first.svg")
+save_figure(figure, "ecg_first", results)
 figure
 
 # %% [markdown]
@@ -151,7 +151,7 @@ axes.fill_between(
 )
 axes.set(xlabel="Frequency (Hz)", ylabel="Power (mV²/Hz)", title=f"Spectrum of lead II: {origin}")
 axes.legend(frameon=False)
-save_figure(figure, Path(results) / "figures" / "spectrum.svg")
+save_figure(figure, "spectrum", results)
 figure
 
 # %%
@@ -179,7 +179,7 @@ for axes, (name, transform) in zip(grid.flat, TRANSFORMS.items()):
     axes.set_title(name.replace("_", " "), fontsize=10)
 figure.supxlabel("Time (s)")
 figure.supylabel("Lead II (mV)")
-save_figure(figure, Path(results) / "figures" / "augmentations.svg")
+save_figure(figure, "augmentations", results)
 figure
 
 # %% [markdown]

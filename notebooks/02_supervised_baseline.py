@@ -136,7 +136,7 @@ print(f"untrained, fold 9: {before.value:.3f} [{before.low:.3f}, {before.high:.3
 # %%
 from ecgstudy.analysis.label_curve import plot_label_curve
 from ecgstudy.analysis.training_curves import plot_training
-from ecgstudy.analysis.figures import save_figure
+from ecgstudy.results import save_figure
 from ecgstudy.runs import RunSpec, run_grid, run_or_load, tidy
 from ecgstudy.analysis.summary import seed_summary
 from ecgstudy.arms.supervised import supervised_run
@@ -178,7 +178,7 @@ import pandas as pd
 
 history = pd.DataFrame(first.about["notes"]["history"])
 figure = plot_training(history, f"Supervised training, all labels ({records.name})")
-save_figure(figure, Path(results) / "figures" / "supervised_training.svg")
+save_figure(figure, "supervised_training", results)
 figure
 
 # %%
@@ -201,13 +201,12 @@ grid = [
 runs = run_grid(grid, train_and_score, results, workers=workers)
 
 # %%
-from ecglib.files import atomic_file
+from ecgstudy.results import save_table
 
 rows = tidy(row for run in runs for row in run.rows())
 summary = seed_summary(runs, records)
 for name, frame in {"supervised": rows, "supervised_summary": summary}.items():
-    with atomic_file(Path(results) / "tables" / f"{name}.csv") as path:
-        frame.to_csv(path, index=False)
+    save_table(frame, name, results)
 summary.style.format(precision=3).set_caption(f"Macro AUROC, mean over seeds: {note}")
 
 # %% [markdown]
@@ -222,7 +221,7 @@ curve = macro.drop(columns=["low", "high"]).merge(
 )
 title = f"Supervised from scratch: {records.name}, fold 10 ({len(split['test'])} recordings)"
 figure = plot_label_curve(curve, len(split["train"]), title=title)
-save_figure(figure, Path(results) / "figures" / "supervised.svg")
+save_figure(figure, "supervised", results)
 figure
 
 # %% [markdown]

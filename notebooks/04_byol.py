@@ -187,11 +187,11 @@ keep_pretrained(pretrained, results)
 import pandas as pd
 
 from ecgstudy.analysis.training_curves import plot_pretraining
-from ecgstudy.analysis.figures import save_figure
+from ecgstudy.results import save_figure
 
 history = pd.DataFrame(pretrained.about["notes"]["history"])
 figure = plot_pretraining(history, f"BYOL: {note}")
-save_figure(figure, Path(results) / "figures" / "byol_pretraining.svg")
+save_figure(figure, "byol_pretraining", results)
 figure
 
 # %% [markdown]

@@ -203,11 +203,11 @@ keep_pretrained(pretrained, results)
 import pandas as pd
 
 from ecgstudy.analysis.training_curves import plot_pretraining
-from ecgstudy.analysis.figures import save_figure
+from ecgstudy.results import save_figure
 
 history = pd.DataFrame(pretrained.about["notes"]["history"])
 figure = plot_pretraining(history, f"DINO: {note}")
-save_figure(figure, Path(results) / "figures" / "dino_pretraining.svg")
+save_figure(figure, "dino_pretraining", results)
 figure
 
 # %% [markdown]

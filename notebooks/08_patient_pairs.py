@@ -216,7 +216,7 @@ import time
 
 import pandas as pd
 
-from ecglib.files import atomic_file
+from ecgstudy.results import save_table
 from ecgstudy.runs import Result, RunSpec, run_or_load
 from ecglib.selfsup.patient_pairs import PatientPairs, shortcut_probes
 from ecgstudy.arms.pretrain import encode_run, keep_pretrained, pretrain_run, pretraining_spec
@@ -244,8 +244,12 @@ probing = run_or_load(
     pretraining_spec("order_shortcuts", records, seed, probe_settings), look_for_shortcuts, results
 )
 shortcuts = pd.DataFrame(probing.about["notes"]["probes"]).set_index("input")
-with atomic_file(Path(results) / "tables" / "segment_order_shortcuts.csv") as path:
-    shortcuts.assign(data=records.name, steps=probe_steps).to_csv(path)
+save_table(
+    shortcuts.assign(data=records.name, steps=probe_steps),
+    "segment_order_shortcuts",
+    results,
+    index=True,
+)
 share = shortcuts["share_of_gain"].drop("whole view")
 answer = (
     "too early to tell"
@@ -294,11 +298,11 @@ keep_pretrained(pretrained, results)
 
 # %%
 from ecgstudy.analysis.training_curves import plot_pretraining
-from ecgstudy.analysis.figures import save_figure
+from ecgstudy.results import save_figure
 
 history = pd.DataFrame(pretrained.about["notes"]["history"])
 figure = plot_pretraining(history, f"Patient pairs: {note}")
-save_figure(figure, Path(results) / "figures" / "patient_pairs_pretraining.svg")
+save_figure(figure, "patient_pairs_pretraining", results)
 figure
 
 # %% [markdown]

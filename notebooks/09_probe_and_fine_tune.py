@@ -258,7 +258,7 @@ for start in pretrained.values():
 # and `protocol` (frozen, fine-tuned, or supervised from scratch).
 
 # %%
-from ecglib.files import atomic_file
+from ecgstudy.results import save_table
 from ecgstudy.runs import keep_list, tidy
 
 runs = frozen + trained
@@ -266,8 +266,7 @@ keep_list(runs, "label_efficiency", results)  # for the notebooks that follow
 rows = tidy((row for run in runs for row in run.rows()), extra=("encoder", "protocol"))
 summary = seed_summary(runs, records, cell=CELL)
 for filename, frame in {"label_efficiency": rows, "label_efficiency_summary": summary}.items():
-    with atomic_file(Path(results) / "tables" / f"{filename}.csv") as path:
-        frame.to_csv(path, index=False)
+    save_table(frame, filename, results)
 arms = summary.assign(
     score=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in summary.itertuples()]
 )
@@ -285,8 +284,7 @@ arms.rename(columns="{:.0%}".format).style.set_caption(f"Macro AUROC, mean over 
 from ecgstudy.analysis.gains import paired_gains
 
 gains = paired_gains(runs, records)
-with atomic_file(Path(results) / "tables" / "label_efficiency_gains.csv") as path:
-    gains.to_csv(path, index=False)
+save_table(gains, "label_efficiency_gains", results)
 few = gains[gains["fraction"].isin([min(fractions), 0.1, max(fractions)])]
 few.style.format(precision=3).hide(axis="index").set_caption(f"Gain in macro AUROC, paired: {note}")
 

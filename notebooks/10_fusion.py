@@ -216,11 +216,11 @@ shown.style.set_caption(f"Macro AUROC, frozen encoders, mean over label subsets:
 # %%
 from ecgstudy.analysis.gains import fusion_gains
 from ecgstudy.analysis.gains import plot_fusion_gains
-from ecgstudy.analysis.figures import save_figure
+from ecgstudy.results import save_figure
 
 gains = fusion_gains([run for run in runs if run.spec.method != "alone"], records)
 figure = plot_fusion_gains(gains, f"What DVME gains in macro AUROC: {note}")
-save_figure(figure, Path(results) / "figures" / "fusion_gains.svg")
+save_figure(figure, "fusion_gains", results)
 figure
 
 # %%
@@ -339,7 +339,7 @@ similarity = pd.DataFrame({a: {b: linear_cka(pool[a], pool[b]) for b in pool} fo
 one, other = list(pool)[:2]
 assert abs(cka_by_hand(pool[one], pool[other]) - similarity.loc[one, other]) < 1e-6
 figure = plot_similarity(similarity, f"Similarity of encoders: {records.name}, training records")
-save_figure(figure, Path(results) / "figures" / "encoder_similarity.svg")
+save_figure(figure, "encoder_similarity", results)
 figure
 
 # %% [markdown]
@@ -375,7 +375,7 @@ assert ((totals - 1).abs() < 1e-4).all(), totals
 figure = plot_token_weights(
     shares, f"{at:.0%} of the labels, {records.name}, fold 9{records.caveat}"
 )
-save_figure(figure, Path(results) / "figures" / "token_weights.svg")
+save_figure(figure, "token_weights", results)
 figure
 
 # %% [markdown]
@@ -444,7 +444,7 @@ for (fraction,), ours in sorted(scores["DVME"].items()):
         )
 
 # %%
-from ecglib.files import atomic_file
+from ecgstudy.results import save_table
 from ecgstudy.runs import keep_list, tidy
 
 keep_list(runs, "fusion", results)  # for notebook 15
@@ -453,8 +453,7 @@ rows = tidy((row for run in every for row in run.rows()), extra=("protocol", "me
 summary = seed_summary(every, records, cell=CELL)
 gains = fusion_gains(every, records)
 for filename, frame in {"fusion": rows, "fusion_summary": summary, "fusion_gains": gains}.items():
-    with atomic_file(Path(results) / "tables" / f"{filename}.csv") as path:
-        frame.to_csv(path, index=False)
+    save_table(frame, filename, results)
 print(f"{len(rows):,} rows of {len(every)} runs")
 
 # %% [markdown]

@@ -521,24 +521,23 @@ print(
 )
 
 # %%
-from ecglib.files import atomic_file
+from ecgstudy.results import save_table
 
 ranks = pd.DataFrame(
     {score: ranks_by_importance(scores[score].to_dict(), rank, share) for score in scores}
 )
 table = scores.join(ranks.add_prefix("rank_")).rename_axis("layer")
-with atomic_file(Path(results) / "tables" / "ranks.csv") as path:
-    table.to_csv(path)
+save_table(table, "ranks", results, index=True)
 table.style.format({"published": "{:.1e}", "corrected": "{:.1e}"}).set_caption(
     f"Importance and rank of each layer, {passes} batches of labels: {note}"
 )
 
 # %%
 from ecgstudy.analysis.cost import plot_ranks
-from ecgstudy.analysis.figures import save_figure
+from ecgstudy.results import save_figure
 
 figure = plot_ranks(scores, ranks, f"Importance of each layer before training: {note}")
-save_figure(figure, Path(results) / "figures" / "ranks.svg")
+save_figure(figure, "ranks", results)
 figure
 
 # %% [markdown]

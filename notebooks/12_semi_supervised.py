@@ -248,7 +248,7 @@ runs = train_from(start, methods) + probe_from(start)
 # ## The table
 
 # %%
-from ecglib.files import atomic_file
+from ecgstudy.results import save_table
 from ecgstudy.analysis.summary import seed_summary
 
 CELL = ("method", "backbone", "start", "data", "labels", "fraction")
@@ -270,14 +270,13 @@ arms.rename(columns="{:.0%}".format).style.set_caption(
 
 # %%
 from ecgstudy.analysis.gains import plot_method_gains
-from ecgstudy.analysis.figures import save_figure
+from ecgstudy.results import save_figure
 from ecgstudy.analysis.gains import gains_over
 
 gains = gains_over(runs, records)
-with atomic_file(Path(results) / "tables" / "semi_supervised_gains.csv") as path:
-    gains.to_csv(path, index=False)
+save_table(gains, "semi_supervised_gains", results)
 figure = plot_method_gains(gains, f"What CE-SSL gains: {note}")
-save_figure(figure, Path(results) / "figures" / "semi_supervised_gains.svg")
+save_figure(figure, "semi_supervised_gains", results)
 figure
 
 # %%
@@ -351,8 +350,7 @@ keep_list(runs + from_starts, "semi_supervised", results)  # for the notebooks t
 rows = tidy((row for run in runs + from_starts for row in run.rows()), extra=("backbone", "start"))
 every = seed_summary(runs + from_starts, records, cell=CELL)
 for filename, frame in {"semi_supervised": rows, "semi_supervised_summary": every}.items():
-    with atomic_file(Path(results) / "tables" / f"{filename}.csv") as path:
-        frame.to_csv(path, index=False)
+    save_table(frame, filename, results)
 print(f"{len(rows):,} rows of {len(runs + from_starts)} runs")
 
 # %% [markdown]
@@ -376,11 +374,10 @@ costs = pd.DataFrame(
         for method in costed
     ]
 )
-with atomic_file(Path(results) / "tables" / "adaptation_cost.csv") as path:
-    costs.to_csv(path, index=False)
+save_table(costs, "adaptation_cost", results)
 smallest = summary[summary["fraction"] == label_fractions[0]]
 figure = plot_cost(costs, smallest, f"{label_fractions[0]:.0%} of the labels: {note}")
-save_figure(figure, Path(results) / "figures" / "adaptation_cost.svg")
+save_figure(figure, "adaptation_cost", results)
 figure
 
 # %%

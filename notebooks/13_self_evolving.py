@@ -214,9 +214,9 @@ runs = evolve(records, arms, fraction, seeds, settings, results, default_device(
 # miss the shares that are found, averaged over classes.
 
 # %%
-from ecglib.files import atomic_file
+from ecgstudy.results import save_table
 from ecgstudy.analysis.self_evolving import plot_stages
-from ecgstudy.analysis.figures import save_figure
+from ecgstudy.results import save_figure
 from ecgstudy.runs import keep_list, tidy
 from ecgstudy.analysis.gains import stage_gains
 from ecgstudy.analysis.self_evolving import stage_summary
@@ -225,8 +225,7 @@ keep_list(runs, "self_evolving", results)  # for the notebooks that follow
 summary, gains = stage_summary(runs, records), stage_gains(runs, records)
 rows = tidy((row for run in runs for row in run.rows()), extra=("network", "stage"))
 for name, frame in {"": rows, "_summary": summary, "_gains": gains}.items():
-    with atomic_file(Path(results) / "tables" / f"self_evolving{name}.csv") as path:
-        frame.to_csv(path, index=False)
+    save_table(frame, f"self_evolving{name}", results)
 shown = summary.assign(
     score=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in summary.itertuples()]
 )
@@ -237,7 +236,7 @@ shown.style.set_caption(
 
 # %%
 figure = plot_stages(summary, f"{fraction:.0%} of the labels: {note}")
-save_figure(figure, Path(results) / "figures" / "self_evolving.svg")
+save_figure(figure, "self_evolving", results)
 figure
 
 # %% [markdown]

@@ -39,10 +39,10 @@ print(
 
 # %%
 from ecgstudy.analysis.label_curve import plot_label_efficiency
-from ecgstudy.analysis.figures import save_figure
+from ecgstudy.results import save_figure
 
 figure = plot_label_efficiency(summary, len(split["train"]), f"Label efficiency: {note}")
-save_figure(figure, Path(results) / "figures" / "label_efficiency.svg")
+save_figure(figure, "label_efficiency", results)
 figure
 
 # %% [markdown]
@@ -64,13 +64,12 @@ assert first_reached([0.01, 1.0], [0.70, 0.90], 0.95) == float("inf"), (
 first_reached([0.01, 1.0], [0.70, 0.90], 0.80)
 
 # %%
-from ecglib.files import atomic_file
+from ecgstudy.results import save_table
 from ecgstudy.analysis.label_curve import labels_needed_table, transfer_runs
 
 runs = transfer_runs(results, records)
 needed = labels_needed_table(runs, records, draws)
-with atomic_file(Path(results) / "tables" / "labels_needed.csv") as path:
-    needed.to_csv(path, index=False)
+save_table(needed, "labels_needed", results)
 needed.style.format(precision=3).hide(axis="index").set_caption(
     f"Share of the labels needed: {note}"
 )
@@ -106,7 +105,7 @@ gains = pd.read_csv(Path(results) / "tables" / "label_efficiency_gains.csv")
 figure = plot_gains(
     gains[gains["over"] == "supervised"], f"Gain over supervised training from scratch: {note}"
 )
-save_figure(figure, Path(results) / "figures" / "label_efficiency_gains.svg")
+save_figure(figure, "label_efficiency_gains", results)
 figure
 
 # %% [markdown]

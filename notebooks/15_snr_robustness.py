@@ -129,11 +129,11 @@ for kind in kinds:
 
 # %%
 from ecgstudy.analysis.robustness import plot_noise_kinds
-from ecgstudy.analysis.figures import save_figure
+from ecgstudy.results import save_figure
 
 shown = {kind: drawn[kind].at(6.0)[0].numpy() for kind in kinds}
 figure = plot_noise_kinds(few[0].numpy(), shown, rate, title=f"One ECG at 6 dB, {note}")
-save_figure(figure, Path(results) / "figures" / "noise_kinds.svg")
+save_figure(figure, "noise_kinds", results)
 figure
 
 # %% [markdown]
@@ -255,7 +255,7 @@ from ecgstudy.analysis.robustness import robustness_table
 
 table = robustness_table(scores)
 figure = plot_robustness(table, f"Macro AUROC under noise: {note}")
-save_figure(figure, Path(results) / "figures" / "robustness.svg")
+save_figure(figure, "robustness", results)
 figure
 
 # %% [markdown]
@@ -266,13 +266,12 @@ figure
 # classifier has little to lose, so read it beside the clean score. The interval asks again on every patient sample.
 
 # %%
-from ecglib.files import atomic_file
+from ecgstudy.results import save_table
 from ecgstudy.analysis.robustness import threshold_table
 
 thresholds = threshold_table(scores, limit)
 for name, frame in {"robustness": table, "robustness_threshold": thresholds}.items():
-    with atomic_file(Path(results) / "tables" / f"{name}.csv") as path:
-        frame.to_csv(path, index=False)
+    save_table(frame, name, results)
 told = thresholds.pivot(
     index=["protocol", "encoder", "method", "fraction", "clean"], columns="kind", values="told"
 )
@@ -298,8 +297,7 @@ family = taught_kinds(
 outside = [kind for kind in kinds if kind not in (*family, "lead_loss")]
 families = {"in the family": family, "outside": outside} | {kind: [kind] for kind in kinds}
 differences = loss_differences(scores, families)
-with atomic_file(Path(results) / "tables" / "robustness_differences.csv") as path:
-    differences.to_csv(path, index=False)
+save_table(differences, "robustness_differences", results)
 print(f"In the family: {', '.join(family) or 'none'}; outside: {', '.join(outside)}")
 cells = [
     f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in differences.itertuples()

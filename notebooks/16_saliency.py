@@ -327,7 +327,7 @@ wide.style.set_caption(f"Mass over chance, mean of the records' own ratios: {not
 
 # %%
 from ecgstudy.analysis.localisation import plot_enrichment
-from ecgstudy.analysis.figures import save_figure
+from ecgstudy.results import save_figure
 
 known = (
     enriched
@@ -336,7 +336,7 @@ known = (
 )
 place_known = note if known is enriched else "SIMULATED patients, heights of waves"
 figure = plot_enrichment(known, f"Does the attribution point at the evidence? {place_known}")
-save_figure(figure, Path(results) / "figures" / "saliency_enrichment.svg")
+save_figure(figure, "saliency_enrichment", results)
 figure
 
 # %% [markdown]
@@ -458,7 +458,7 @@ for arm in [arm for arm in ARMS if arm != "occlusion"]:
             rows.append({"layer": layer, "attribution": arm, "signed": signed, **value._asdict()})
 randomised = pd.DataFrame(rows)
 figure = plot_randomisation(randomised, f"Randomised weights, {group}: {note}")
-save_figure(figure, Path(results) / "figures" / "saliency_randomisation.svg")
+save_figure(figure, "saliency_randomisation", results)
 figure
 
 # %% [markdown]
@@ -620,7 +620,7 @@ for kind, these in wanted.items():
         text = f"{kind} for {GROUPS[group][0]}: record {record}, probability {probabilities[found[0], place]:.2f}"
         examples.append((text, truth.records.millivolts(found)[0], shade))
 figure = plot_attributed_ecgs(examples, rate, f"{note}; relevance {chosen}", seconds=5.0)
-save_figure(figure, Path(results) / "figures" / "saliency_examples.svg")
+save_figure(figure, "saliency_examples", results)
 figure
 
 # %% [markdown]
@@ -671,7 +671,7 @@ localisation.mean_interval(two[0] - two[1], patients[positions], draws)
 # ## What was seen
 
 # %%
-from ecglib.files import atomic_file
+from ecgstudy.results import save_table
 
 about = {"truth": truth.name, "method": "supervised", "fraction": most, "seeds": 1}
 full = randomised[randomised["layer"] == randomised["layer"].iloc[-1]].copy()
@@ -715,8 +715,7 @@ columns = [
 table = pd.concat(
     [part.reindex(columns=columns).astype(object) for part in parts if len(part)], ignore_index=True
 )
-with atomic_file(Path(results) / "tables" / "saliency.csv") as path:
-    table.to_csv(path, index=False)
+save_table(table, "saliency", results)
 
 
 def bar(sentence, met):

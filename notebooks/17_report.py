@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ecglib.files import atomic_file, read_json
+from ecglib.files import read_json
+from ecgstudy.results import save_table
 
 about = read_json(Path(results) / "records" / "records.json")["about"]
 kind = (
@@ -106,8 +107,7 @@ print(
 from ecgstudy.analysis.claims import systems
 
 rows = systems(tables).assign(origin=origin)
-with atomic_file(Path(results) / "tables" / "systems.csv") as path:
-    rows.to_csv(path, index=False)
+save_table(rows, "systems", results)
 rows.style.format(precision=3).format("{:.0%}", subset=["fraction"]).hide(axis="index").set_caption(
     f"Macro AUROC on fold 10: {kind}"
 )
@@ -124,8 +124,7 @@ rows.style.format(precision=3).format("{:.0%}", subset=["fraction"]).hide(axis="
 from ecgstudy.analysis.claims import findings, shown_findings
 
 claims = findings(tables, published, origin)
-with atomic_file(Path(results) / "tables" / "findings.csv") as path:
-    claims.to_csv(path, index=False)
+save_table(claims, "findings", results)
 shown_findings(claims).style.hide(axis="index").set_caption(
     f"Published gains, and gains here: {kind}"
 )
@@ -340,5 +339,4 @@ print("right")
 # with weights and model card for each encoder in `encoders/`.
 
 # %%
-with atomic_file(Path(results) / "tables" / "report_parts.csv") as path:
-    status.to_csv(path, index=False)
+save_table(status, "report_parts", results)

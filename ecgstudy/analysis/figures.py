@@ -1,9 +1,7 @@
 """What the figures of the study share: names, markers, axes, and how a figure is kept."""
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
@@ -11,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ecglib.errors import DataError
-from ecglib.files import atomic_file
 
 MARKERS = "osD^vPXhp*"
 
@@ -124,19 +121,6 @@ def require_columns(table: pd.DataFrame, columns: Iterable[str], what: str) -> N
         raise DataError(
             f"The {what} has no row, so there is nothing to draw; run the earlier notebooks first."
         )
-
-
-def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write the figure as SVG, atomically, and close it, so that a notebook shows it once; equal
-    in, equal out.
-    """
-    path = Path(path)
-    if path.suffix != ".svg":
-        raise DataError(f"{path}: figures are kept as SVG; choose a name that ends in .svg.")
-    with mpl.rc_context({"svg.hashsalt": "ecglib"}), atomic_file(path) as temporary:
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return path
 
 
 def share_label(protocol: str, fraction: float) -> str:

@@ -1,0 +1,33 @@
+"""Where the study keeps its tables and figures: `results/tables/NAME.csv`, `results/figures/NAME.svg`."""
+
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ecglib.errors import DataError
+from ecglib.files import atomic_file
+
+
+def save_table(frame: pd.DataFrame, name: str, results: str | Path, index: bool = False) -> Path:
+    """Write a table as CSV below `results`, atomically; returns its path."""
+    path = Path(results) / "tables" / f"{name}.csv"
+    with atomic_file(path) as temporary:
+        frame.to_csv(temporary, index=index)
+    return path
+
+
+def save_figure(figure: Figure, name: str, results: str | Path) -> Path:
+    """Write a figure as SVG below `results`, atomically, and close it; returns its path.
+
+    The same figure gives the same bytes. DataError where the name has another ending.
+    """
+    path = Path(results) / "figures" / f"{name}.svg"
+    if "." in path.stem:
+        raise DataError(f"{name}: figures are kept as SVG; give a name without an ending.")
+    with mpl.rc_context({"svg.hashsalt": "ecglib"}), atomic_file(path) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return path
