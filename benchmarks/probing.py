@@ -34,7 +34,7 @@ from threadpoolctl import threadpool_limits
 from ecglib.batches import to_millivolts
 from ecglib.encoders import make_encoder
 from ecglib.evaluate.metrics import AbsentClassWarning
-from ecglib.labels import label_subsets, split_indices
+from ecglib.labels import label_subsets
 from ecglib.probe import PENALTIES, Probes, choose_penalty, fit_probes, standardise
 from ecglib.records import Records
 from ecglib.sources.simulate import simulate_records
@@ -187,7 +187,7 @@ def main() -> None:
     generator, clock = np.random.default_rng(0), Clock()
     differences = {solver: np.zeros(2) for solver in SOLVERS}
     records = simulate_records(options.patients, seed=0)
-    split, targets, classes = split_indices(records), records.targets, len(records.classes)
+    split, targets, classes = records.split, records.targets, len(records.classes)
     drawn = [label_subsets(records, FRACTIONS, seed) for seed in SEEDS]
     subsets = {
         (f, seed): drawn[seed][FRACTIONS[f]] for f in range(len(FRACTIONS)) for seed in SEEDS

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from ecglib.labels import split_indices
 from ecglib.records import Records
 from ecglib.train import autocast, precision
 from ecgstudy.arms import noise
@@ -52,9 +51,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     everything = Records.load(options.results / "records")
-    records = everything.select(everything.targets.any(axis=1))
+    records = everything.labelled
     arms = noise.noise_arms(options.results, records, 1.0, options.studies, options.methods)
-    dtype, test = precision("cpu"), len(split_indices(records)["test"])
+    dtype, test = precision("cpu"), len(records.split["test"])
     conditions = len(noise.conditions_of(noise.KINDS, noise.SNRS))
     print(
         f"{machine()}, {options.workers} worker(s) of one thread, {dtype}; {len(arms)} classifiers, {test} records"

@@ -14,42 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ecglib.errors import DataError
-from ecglib.records import Records
-
-TRAINING_FOLDS = range(1, 9)
-VALIDATION_FOLD, TEST_FOLD = 9, 10
-
-
-def split_indices(records: Records) -> dict[str, np.ndarray]:
-    """Record positions of `train` (folds 1-8), `validation` (9) and `test` (10).
-
-    DataError where a patient lies in two folds, or where one of the three is empty.
-    """
-    folds = records.table["fold"]
-    crossing = records.table.groupby("patient_id")["fold"].nunique()
-    if (crossing > 1).any():
-        patient = crossing.index[crossing > 1][0]
-        found = sorted(folds[records.table["patient_id"] == patient].unique().tolist())
-        raise DataError(
-            f"Patient {patient} lies in folds {', '.join(map(str, found))}; give each patient one fold."
-        )
-    members = {"train": TRAINING_FOLDS, "validation": [VALIDATION_FOLD], "test": [TEST_FOLD]}
-    split = {name: np.flatnonzero(folds.isin(list(wanted))) for name, wanted in members.items()}
-    for name, indices in split.items():
-        if not len(indices):
-            listed = ", ".join(map(str, members[name]))
-            raise DataError(
-                f"No record lies in the {name} folds ({listed}); assign the folds 1 to 10."
-            )
-    return split
-
-
-def split_truth(records: Records, split: str = "test") -> tuple[np.ndarray, np.ndarray]:
-    """Targets `(n, classes)` and patients `(n,)` of the records of a split, in the order of a run's
-    probabilities.
-    """
-    positions = split_indices(records)[split]
-    return records.targets[positions], records.table["patient_id"].to_numpy()[positions]
+from ecglib.records import TRAINING_FOLDS, Records
 
 
 def patients_shared(records: Records, test_share: float = 0.1) -> tuple[float, float]:

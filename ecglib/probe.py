@@ -183,8 +183,8 @@ def probe_subsets(
     """One encoder probed on every label subset: key, such as (fraction, seed), -> penalty and
     probabilities.
 
-    features `(n, d)` and targets `(n, classes)` are those of all records, split the positions from
-    `split_indices`. Features are standardised with the training records and brought to unit length,
+    features `(n, d)` and targets `(n, classes)` are those of all records, split the positions of
+    `Records.split`. Features are standardised with the training records and brought to unit length,
     the penalty is chosen on validation. Each value holds "penalty", "validation/probabilities" and
     "test/probabilities", `(records of the split, classes)`. DataError where a subset holds records
     outside the training ones.

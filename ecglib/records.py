@@ -22,6 +22,8 @@ LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V
 MISSING = np.int16(-32768)
 MICROVOLT = 0.001  # millivolts a count: the study's usual scale, good for +-32.7 mV
 TABLE_COLUMNS = ("record_id", "patient_id", "fold", "source")
+TRAINING_FOLDS = range(1, 9)
+SPLIT_FOLDS = {"train": TRAINING_FOLDS, "validation": (9,), "test": (10,)}
 LEFT_OUT_COLUMNS = ("record_id", "lead", "fault", "action", "detail")
 
 # Each limb lead as a sum of I and II (Einthoven 1908, Goldberger 1942).
@@ -146,6 +148,41 @@ class Records:
             self.about,
             part,
         )
+
+    @cached_property
+    def labelled(self) -> "Records":
+        """The records that have at least one class."""
+        return self.select(self.targets.any(axis=1))
+
+    @cached_property
+    def split(self) -> dict[str, np.ndarray]:
+        """Positions of the records of `train` (folds 1-8), `validation` (9) and `test` (10).
+
+        DataError where a patient lies in two folds, or where one of the three is empty.
+        """
+        folds = self.table["fold"]
+        crossing = self.table.groupby("patient_id")["fold"].nunique()
+        if (crossing > 1).any():
+            patient = crossing.index[crossing > 1][0]
+            found = sorted(folds[self.table["patient_id"] == patient].unique().tolist())
+            raise DataError(
+                f"Patient {patient} lies in folds {', '.join(map(str, found))}; give each patient one fold."
+            )
+        split = {name: np.flatnonzero(folds.isin(wanted)) for name, wanted in SPLIT_FOLDS.items()}
+        for name, positions in split.items():
+            if not len(positions):
+                listed = ", ".join(map(str, SPLIT_FOLDS[name]))
+                raise DataError(
+                    f"No record lies in the {name} folds ({listed}); assign the folds 1 to 10."
+                )
+        return split
+
+    def split_truth(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Targets `(n, classes)` and patients `(n,)` of one part of the split, in the order of a
+        run's probabilities.
+        """
+        positions = self.split[name]
+        return self.targets[positions], self.table["patient_id"].to_numpy()[positions]
 
     @property
     def unit(self) -> str:

@@ -160,13 +160,13 @@ figure
 # ## Patients, not recordings, are split
 #
 # Two recordings of one heart look alike. If one is trained on and the other tested on, the score measures memory. So a
-# patient lies in exactly one of ten folds: **folds 1–8 train, 9 selects, 10 is read once**. `split_indices` refuses
+# patient lies in exactly one of ten folds: **folds 1–8 train, 9 selects, 10 is read once**. `records.split` refuses
 # records that break this.
 
 # %%
-from ecglib.labels import label_subsets, split_indices
+from ecglib.labels import label_subsets
 
-split = split_indices(records)
+split = records.split
 pd.DataFrame(
     {
         name: {
@@ -194,7 +194,7 @@ len(crossing)
 # ones*. With few labels luck matters, so there are several subsets, one a seed.
 
 # %%
-labelled = records.select(records.targets.any(axis=1))
+labelled = records.labelled
 subsets = label_subsets(labelled, fractions, seed)
 assert all(
     set(subsets[a]) <= set(subsets[b]) for a, b in zip(sorted(fractions), sorted(fractions)[1:])

@@ -38,7 +38,7 @@ from pathlib import Path
 from ecglib.records import Records
 
 everything = Records.load(Path(results) / "records")
-records = everything.select(everything.targets.any(axis=1))
+records = everything.labelled
 print(
     f"{records.name}: {len(records):,} of {len(everything):,} recordings carry a class of {records.about['task']!r}"
 )
@@ -87,10 +87,9 @@ assert sum(p.numel() for p in xresnet1d50().parameters()) == 886_432
 
 # %%
 from ecglib.batches import CropBatches
-from ecglib.labels import split_indices
 from ecglib.supervised import Supervised
 
-split = split_indices(records)
+split = records.split
 batch = CropBatches(records, split["train"], batch_size, crop_seconds, seed=0)(step=0)
 
 

@@ -33,8 +33,7 @@ from pathlib import Path
 
 from ecglib.records import Records
 
-everything = Records.load(Path(results) / "records")
-records = everything.select(everything.targets.any(axis=1))
+records = Records.load(Path(results) / "records").labelled
 note = f"{records.name}{records.caveat}"
 print(f"{note}: {len(records):,} recordings")
 
@@ -50,9 +49,8 @@ import matplotlib.pyplot as plt
 
 from ecglib.augment import apply, named_transforms
 from ecglib.batches import CropBatches
-from ecglib.labels import split_indices
 
-split = split_indices(records)
+split = records.split
 batch = CropBatches(records, split["train"], batch_size, crop_seconds, seed)(step=0)
 views = [apply(named_transforms(transforms), batch.signals, batch.generator) for _ in range(2)]
 figure, panels = plt.subplots(1, 3, figsize=(11, 2.2), sharey=True, layout="constrained")

@@ -34,8 +34,7 @@ from pathlib import Path
 
 from ecglib.records import Records
 
-everything = Records.load(Path(results) / "records")
-records = everything.select(everything.targets.any(axis=1))
+records = Records.load(Path(results) / "records").labelled
 note = f"{records.name}{records.caveat}"
 print(f"{note}: {len(records):,} recordings")
 
@@ -57,10 +56,9 @@ import torch
 from ecglib.augment import apply, named_transforms
 from ecglib.batches import Batch, CropBatches
 from ecglib.encoders import make_encoder
-from ecglib.labels import split_indices
 from ecglib.selfsup.byol import BYOL, byol_loss
 
-split = split_indices(records)
+split = records.split
 batch = CropBatches(records, split["train"], 32, crop_seconds, seed)(step=0)
 torch.manual_seed(seed)
 model = BYOL(make_encoder(encoder), named_transforms(transforms), **options)

@@ -39,8 +39,7 @@ from pathlib import Path
 
 from ecglib.records import Records
 
-everything = Records.load(Path(results) / "records")
-records = everything.select(everything.targets.any(axis=1))
+records = Records.load(Path(results) / "records").labelled
 note = f"{records.name}{records.caveat}"
 print(f"{note}: {len(records):,} recordings")
 
@@ -58,10 +57,9 @@ import torch
 
 from ecglib.batches import CropBatches
 from ecglib.encoders import make_encoder
-from ecglib.labels import split_indices
 from ecglib.selfsup.swav import SwAV, sinkhorn, swav_loss
 
-split = split_indices(records)
+split = records.split
 batch = CropBatches(records, split["train"], batch_size, crop_seconds, seed)(step=0)
 torch.manual_seed(seed)
 model = SwAV(make_encoder(encoder), batch_size=batch_size, **options)

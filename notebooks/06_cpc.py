@@ -39,8 +39,7 @@ from pathlib import Path
 
 from ecglib.records import Records
 
-everything = Records.load(Path(results) / "records")
-records = everything.select(everything.targets.any(axis=1))
+records = Records.load(Path(results) / "records").labelled
 note = f"{records.name}{records.caveat}"
 print(f"{note}: {len(records):,} recordings")
 
@@ -61,10 +60,9 @@ import torch
 
 from ecglib.batches import CropBatches, step_generator
 from ecglib.encoders import make_encoder
-from ecglib.labels import split_indices
 from ecglib.selfsup.cpc import CPC, draw_negatives, info_nce
 
-split = split_indices(records)
+split = records.split
 batch = CropBatches(records, split["train"], batch_size, crop_seconds, seed)(step=0)
 torch.manual_seed(0)
 network = CPC(make_encoder(encoder), **options)

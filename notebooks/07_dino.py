@@ -39,8 +39,7 @@ from pathlib import Path
 
 from ecglib.records import Records
 
-everything = Records.load(Path(results) / "records")
-records = everything.select(everything.targets.any(axis=1))
+records = Records.load(Path(results) / "records").labelled
 note = f"{records.name}{records.caveat}"
 print(f"{note}: {len(records):,} recordings")
 
@@ -60,11 +59,10 @@ import torch
 
 from ecglib.batches import CropBatches
 from ecglib.encoders import make_encoder
-from ecglib.labels import split_indices
 from ecglib.selfsup.crops import random_windows, window_length
 from ecglib.selfsup.dino import DINO, dino_loss, next_center
 
-split = split_indices(records)
+split = records.split
 batch = CropBatches(records, split["train"], 32, crop_seconds, seed)(step=0)
 torch.manual_seed(seed)
 model = DINO(make_encoder(encoder), **options)

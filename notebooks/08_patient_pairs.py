@@ -35,8 +35,7 @@ from pathlib import Path
 
 from ecglib.records import Records
 
-everything = Records.load(Path(results) / "records")
-records = everything.select(everything.targets.any(axis=1))
+records = Records.load(Path(results) / "records").labelled
 note = f"{records.name}{records.caveat}"
 print(f"{note}: {len(records):,} recordings")
 
@@ -49,9 +48,8 @@ print(f"{note}: {len(records):,} recordings")
 # too, but of one day. What this notebook measures is mostly *that*.
 
 # %%
-from ecglib.labels import split_indices
 
-split = split_indices(records)
+split = records.split
 sizes = records.table.iloc[split["train"]]["patient_id"].value_counts()
 print(
     f"{(sizes > 1).sum():,} of {len(sizes):,} training patients have several recordings: {(sizes > 1).mean():.1%}"

@@ -40,13 +40,11 @@ workers = 2  # trainings side by side, one thread each; 1 on a GPU
 # %%
 from pathlib import Path
 
-from ecglib.labels import split_indices
 from ecglib.records import Records
 from ecgstudy.arms.pretrain import pretrained_runs
 
-everything = Records.load(Path(results) / "records")
-records = everything.select(everything.targets.any(axis=1))
-split = split_indices(records)
+records = Records.load(Path(results) / "records").labelled
+split = records.split
 pretrained = pretrained_runs(results, records)
 note = f"{records.name}, fold 10{records.caveat}"
 print(f"All scores below: {note}\nPretrained: {', '.join(pretrained)}")

@@ -45,8 +45,7 @@ from pathlib import Path
 from ecglib.records import Records
 from ecgstudy.arms.pretrain import encode_run, pretrained_runs, pretraining_spec
 
-everything = Records.load(Path(results) / "records")
-records = everything.select(everything.targets.any(axis=1))
+records = Records.load(Path(results) / "records").labelled
 pretrained = pretrained_runs(results, records)
 note = f"{records.name}, fold 10{records.caveat}"
 print(f"Scores below: {note}\nPretrained: {', '.join(pretrained)}")
@@ -413,7 +412,6 @@ tuned = run_grid(
 
 # %%
 from ecglib.evaluate.draws import paired_difference
-from ecglib.labels import split_truth
 from ecgstudy.analysis.summary import seed_scores
 
 singles = [run for run in trained if run.spec.value("protocol") == "fine-tuned"]
@@ -424,7 +422,7 @@ scores = {
     "DVME": seed_scores(tuned, cell=("fraction",)),
     "frozen": seed_scores(frozen.values(), cell=("fraction",)),
 }
-targets, patients = split_truth(records)
+targets, patients = records.split_truth("test")
 for (fraction,), ours in sorted(scores["DVME"].items()):
     top = of_singles[of_singles["fraction"] == fraction].iloc[-1]["method"]
     single = seed_scores(singles, cell=("method", "fraction"))[top, fraction]

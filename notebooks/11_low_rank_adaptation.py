@@ -55,12 +55,11 @@ options = {
 # %%
 from pathlib import Path
 
-from ecglib.labels import label_subsets, split_indices
+from ecglib.labels import label_subsets
 from ecglib.records import Records
 
-everything = Records.load(Path(results) / "records")
-records = everything.select(everything.targets.any(axis=1))
-split = split_indices(records)
+records = Records.load(Path(results) / "records").labelled
+split = records.split
 note = f"{records.name}{records.caveat}"
 print(f"{note}: {len(records):,} recordings")
 

@@ -44,13 +44,12 @@ workers = 2  # trainings side by side, one thread each; 1 on a GPU
 # %%
 from pathlib import Path
 
-from ecglib.labels import label_subsets, split_indices
+from ecglib.labels import label_subsets
 from ecglib.records import Records
 from ecgstudy.arms.starts import kept_starts, start_weights
 
-everything = Records.load(Path(results) / "records")
-records = everything.select(everything.targets.any(axis=1))
-split = split_indices(records)
+records = Records.load(Path(results) / "records").labelled
+split = records.split
 starts = kept_starts(results)
 note = f"{records.name}, fold 10{records.caveat}"
 print(f"Scores below: {note}\nBackbones: {', '.join(starts)}, and random")
@@ -332,10 +331,9 @@ shown.rename(columns="{:.0%}".format).style.set_caption(f"Macro AUROC: {note}")
 
 # %%
 from ecglib.evaluate.draws import bootstrap_interval
-from ecglib.labels import split_truth
 from ecgstudy.arms.starts import without_real_labels
 
-truth, patients = split_truth(records)
+truth, patients = records.split_truth("test")
 try:
     told = without_real_labels(starts["simulated"], records, split["test"])
     none = bootstrap_interval(truth, told, patients, classes=records.classes)

@@ -54,12 +54,10 @@ workers = 2  # trainings side by side, one thread each; 1 on a GPU
 # %%
 from pathlib import Path
 
-from ecglib.labels import split_indices
 from ecglib.records import Records
 
-everything = Records.load(Path(results) / "records")
-records = everything.select(everything.targets.any(axis=1))
-split = split_indices(records)
+records = Records.load(Path(results) / "records").labelled
+split = records.split
 note = f"{records.name}, fold 10{records.caveat}"
 print(f"Scores below: {note}")
 

@@ -17,12 +17,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from ecglib.labels import split_indices
 from ecglib.records import Records
 
-everything = Records.load(Path(results) / "records")
-records = everything.select(everything.targets.any(axis=1))
-split = split_indices(records)
+records = Records.load(Path(results) / "records").labelled
+split = records.split
 note = f"{records.name}, fold 10{records.caveat}"
 summary = pd.read_csv(Path(results) / "tables" / "label_efficiency_summary.csv")
 fractions = sorted(summary["fraction"].unique())

@@ -33,12 +33,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ecglib.labels import split_indices
 from ecglib.records import Records
 
-everything = Records.load(Path(results) / "records")
-records = everything.select(everything.targets.any(axis=1))
-rate, test = records.sampling_rate, split_indices(records)["test"]
+records = Records.load(Path(results) / "records").labelled
+rate, test = records.sampling_rate, records.split["test"]
 clean = torch.from_numpy(records.millivolts(test))
 note = f"{records.name}, fold 10{records.caveat}"
 print(f"{note}: {len(test)} records at {rate:g} Hz")

@@ -46,8 +46,7 @@ from ecglib.saliency import attribute
 from ecgstudy.arms.trained import trained_classifier
 from ecgstudy.analysis.label_curve import transfer_runs
 
-everything = Records.load(Path(results) / "records")
-records = everything.select(everything.targets.any(axis=1))
+records = Records.load(Path(results) / "records").labelled
 runs = transfer_runs(results, records)
 trained = [run for run in runs if run.spec.value("protocol") in ("supervised", "fine-tuned")]
 encoder = Counter(run.spec.settings["encoder"] for run in trained).most_common(1)[0][
@@ -108,10 +107,9 @@ print({group: len(truth.positions(group)) for group in groups})
 # same record with the mean normal beat of the training folds put in the place of its own median beat.
 
 # %%
-from ecglib.labels import split_indices
 from ecglib.saliency import HealthyBeats, attribute_records, fitting_methods, relevance
 
-train, normal = split_indices(records)["train"], records.classes.index("NORM")
+train, normal = records.split["train"], records.classes.index("NORM")
 alone = records.targets.sum(axis=1) == 1
 healthy = [place for place in train if records.targets[place, normal] and alone[place]][
     :healthy_records
@@ -267,7 +265,7 @@ print(f"{chosen} (by {'enrichment' if marked else 'deletion'} on fold 9 of {tuni
 # nothing.
 
 # %%
-validation = split_indices(records)["validation"]
+validation = records.split["validation"]
 thresholds = choose_thresholds(
     records.targets[validation], scored.predictions()["validation/probabilities"]
 )

@@ -294,8 +294,7 @@ from ecgstudy.analysis.model_cards import release_encoders
 from ecglib.records import Records
 from ecgstudy.arms.pretrain import pretrained_runs
 
-everything = Records.load(Path(results) / "records")
-records = everything.select(everything.targets.any(axis=1))
+records = Records.load(Path(results) / "records").labelled
 released = release_encoders(
     pretrained_runs(results, records),
     tables["label_efficiency_summary"],

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 
 from ecglib.errors import DataError
-from ecglib.labels import split_indices
 from ecglib.records import LEADS, Records
 from ecglib.sources.ludb import INDEX, read_ludb, read_ludb_marks
 from ecglib.sources.simulate import ALL, Simulation
@@ -206,7 +205,7 @@ def targets_truth(records: Records) -> Truth:
         }
         for row in records.targets
     ]
-    split = split_indices(records)
+    split = records.split
     shape = records.signals.shape[1:]
     return Truth(
         records.name,

@@ -13,7 +13,6 @@ from ecglib.evaluate.draws import (
     paired_f2,
 )
 from ecglib.evaluate.metrics import AbsentClassWarning, choose_thresholds
-from ecglib.labels import split_truth
 from ecglib.records import Records
 from ecgstudy.analysis.figures import arm_label, method_label, plot_intervals, require_columns
 from ecgstudy.analysis.self_evolving import with_teacher
@@ -93,7 +92,7 @@ def paired_gains(runs: Sequence[Run], records: Records, split: str = "test") -> 
     A row an arm, fraction and control (`over`: supervised, or random for frozen arms): gain with
     its paired patient-bootstrap interval, both sides as means over seeds.
     """
-    targets, patients = split_truth(records, split)
+    targets, patients = records.split_truth(split)
     cells, rows = seed_scores(runs, split, ("method", "encoder", "protocol", "fraction")), []
     for (method, encoder, protocol, fraction), scores in sorted(cells.items()):
         controls = {"supervised": ("supervised", encoder, "supervised", fraction)}
@@ -137,7 +136,7 @@ def gains_over(
     record there has none and is left out of F2. DataError where two methods do not have the same
     seeds.
     """
-    targets, patients = split_truth(records, split)
+    targets, patients = records.split_truth(split)
     scores, known = seed_scores(runs, split, CELL), seed_scores(runs, "validation", CELL)
     decisions = {cell: _decisions(known[cell], scores[cell], records) for cell in scores}
     rows = []
@@ -185,7 +184,7 @@ def stage_gains(
         ("teacher", *cell): scores
         for cell, scores in seed_scores(taught, split, STAGE, "teacher").items()
     }
-    targets, patients = split_truth(records, split)
+    targets, patients = records.split_truth(split)
     rows = []
     for own, other in _stage_pairs(list(sides), method):
         need_same_seeds(runs, STAGE, own[1:], other[1:])
@@ -231,7 +230,7 @@ def _decisions(known: np.ndarray, scores: np.ndarray, records: Records) -> np.nd
     known are its probabilities for validation, from which its thresholds come, scores those that
     are decided.
     """
-    truth, _ = split_truth(records, "validation")
+    truth, _ = records.split_truth("validation")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AbsentClassWarning)  # named once, when the run was scored
         thresholds = np.stack([choose_thresholds(truth, one) for one in known])[:, None]
@@ -246,7 +245,7 @@ def fusion_gains(runs: Sequence[Run], records: Records, split: str = "test") -> 
     first of its runs. Both sides are means over the same seeds; DVME without a member or with other
     members is a control like any other. DataError where the seeds differ.
     """
-    targets, patients = split_truth(records, split)
+    targets, patients = records.split_truth(split)
     ours = next(run.spec.settings["members"] for run in runs if run.spec.method == "dvme")
     cells, rows = seed_scores(runs, split, FUSION_CELL), []
     for (method, members, protocol, fraction), scores in sorted(cells.items()):

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from ecglib.evaluate.draws import labels_needed
 from ecglib.evaluate.metrics import macro_auroc
-from ecglib.labels import split_indices, split_truth
 from ecglib.probe import probe_subsets
 from ecglib.records import Records
 from ecgstudy.analysis.figures import MARKERS, arm_label, label_axis, require_columns
@@ -141,7 +140,7 @@ def frozen_validation(
     Mean over `seeds` label subsets. The penalty is chosen on the same fold, so this is for looking
     while one learns; what counts is measured on fold 10 in notebook 09.
     """
-    split = split_indices(records)
+    split = records.split
     subsets = grid_subsets(records, fractions, dict.fromkeys(fractions, seeds))
     rows = {}
     for name, values in features.items():
@@ -171,8 +170,8 @@ def labels_needed_table(runs: Sequence[Run], records: Records, draws: int = 1000
     A row an arm: goal (macro AUROC to be reached), needed with its interval `low` to `high`, see
     `labels_needed`, and `records` that this share means.
     """
-    split = split_indices(records)
-    targets, patients = split_truth(records)
+    split = records.split
+    targets, patients = records.split_truth("test")
     arms: dict[tuple, dict[float, np.ndarray]] = {}
     for (*arm, fraction), scores in seed_scores(
         runs, "test", ("method", "encoder", "protocol", "fraction")

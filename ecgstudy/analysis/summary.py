@@ -8,7 +8,6 @@ import pandas as pd
 from ecglib.errors import DataError
 from ecglib.evaluate.draws import bootstrap_interval
 from ecglib.evaluate.metrics import macro_auroc
-from ecglib.labels import split_truth
 from ecglib.records import Records
 from ecgstudy.runs import Run
 
@@ -30,7 +29,7 @@ def seed_summary(
     interval speaks of the test patients; `sd_seeds` tells how far the label subsets and starts
     differ.
     """
-    targets, patients = split_truth(records, split)
+    targets, patients = records.split_truth(split)
     rows = []
     for values, scores in sorted(seed_scores(runs, split, cell, network).items()):
         interval = bootstrap_interval(targets, scores, patients, classes=records.classes)

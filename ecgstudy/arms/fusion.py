@@ -26,7 +26,7 @@ from ecglib.fusion import (
     token_weights,
     train_stack,
 )
-from ecglib.labels import label_subsets, split_indices
+from ecglib.labels import label_subsets
 from ecglib.probe import PENALTIES, chosen_probes, feature_scale, standardise, unit_length
 from ecglib.records import Records
 from ecglib.supervised import train_classifier
@@ -199,7 +199,7 @@ class FusionData:
     ) -> None:
         check_members(list(members))
         self.records, self.members, self.fractions = records, dict(members), list(fractions)
-        self.subsets, self.split = grid_subsets(records, fractions, seeds), split_indices(records)
+        self.subsets, self.split = grid_subsets(records, fractions, seeds), records.split
         self.cells = list(self.subsets)
         self.features = {name: self._prepared(name, member) for name, member in members.items()}
 
@@ -539,7 +539,7 @@ def fused_classifier(frozen: Run, members: Sequence[Run], records: Records) -> F
     It answers for a window what the frozen fusion would answer for the window's features; the
     frozen run itself fuses the mean features of a record's windows.
     """
-    train, settings = split_indices(records)["train"], frozen.spec.settings
+    train, settings = records.split["train"], frozen.spec.settings
     raw = [torch.from_numpy(run.predictions()["features"][train]).double() for run in members]
     network = make_stack(
         "dvme", [each.shape[1] for each in raw], len(records.classes), settings, [0]

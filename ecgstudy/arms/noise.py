@@ -17,7 +17,6 @@ from ecglib.errors import DataError
 from ecglib.evaluate.draws import draw_weights
 from ecglib.evaluate.metrics import rank_classes, weighted_auroc
 from ecglib.evaluate.windows import window_starts
-from ecglib.labels import split_indices, split_truth
 from ecglib.noise import KINDS, FlatLeadWarning, prepare_noise, record_generator
 from ecglib.records import MISSING, Records
 from ecglib.train import autocast
@@ -298,7 +297,7 @@ def score_under_noise(
         if missing:
             noisy = make_noisy(
                 records,
-                split_indices(records)["test"],
+                records.split["test"],
                 Path(folder) / "noisy.npy",
                 kinds,
                 snr_db,
@@ -318,7 +317,7 @@ def score_under_noise(
     values = np.stack([own[run.spec.key][f"{run.spec.key}/auroc"] for run in arms])
     drawn = np.stack([own[run.spec.key][f"{run.spec.key}/drawn"] for run in arms])
     return NoiseScores(
-        list(arms), conditions_of(kinds, snr_db), values, drawn, len(split_indices(records)["test"])
+        list(arms), conditions_of(kinds, snr_db), values, drawn, len(records.split["test"])
     )
 
 
@@ -348,7 +347,7 @@ def _scoring(
             *(trained_classifier(run, records, results) for run in groups[spec.key])
         )
         window = round(seconds[0] * records.sampling_rate)
-        targets, patients = split_truth(records)
+        targets, patients = records.split_truth("test")
         scores = score_conditions(networks, noisy, window, device, spec.settings["dtype"])
         for own, each in zip(groups[spec.key], scores, strict=True):
             values, drawn = drawn_auroc(targets, each, patients, spec.settings["draws"])

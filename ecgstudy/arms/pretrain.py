@@ -20,7 +20,6 @@ from ecglib.errors import DataError
 from ecglib.evaluate.metrics import class_auroc
 from ecglib.evaluate.windows import encode_windows
 from ecglib.files import read_json, write_json
-from ecglib.labels import split_indices
 from ecglib.probe import fit_probes
 from ecglib.records import Records
 from ecglib.train import autocast, fit, precision
@@ -77,7 +76,7 @@ class Watch:
         self, encoder: nn.Module, records: Records, crop_seconds: float, device: torch.device | str
     ) -> None:
         self.encoder, self.transforms = encoder, named_transforms(VIEWS)
-        split, generator = split_indices(records), np.random.default_rng(0)
+        split, generator = records.split, np.random.default_rng(0)
         labelled = {
             name: split[name][records.targets[split[name]].any(axis=1)]
             for name in ("train", "validation")
@@ -137,7 +136,7 @@ def pretrain_run(
     probe, which does not touch the encoder. The result keeps the encoder's weights and `features`
     `(records, feature_size)`.
     """
-    split = split_indices(records)
+    split = records.split
 
     def run(spec: RunSpec, workspace: Path) -> Result:
         settings = spec.settings

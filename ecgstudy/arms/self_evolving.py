@@ -19,8 +19,8 @@ from ecglib.batches import SemiBatches
 from ecglib.encoders.transformer import set_drop_path
 from ecglib.errors import DataError
 from ecglib.evaluate.metrics import expected_calibration_error
-from ecglib.labels import TRAINING_FOLDS, label_subsets, split_indices
-from ecglib.records import Records
+from ecglib.labels import label_subsets
+from ecglib.records import TRAINING_FOLDS, Records
 from ecglib.semisup.distl import DISTL, StageBatches
 from ecglib.semisup.fixmatch import FixedThreshold, FixMatch
 from ecglib.supervised import Classifier, new_classifier
@@ -326,7 +326,7 @@ def _calibration_rows(
     records: Records, probabilities: Mapping[str, np.ndarray], labelled: np.ndarray
 ) -> list[dict]:
     """Expected calibration error on folds 9 and 10 as rows of the study's tables."""
-    split, patients = split_indices(records), records.table["patient_id"].iloc[labelled].nunique()
+    split, patients = records.split, records.table["patient_id"].iloc[labelled].nunique()
     return [
         {
             "split": name,

@@ -15,7 +15,7 @@ from ecglib.batches import CropBatches, SemiBatches
 from ecglib.checkpoints import first_difference
 from ecglib.encoders import ENCODERS, encoder_maker, make_encoder
 from ecglib.errors import DataError
-from ecglib.labels import label_subsets, split_indices
+from ecglib.labels import label_subsets
 from ecglib.lora import add_lora, last_linear, low_rank_layers, merge_lora, trainable_parameters
 from ecglib.ranks import AdaptiveRanks, allocate_ranks
 from ecglib.records import Records
@@ -165,7 +165,7 @@ def semi_supervised_run(
     def run(spec: RunSpec, workspace: Path) -> Result:
         settings = spec.settings
         labelled = label_subsets(records, fractions, spec.seed)[spec.fraction]
-        unlabelled = np.setdiff1d(split_indices(records)["train"], labelled)
+        unlabelled = np.setdiff1d(records.split["train"], labelled)
         batches = SemiBatches(
             records,
             labelled,

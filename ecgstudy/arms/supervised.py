@@ -8,7 +8,7 @@ import numpy as np
 
 from ecglib.evaluate.draws import score_rows
 from ecglib.evaluate.windows import predict_windows
-from ecglib.labels import label_subsets, split_indices
+from ecglib.labels import label_subsets
 from ecglib.records import Records
 from ecglib.supervised import Classifier, new_classifier, train_classifier
 from ecgstudy.runs import Result, RunSpec
@@ -43,7 +43,7 @@ def classifier_result(
     device: str = "cpu",
 ) -> Result:
     """The result of a trained classifier: its scores on folds 9 and 10, its weights, its history."""
-    split, started = split_indices(records), time.perf_counter()
+    split, started = records.split, time.perf_counter()
     probabilities = {
         name: predict_windows(
             classifier,
@@ -68,6 +68,6 @@ def scored_result(
     `labelled`.
     """
     patients = records.table["patient_id"].iloc[labelled].nunique()
-    metrics = score_rows(records, split_indices(records), probabilities, len(labelled), patients)
+    metrics = score_rows(records, records.split, probabilities, len(labelled), patients)
     arrays = {f"{name}/probabilities": values for name, values in probabilities.items()}
     return Result(metrics, {**arrays, "labelled": labelled})

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ecglib.checkpoints import load_state
 from ecglib.encoders import make_encoder
 from ecglib.errors import DataError
-from ecglib.labels import split_indices
 from ecglib.probe import chosen_probes, feature_scale, standardise, unit_length
 from ecglib.records import Records
 from ecglib.supervised import new_classifier
@@ -104,7 +103,7 @@ def _probed(run: Run, records: Records, results: str | Path) -> tuple[nn.Module,
     encoder = make_encoder(pretrained.spec.settings["encoder"])
     load_state(encoder, pretrained.weights(), pretrained.folder / MODEL)
     features = torch.from_numpy(pretrained.predictions()["features"]).double()
-    split = split_indices(records)
+    split = records.split
     reference = features[split["train"]]
     prepared, labelled = (
         unit_length(standardise(features, reference)),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ecglib.checkpoints import load_state
-from ecglib.labels import label_subsets, split_indices
+from ecglib.labels import label_subsets
 from ecglib.probe import probe_layer, probe_subsets
 from ecglib.records import Records
 from ecglib.supervised import Classifier, new_classifier, train_classifier
@@ -109,7 +109,7 @@ def _all_probes(
     started = time.perf_counter()
     features = pretrained.predictions()["features"]
     probes = probe_subsets(
-        features, records.targets, subsets, split_indices(records), classes=records.classes
+        features, records.targets, subsets, records.split, classes=records.classes
     )
     seconds = (time.perf_counter() - started) / len(subsets)
     return {key: (labelled, probes[key], seconds) for key, labelled in subsets.items()}
@@ -126,7 +126,7 @@ def start_classifier(
     classifier = new_classifier(records, seed, settings)
     load_state(classifier.encoder, pretrained.weights(), pretrained.folder / MODEL)
     features = pretrained.predictions()["features"]
-    split, layer = split_indices(records), classifier.head[-1]
+    split, layer = records.split, classifier.head[-1]
     weights, bias = probe_layer(features, records.targets, labelled, split, classes=records.classes)
     with torch.no_grad():
         layer.weight.copy_(weights)

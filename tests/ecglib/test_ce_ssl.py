@@ -16,7 +16,7 @@ from ecglib.encoders import make_encoder
 from ecglib.encoders.conv_transformer import ConvTransformer
 from ecglib.errors import DataError
 from ecglib.evaluate.draws import paired_f2
-from ecglib.labels import label_subsets, split_indices
+from ecglib.labels import label_subsets
 from ecglib.lora import add_lora, low_rank_layers
 from ecglib.records import Records
 from ecglib.semisup.ce_ssl import CESSL, first_features
@@ -145,7 +145,7 @@ def test_every_method_runs_and_keeps_what_it_should(
 ) -> None:
     run = run_or_load(spec_of(records, method), semi_supervised_run(records, [0.1]), tmp_path)
     values = run.predictions()
-    assert values["test/probabilities"].shape == (len(split_indices(records)["test"]), 5)
+    assert values["test/probabilities"].shape == (len(records.split["test"]), 5)
     assert set(run.weights()) == set(make_network("conv_transformer_small", 5, 0).state_dict()), (
         "merged"
     )
@@ -176,7 +176,7 @@ def test_a_stopped_run_ends_in_the_same_weights(
 
     def trained(folder: Path | None, stops: bool) -> dict[str, torch.Tensor]:
         labelled = label_subsets(records, [0.1], 0)[0.1]
-        others = np.setdiff1d(split_indices(records)["train"], labelled)
+        others = np.setdiff1d(records.split["train"], labelled)
         batches = SemiBatches(records, labelled, others, 6, 1, 2.5, 0)
         network = make_network("conv_transformer_small", 5, 0)
         adapt(method, network, batches.labelled, SETTINGS)
@@ -219,7 +219,7 @@ def test_starts_are_kept_found_and_loaded(records: Records, tmp_path: Path) -> N
     assert torch.equal(network.blocks[0].first.weight, weights["blocks.0.first.weight"])
     fresh = make_network("conv_transformer_small", 5, 0)
     assert torch.equal(network.head[1].weight, fresh.head[1].weight), "the last layer stays random"
-    test = split_indices(records)["test"]
+    test = records.split["test"]
     told = without_real_labels(found, records, test)
     assert told.shape == (len(test), 5) and (told >= 0).all() and (told <= 1).all()
     own = Records(

@@ -18,7 +18,6 @@ from ecglib.encoders.vit1d import ViT1d
 from ecglib.errors import DataError
 from ecglib.evaluate.draws import paired_calibration_error
 from ecglib.evaluate.metrics import expected_calibration_error
-from ecglib.labels import split_indices
 from ecglib.records import Records
 from ecglib.selfsup.crops import encode_views, random_views
 from ecglib.selfsup.dino import dino_loss
@@ -238,7 +237,7 @@ def test_pools_are_nested_whole_patients_and_grow_to_everything(records: Records
     assert [len(pool) for pool in pools] == [10, 38, 67, 96]
     for smaller, larger in zip(pools, pools[1:]):
         assert set(smaller) < set(larger)
-    assert np.array_equal(np.sort(pools[-1]), split_indices(records)["train"])
+    assert np.array_equal(np.sort(pools[-1]), records.split["train"])
     for fraction, stages in ((0.2, 3), (0.08, 5), (0.5, 1)):  # sums of shares are not exactly 1
         assert len(stage_pools(records, fraction, 0, stages)[-1]) == len(pools[-1])
     with pytest.raises(DataError, match="cannot arrive in 0 stages"):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ecglib.errors import DataError
-from ecglib.labels import label_subsets, split_indices
+from ecglib.labels import label_subsets
 from ecglib.records import Records
 
 PREVALENCE = np.array([0.45, 0.25, 0.22, 0.15, 0.02])
@@ -42,7 +42,7 @@ def make_records(
 
 def test_split_holds_each_record_once_and_no_patient_twice():
     records = make_records()
-    split = split_indices(records)
+    split = records.split
     assert sorted(np.concatenate(list(split.values()))) == list(range(len(records)))
     patients = [set(records.table["patient_id"].iloc[indices]) for indices in split.values()]
     assert not (patients[0] & patients[1] or patients[0] & patients[2] or patients[1] & patients[2])
@@ -55,13 +55,28 @@ def test_split_names_a_patient_who_crosses_folds():
     with pytest.raises(
         DataError, match=f"Patient {records.table.loc[first, 'patient_id']} lies in folds"
     ):
-        split_indices(records)
+        _ = records.split
 
 
 def test_split_names_an_empty_part():
     records = make_records()
     with pytest.raises(DataError, match="test folds"):
-        split_indices(records.select((records.table["fold"] != 10).to_numpy()))
+        _ = records.select((records.table["fold"] != 10).to_numpy()).split
+
+
+def test_split_truth_follows_the_order_of_the_split():
+    records = make_records()
+    targets, patients = records.split_truth("validation")
+    assert np.array_equal(targets, records.targets[records.split["validation"]])
+    assert (patients == records.select(records.split["validation"]).table["patient_id"]).all()
+
+
+def test_labelled_records_have_a_class():
+    records = make_records()
+    mask = records.targets.any(axis=1)
+    assert 0 < mask.sum() < len(records) == len(mask)
+    assert records.labelled.fingerprint == records.select(mask).fingerprint
+    assert records.labelled.targets.any(axis=1).all() and len(records.labelled) == mask.sum()
 
 
 @settings(max_examples=25, deadline=None)

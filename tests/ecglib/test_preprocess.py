@@ -12,7 +12,7 @@ from scipy.signal import butter, filtfilt
 
 from ecglib import preprocess as module
 from ecglib.errors import DataError
-from ecglib.labels import patients_shared, split_indices
+from ecglib.labels import patients_shared
 from ecglib.preprocess import SCALE, UNIT, preprocess
 from ecglib.records import LEADS, Records
 from ecglib.sources import read_source
@@ -293,7 +293,7 @@ def test_what_a_split_of_the_ptbxl_subset_by_record_leaks() -> None:
     )
     patients, share = patients_shared(records)
     assert (round(patients, 1), round(share, 3)) == (9.2, 0.037)
-    split_indices(records)  # with the study's folds no patient is shared: this would raise
+    assert len(records.split) == 3, "with the study's folds a patient on both sides would raise"
 
 
 def test_unknown_patients_are_not_called_separate() -> None:

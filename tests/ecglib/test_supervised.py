@@ -10,7 +10,6 @@ from ecglib.batches import CropBatches
 from ecglib.encoders import make_encoder
 from ecglib.evaluate.metrics import macro_auroc
 from ecglib.evaluate.windows import predict_windows
-from ecglib.labels import split_indices
 from ecglib.sources.ptbxl import read_ptbxl
 from ecglib.supervised import Classifier, Supervised, new_classifier, train_classifier
 
@@ -40,8 +39,8 @@ def test_loss_equals_a_slow_numpy_version():
 @pytest.mark.skipif(not PTB_XL.is_dir(), reason="the real ECGs are not here")
 def test_sixty_steps_on_real_ecgs_beat_chance_by_far():
     records = read_ptbxl(PTB_XL)
-    records = records.select(records.targets.any(axis=1))
-    split = split_indices(records)
+    records = records.labelled
+    split = records.split
     settings = {
         "encoder": "xresnet1d_narrow",
         "steps": 60,

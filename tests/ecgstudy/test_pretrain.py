@@ -11,7 +11,6 @@ import torch
 from ecglib.checkpoints import load_state
 from ecglib.encoders import make_encoder
 from ecglib.errors import DataError
-from ecglib.labels import split_indices
 from ecglib.records import Records
 from ecgstudy.analysis.training_curves import plot_pretraining
 from ecgstudy.arms.pretrain import (
@@ -74,7 +73,7 @@ def test_the_watch_looks_without_touching():
 def test_labels_and_held_out_signals_do_not_reach_the_encoder(tmp_path):
     records = labelled_records()
     first = pretrain(records, tmp_path / "first").weights()
-    split = split_indices(records)
+    split = records.split
     signals, targets = np.array(records.signals), 1 - records.targets
     held_out = np.concatenate([split["validation"], split["test"]])
     signals[held_out] = signals[held_out, :, ::-1]

@@ -12,7 +12,6 @@ import torch
 from ecglib.errors import DataError
 from ecglib.evaluate.draws import bootstrap_interval, paired_difference
 from ecglib.evaluate.windows import encode_windows, predict_windows
-from ecglib.labels import split_indices, split_truth
 from ecglib.noise import add_noise, measured_snr, record_generator
 from ecglib.records import Records
 from ecgstudy.analysis.robustness import (
@@ -83,7 +82,7 @@ def scores(records, folder, arms) -> NoiseScores:
 
 
 def test_noisy_signals_are_those_of_add_noise(records, tmp_path):
-    test = split_indices(records)["test"]
+    test = records.split["test"]
     gap = records.signals.copy()
     gap[test[1], :, 20:40] = -32768
     records = Records(
@@ -117,7 +116,7 @@ def test_noisy_signals_are_those_of_add_noise(records, tmp_path):
 
 
 def test_large_amplitudes_are_not_clipped(records, tmp_path):
-    test = split_indices(records)["test"][:2]
+    test = records.split["test"][:2]
     loud = records.signals.copy()
     loud[test] = np.clip(loud[test].astype(int) * 8, -32000, 32000)
     records = Records(
@@ -136,7 +135,7 @@ def test_large_amplitudes_are_not_clipped(records, tmp_path):
 
 
 def test_clean_scores_are_those_of_the_package(records, folder, arms, tmp_path):
-    split = split_indices(records)
+    split = records.split
     noisy = make_noisy(records, split["test"], tmp_path / "clean.npy", (), ())
     network, window = trained_classifier(arms[0], records, folder)
     ours = score_conditions([network], noisy, 100)[0, 0]
@@ -156,7 +155,7 @@ def test_clean_scores_are_those_of_the_package(records, folder, arms, tmp_path):
 
 def test_a_fusion_reads_the_mean_features_of_its_members(records, tmp_path, small_fusion):
     run, _ = small_fusion(tmp_path)
-    test = split_indices(records)["test"]
+    test = records.split["test"]
     network, _ = trained_classifier(run, records, tmp_path)
     features = [encode_windows(encoder, records, test, 1.0, 1.0) for encoder in network.encoders]
     expected = (
@@ -175,14 +174,14 @@ def test_a_fusion_reads_the_mean_features_of_its_members(records, tmp_path, smal
 def test_frozen_runs_with_one_encoder_share_its_features(
     records, folder, arms, tmp_path, monkeypatch
 ):
-    noisy = make_noisy(records, split_indices(records)["test"], tmp_path / "n.npy", (), ())
+    noisy = make_noisy(records, records.split["test"], tmp_path / "n.npy", (), ())
     networks = [trained_classifier(run, records, folder)[0] for run in arms[1:]]
     monkeypatch.setattr(networks[1].encoder, "forward", None)  # would fail if asked
     assert score_conditions(networks, noisy, 100).shape[0] == 2
 
 
 def test_macro_auroc_and_its_draws_are_those_of_evaluate(records, scores, folder, arms):
-    targets, patients = split_truth(records)
+    targets, patients = records.split_truth("test")
     generator = np.random.default_rng(0)
     clean = generator.normal(size=targets.shape) + targets
     noisy = clean + generator.normal(size=targets.shape)

@@ -14,7 +14,7 @@ from ecglib.errors import DataError
 from ecglib.evaluate.draws import first_reached, labels_needed, paired_difference
 from ecglib.evaluate.metrics import macro_auroc
 from ecglib.evaluate.windows import encode_windows
-from ecglib.labels import label_subsets, split_indices
+from ecglib.labels import label_subsets
 from ecglib.probe import probe_layer, probe_subsets
 from ecglib.records import Records
 from ecglib.supervised import Classifier
@@ -103,7 +103,7 @@ def test_every_parameter_has_one_rate_and_lower_layers_smaller_ones(name):
 
 
 def test_a_factor_of_zero_freezes_all_but_the_head(records, simclr):
-    labelled = split_indices(records)["train"]
+    labelled = records.split["train"]
     classifier = start_classifier(records, labelled, simclr, TRAINING, 0)
     before = {name: value.clone() for name, value in classifier.named_parameters()}
     from ecglib.batches import CropBatches
@@ -128,7 +128,7 @@ def test_fine_tuning_starts_as_the_probe(records, simclr):
     labelled = label_subsets(records, FRACTIONS, 0)[0.2]
     classifier = start_classifier(records, labelled, simclr, TRAINING, 0)
     weights, bias = probe_layer(
-        simclr.predictions()["features"], records.targets, labelled, split_indices(records)
+        simclr.predictions()["features"], records.targets, labelled, records.split
     )
     logits = encode_windows(classifier, records, np.arange(len(records)), 1.0, 0.5)
     expected = simclr.predictions()["features"] @ weights.T.numpy() + bias.numpy()
@@ -141,7 +141,7 @@ def test_a_checkpoint_of_another_encoder_is_refused(records, simclr):
 
 
 def test_frozen_runs_are_the_probes_of_the_kept_features(records, simclr, runs):
-    split = split_indices(records)
+    split = records.split
     run = next(
         run
         for run in runs
@@ -180,7 +180,7 @@ def test_gains_are_paired_differences_to_the_right_control(runs, records):
         ("random", "frozen", "supervised"),
         ("simclr", "fine-tuned", "supervised"),
     }
-    test = split_indices(records)["test"]
+    test = records.split["test"]
 
     def scores(method: str, protocol: str) -> np.ndarray:
         members = [
@@ -233,7 +233,7 @@ def test_labels_needed_finds_where_equal_scores_stand():
 def test_the_table_of_labels_needed_has_its_control(runs, records):
     table = labels_needed_table(runs, records, draws=50)
     control = table[table["method"] == "supervised"].iloc[0]
-    test = split_indices(records)["test"]
+    test = records.split["test"]
     scratch = next(
         run for run in runs if run.spec.method == "supervised" and run.spec.fraction == 1.0
     )
