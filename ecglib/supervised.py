@@ -3,6 +3,7 @@ against.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,30 @@ from ecglib.augment import Transform, apply, named_transforms
 from ecglib.batches import Batch, CropBatches
 from ecglib.encoders import make_encoder
 from ecglib.records import Records
+from ecglib.settings import Settings
 from ecglib.train import fit
+
+
+@dataclass(frozen=True)
+class Training(Settings):
+    """How a classifier is trained with labels.
+
+    `encoder` is a name of `encoders.ENCODERS`. Each of the `steps` of AdamW sees `batch_size` crops
+    of `crop_seconds` seconds, changed by `transforms` (a name of `augment.named_transforms`: its
+    options). `learning_rate` is the largest one of the schedule, `weight_decay` acts on matrices
+    and kernels, `dropout` is the share of features left out before the last layer. In fine-tuning
+    each layer learns at `layer_factor` times the rate of the layer above it.
+    """
+
+    encoder: str
+    steps: int
+    batch_size: int
+    crop_seconds: float
+    learning_rate: float
+    weight_decay: float
+    dropout: float = 0.0
+    transforms: Mapping[str, Mapping] = field(default_factory=dict)
+    layer_factor: float = 1.0
 
 
 class Classifier(nn.Module):
@@ -47,25 +71,25 @@ def train_classifier(
     records: Records,
     indices: np.ndarray,
     seed: int,
-    settings: Mapping,
+    training: Training,
     folder: Path | None = None,
     device: str = "cpu",
     **fit_options,
 ) -> list[dict]:
     """Train `classifier` in place on the labelled records at `indices` and return its history.
 
-    Settings are those of notebook 02's config. Further options go to `train.fit`.
+    Further options go to `train.fit`.
     """
-    objective = Supervised(classifier, named_transforms(settings["transforms"])).to(device)
+    objective = Supervised(classifier, named_transforms(training.transforms)).to(device)
     batches = CropBatches(
-        records, indices, settings["batch_size"], settings["crop_seconds"], seed, device
+        records, indices, training.batch_size, training.crop_seconds, seed, device
     )
     history = fit(
         objective,
         batches,
-        settings["steps"],
-        learning_rate=settings["learning_rate"],
-        weight_decay=settings["weight_decay"],
+        training.steps,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
         seed=seed,
         folder=folder,
         **fit_options,
@@ -73,7 +97,7 @@ def train_classifier(
     return history.to_dict("records")
 
 
-def new_classifier(records: Records, seed: int, settings: Mapping) -> Classifier:
+def new_classifier(records: Records, seed: int, training: Training) -> Classifier:
     """A classifier with random weights drawn from the seed."""
     torch.manual_seed(seed)
-    return Classifier(make_encoder(settings["encoder"]), len(records.classes), settings["dropout"])
+    return Classifier(make_encoder(training.encoder), len(records.classes), training.dropout)

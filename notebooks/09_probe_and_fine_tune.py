@@ -139,11 +139,12 @@ shown.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(
 # %%
 import pandas as pd
 
-from ecglib.supervised import new_classifier
+from ecglib.encoders import make_encoder
+from ecglib.supervised import Classifier
 from ecgstudy.arms.transfer import layerwise_groups
 
 name = pretrained[method].spec.settings["encoder"]
-network = new_classifier(records, 0, {"encoder": name, "dropout": dropout})
+network = Classifier(make_encoder(name), len(records.classes), dropout)
 groups = pd.DataFrame(
     {
         "learning_rate_factor": group["learning_rate_factor"],

@@ -97,15 +97,17 @@ import numpy as np
 import torch
 
 from ecglib.augment import named_transforms
+from ecglib.encoders import make_encoder
 from ecglib.selfsup.crops import encode_views, random_views
 from ecglib.selfsup.dino import dino_loss
 from ecglib.semisup.distl import DISTL, StageBatches, ramp
-from ecglib.supervised import new_classifier
+from ecglib.supervised import Classifier
 
 unlabelled = np.setdiff1d(pools[1], pools[0])
 batches = StageBatches(records, pools[0], unlabelled, batch_size, crop_seconds, correction_every, 0)
 noise = named_transforms(transforms)
-network = new_classifier(records, 0, {"encoder": encoder, "dropout": dropout})
+torch.manual_seed(0)
+network = Classifier(make_encoder(encoder), len(records.classes), dropout)
 model = DISTL(network, noise, unlabelled_steps=batches.unlabelled_steps(steps), **options).eval()
 
 

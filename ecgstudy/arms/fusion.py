@@ -29,7 +29,7 @@ from ecglib.fusion import (
 from ecglib.labels import label_subsets
 from ecglib.probe import PENALTIES, chosen_probes, feature_scale, standardise, unit_length
 from ecglib.records import Records
-from ecglib.supervised import train_classifier
+from ecglib.supervised import Training, train_classifier
 from ecglib.train import parameter_groups
 from ecgstudy.arms.pretrain import encode_records, encode_run, pretraining_spec
 from ecgstudy.arms.starts import start_weights
@@ -579,7 +579,7 @@ def finetuned_fusion_run(
             data.records,
             labelled,
             spec.seed,
-            settings,
+            Training.of({**settings, "encoder": settings["members"]}),
             workspace,
             device,
             groups=groups,

@@ -22,6 +22,7 @@ from ecglib.evaluate.windows import encode_windows
 from ecglib.files import read_json, write_json
 from ecglib.probe import fit_probes
 from ecglib.records import Records
+from ecglib.selfsup import Pretraining
 from ecglib.train import autocast, fit, precision
 from ecgstudy.runs import RESULT, Result, Run, RunSpec, open_run
 
@@ -139,35 +140,34 @@ def pretrain_run(
     split = records.split
 
     def run(spec: RunSpec, workspace: Path) -> Result:
-        settings = spec.settings
+        settings = Pretraining.of(spec.settings)
         torch.manual_seed(spec.seed)
-        encoder = make_encoder(settings["encoder"])
-        model = objective(
-            encoder, named_transforms(settings["transforms"]), **settings["options"]
-        ).to(device)
+        encoder = make_encoder(settings.encoder)
+        transforms = named_transforms(settings.transforms)
+        model = objective(encoder, transforms, **settings.options).to(device)
         source = batches(
             records,
             split["train"],
-            settings["batch_size"],
-            settings["crop_seconds"],
+            settings.batch_size,
+            settings.crop_seconds,
             spec.seed,
             device,
         )
-        watch = Watch(model.encoder, records, settings["crop_seconds"], device)
+        watch = Watch(model.encoder, records, settings.crop_seconds, device)
         before = {"step": 0, "learning_rate": 0.0, "seconds": 0.0, **watch(0)}
         history = fit(
             model,
             source,
-            settings["steps"],
-            learning_rate=settings["learning_rate"],
-            weight_decay=settings["weight_decay"],
+            settings.steps,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
             seed=spec.seed,
             folder=workspace,
-            log_every=max(1, settings["steps"] // LOOKS),
+            log_every=max(1, settings.steps // LOOKS),
             watch=watch,
         )
         started = time.perf_counter()
-        features = encode_records(model.encoder, records, settings["crop_seconds"], device)
+        features = encode_records(model.encoder, records, settings.crop_seconds, device)
         notes = {
             "history": [before, *history.to_dict("records")],
             "effective_rank": effective_rank(torch.from_numpy(features[split["train"]])),

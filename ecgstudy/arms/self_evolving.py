@@ -23,7 +23,7 @@ from ecglib.labels import label_subsets
 from ecglib.records import TRAINING_FOLDS, Records
 from ecglib.semisup.distl import DISTL, StageBatches
 from ecglib.semisup.fixmatch import FixedThreshold, FixMatch
-from ecglib.supervised import Classifier, new_classifier
+from ecglib.supervised import Classifier, Training, new_classifier
 from ecglib.train import fit
 from ecgstudy.arms.supervised import classifier_result
 from ecgstudy.runs import RESULT, Result, Run, RunSpec, open_run, run_grid
@@ -142,7 +142,7 @@ def self_evolving_run(
         settings, stage, arm = spec.settings, spec.settings["stage"], spec.method
         pools = stage_pools(records, spec.fraction, spec.seed, settings["stages"])
         labelled, unlabelled = _split_pool(arm, pools, stage)
-        network = new_classifier(records, spec.seed, settings).to(device)
+        network = new_classifier(records, spec.seed, Training.of(settings)).to(device)
         set_drop_path(
             network.encoder, 0.0 if arm == "distl_without_noise" else settings["drop_path"]
         )

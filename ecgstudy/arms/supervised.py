@@ -10,7 +10,7 @@ from ecglib.evaluate.draws import score_rows
 from ecglib.evaluate.windows import predict_windows
 from ecglib.labels import label_subsets
 from ecglib.records import Records
-from ecglib.supervised import Classifier, new_classifier, train_classifier
+from ecglib.supervised import Classifier, Training, new_classifier, train_classifier
 from ecgstudy.runs import Result, RunSpec
 
 
@@ -25,9 +25,10 @@ def supervised_run(
 
     def run(spec: RunSpec, workspace: Path) -> Result:
         labelled = label_subsets(records, fractions, spec.seed)[spec.fraction]
-        classifier = new_classifier(records, spec.seed, spec.settings)
+        training = Training.of(spec.settings)
+        classifier = new_classifier(records, spec.seed, training)
         history = train_classifier(
-            classifier, records, labelled, spec.seed, spec.settings, workspace, device
+            classifier, records, labelled, spec.seed, training, workspace, device
         )
         return classifier_result(classifier, records, labelled, spec.settings, history, device)
 

@@ -12,7 +12,7 @@ from ecglib.encoders import make_encoder
 from ecglib.errors import DataError
 from ecglib.probe import chosen_probes, feature_scale, standardise, unit_length
 from ecglib.records import Records
-from ecglib.supervised import new_classifier
+from ecglib.supervised import Training, new_classifier
 from ecgstudy.arms.fusion import fused_classifier
 from ecgstudy.arms.semi_supervised import make_network
 from ecgstudy.runs import MODEL, Run, find_run
@@ -78,7 +78,7 @@ def trained_classifier(run: Run, records: Records, results: str | Path) -> tuple
     if "backbone" in settings:
         network = make_network(settings["backbone"], len(records.classes), run.spec.seed)
     else:
-        network = new_classifier(records, run.spec.seed, settings)
+        network = new_classifier(records, run.spec.seed, Training.of(settings))
         if "stage" in settings:
             if run.spec.method == "dino" and settings["stage"]:
                 raise DataError(

@@ -16,7 +16,7 @@ from ecglib.checkpoints import load_state
 from ecglib.labels import label_subsets
 from ecglib.probe import probe_layer, probe_subsets
 from ecglib.records import Records
-from ecglib.supervised import Classifier, new_classifier, train_classifier
+from ecglib.supervised import Classifier, Training, new_classifier, train_classifier
 from ecglib.train import parameter_groups
 from ecgstudy.arms.supervised import classifier_result, scored_result
 from ecgstudy.runs import MODEL, Result, Run, RunSpec
@@ -123,7 +123,7 @@ def start_classifier(
 
     DataError where the weights of `pretrained` are those of another encoder.
     """
-    classifier = new_classifier(records, seed, settings)
+    classifier = new_classifier(records, seed, Training.of(settings))
     load_state(classifier.encoder, pretrained.weights(), pretrained.folder / MODEL)
     features = pretrained.predictions()["features"]
     split, layer = records.split, classifier.head[-1]
@@ -148,15 +148,14 @@ def finetuned_run(
     def run(spec: RunSpec, workspace: Path) -> Result:
         labelled = label_subsets(records, fractions, spec.seed)[spec.fraction]
         classifier = start_classifier(records, labelled, pretrained, spec.settings, spec.seed)
-        groups = layerwise_groups(
-            classifier, spec.settings["weight_decay"], spec.settings["layer_factor"]
-        )
+        training = Training.of(spec.settings)
+        groups = layerwise_groups(classifier, training.weight_decay, training.layer_factor)
         history = train_classifier(
             classifier,
             records,
             labelled,
             spec.seed,
-            spec.settings,
+            training,
             workspace,
             device,
             groups=groups,

@@ -11,7 +11,7 @@ from ecglib.encoders import make_encoder
 from ecglib.evaluate.metrics import macro_auroc
 from ecglib.evaluate.windows import predict_windows
 from ecglib.sources.ptbxl import read_ptbxl
-from ecglib.supervised import Classifier, Supervised, new_classifier, train_classifier
+from ecglib.supervised import Classifier, Supervised, Training, new_classifier, train_classifier
 
 PTB_XL = Path(__file__).resolve().parents[3] / "shared" / "data" / "ptb-xl-subset"
 
@@ -41,18 +41,16 @@ def test_sixty_steps_on_real_ecgs_beat_chance_by_far():
     records = read_ptbxl(PTB_XL)
     records = records.labelled
     split = records.split
-    settings = {
-        "encoder": "xresnet1d_narrow",
-        "steps": 60,
-        "batch_size": 32,
-        "crop_seconds": 2.5,
-        "learning_rate": 3e-3,
-        "weight_decay": 0.01,
-        "dropout": 0.0,
-        "transforms": {},
-    }
-    classifier = new_classifier(records, 0, settings)
-    history = train_classifier(classifier, records, split["train"], 0, settings)
+    training = Training(
+        encoder="xresnet1d_narrow",
+        steps=60,
+        batch_size=32,
+        crop_seconds=2.5,
+        learning_rate=3e-3,
+        weight_decay=0.01,
+    )
+    classifier = new_classifier(records, 0, training)
+    history = train_classifier(classifier, records, split["train"], 0, training)
     scores = predict_windows(classifier, records, split["validation"])
     assert macro_auroc(records.targets[split["validation"]], scores, records.classes) > 0.75
     assert history[-1]["step"] == 60
