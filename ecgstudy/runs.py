@@ -1,16 +1,17 @@
 """What a run is, where its result lies, and the grid of runs.
 
-One folder a run below `<folder>/runs`, named after the run and a hash of everything that can change
-its result. While a run is going it works in a hidden folder beside it, so that a killed run
-continues; the finished folder appears in one step and holds `run.json` (settings used, metrics,
-timings, machine, versions), `predictions.safetensors` and `model.safetensors`.
+Each run has a folder below `<folder>/runs`, named after the run and a hash of everything that can
+change its result: settings, data, and the source of its function. While a run is going it works in
+a hidden folder beside it, so that a killed run continues; the finished folder appears in one step
+and holds `run.json` (settings used, metrics, timings, machine, versions),
+`predictions.safetensors` and `model.safetensors`.
 """
 
 import os
 import platform
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -24,34 +25,36 @@ from ecglib.checkpoints import load_tensors, save_tensors
 from ecglib.errors import DataError, StorageError, explain_storage
 from ecglib.files import read_json, replace_folder, short_hash, write_json
 from ecglib.records import Records
+from ecgstudy.code import code_of
 
 TABLE_COLUMNS = (
-    "method",
-    "data",
-    "labels",
-    "fraction",
-    "seed",
-    "split",
-    "metric",
-    "value",
-    "low",
-    "high",
-    "n_records",
-    "n_patients",
-    "seconds",
+    *("method", "data", "labels", "fraction", "seed", "split", "metric", "value", "low", "high"),
+    *("n_records", "n_patients", "seconds"),
 )
 PACKAGES = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "safetensors")
-RESULT, PREDICTIONS, MODEL = "run.json", "predictions.safetensors", "model.safetensors"
+RESULT = "run.json"
+PREDICTIONS = "predictions.safetensors"
+MODEL = "model.safetensors"
 LISTS = "run_lists"  # below a results folder
+PRETRAINED = "pretrained_encoders"  # a group of lists: one pretrained encoder each
+BACKBONES = "pretrained_backbones"  # and of this one: one start for semi-supervised training each
+MAKERS = {  # of the lists
+    PRETRAINED: "notebooks 03 to 08",
+    "label_efficiency": "notebook 09_probe_and_fine_tune",
+    "fusion": "notebook 10_fusion",
+    BACKBONES: "notebook 11_low_rank_adaptation",
+    "semi_supervised": "notebook 12_semi_supervised",
+    "self_evolving": "notebook 13_self_evolving",
+}
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Everything that identifies a run; two runs with equal specs have equal results on one kind of
-    machine.
+    """Everything that identifies a run; runs with equal specs have equal results on one machine.
 
     data is the data set's name and data_key the fingerprint of its records; labels the label set;
-    fraction the share of labelled training records; settings every other value that the run uses.
+    fraction the share of labelled training records; settings every other value that the run uses;
+    code the fingerprint of the source of its function, which `run_or_load` fills in.
     """
 
     method: str
@@ -61,6 +64,7 @@ class RunSpec:
     fraction: float
     seed: int
     settings: Mapping = field(default_factory=dict)
+    code: str = ""
 
     @property
     def key(self) -> str:
@@ -71,9 +75,8 @@ class RunSpec:
     def name(self) -> str:
         """Folder name: readable first, then the key."""
         method = "-".join(filter(None, [self.method, self.settings.get("protocol")]))
-        return f"{method}-{self.labels}-{self.fraction:g}-seed{self.seed}-{self.key}".replace(
-            " ", "_"
-        ).replace("/", "_")
+        name = f"{method}-{self.labels}-{self.fraction:g}-seed{self.seed}-{self.key}"
+        return name.replace(" ", "_").replace("/", "_")
 
     def value(self, name: str) -> object:
         """A field or a setting of the spec by its name, None where it has neither."""
@@ -105,15 +108,21 @@ class Run:
     about: dict
 
     def rows(self) -> list[dict]:
-        """The metrics as rows of the study's tables (`TABLE_COLUMNS`)."""
-        return _rows(self.about)
+        """The metrics as rows of the study's tables (`TABLE_COLUMNS`).
+
+        Settings that are plain text, such as encoder and protocol, are columns, too.
+        """
+        settings = self.spec.settings.items()
+        shared = {name: value for name, value in settings if isinstance(value, str)}
+        identity = ("method", "data", "labels", "fraction", "seed")
+        shared |= {name: getattr(self.spec, name) for name in identity}
+        seconds = self.about["seconds"]
+        return [{**shared, **metric, "seconds": seconds} for metric in self.about["metrics"]]
 
     def predictions(self) -> dict[str, np.ndarray]:
         """The arrays that the run kept."""
-        return {
-            name: tensor.numpy()
-            for name, tensor in load_tensors(self.folder / PREDICTIONS)[0].items()
-        }
+        tensors, _ = load_tensors(self.folder / PREDICTIONS)
+        return {name: tensor.numpy() for name, tensor in tensors.items()}
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The trained network's tensors."""
@@ -128,8 +137,8 @@ def open_run(folder: str | Path) -> Run:
 
 def find_run(key: str, results: str | Path) -> Run | None:
     """The finished run of that key below `results`, None where there is none."""
-    found = sorted((Path(results) / "runs").glob(f"[!.]*-{key}"))
-    return open_run(found[0]) if found else None
+    found = sorted((Path(results) / "runs").glob(f"[!.]*-{key}/{RESULT}"))
+    return open_run(found[0].parent) if found else None
 
 
 def run_or_load(
@@ -138,9 +147,11 @@ def run_or_load(
     """The run of `spec`: opened if it is below `folder`, else computed by `function(spec,
     workspace)` and kept.
 
-    `workspace` is a folder that survives a kill; `train.fit` keeps its checkpoint there. Raises
-    StorageError where the result cannot be written.
+    A spec without a code fingerprint gets that of `function`, so that an edited method is another
+    run. `workspace` is a folder that survives a kill; `train.fit` keeps its checkpoint there.
+    Raises StorageError where the result cannot be written.
     """
+    spec = spec if spec.code else replace(spec, code=code_of(function))
     target = Path(folder) / "runs" / spec.name
     if (target / RESULT).exists():
         return Run(spec, target, read_json(target / RESULT))
@@ -148,6 +159,14 @@ def run_or_load(
     with explain_storage(workspace):
         workspace.mkdir(parents=True, exist_ok=True)
     result = function(spec, workspace)
+    about = _keep(spec, result, workspace)
+    with explain_storage(target):
+        replace_folder(workspace, target)
+    return Run(spec, target, about)
+
+
+def _keep(spec: RunSpec, result: Result, workspace: Path) -> dict:
+    """Write a result to its workspace, `run.json` last, and return the content of `run.json`."""
     about = {
         "spec": asdict(spec),
         "key": spec.key,
@@ -157,24 +176,16 @@ def run_or_load(
         "machine": machine(),
         "packages": package_versions(),
     }
-    save_tensors(
-        workspace / PREDICTIONS,
-        {
-            name: torch.from_numpy(np.ascontiguousarray(values))
-            for name, values in result.predictions.items()
-        },
-    )
+    arrays = result.predictions.items()
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in arrays}
+    save_tensors(workspace / PREDICTIONS, tensors)
     if result.model is not None:
-        save_tensors(
-            workspace / MODEL, result.model.state_dict(), {"method": spec.method, "key": spec.key}
-        )
-    (workspace / "checkpoint.safetensors").unlink(
-        missing_ok=True
-    )  # only a run in progress needs the optimizer's state
+        identity = {"method": spec.method, "key": spec.key}
+        save_tensors(workspace / MODEL, result.model.state_dict(), identity)
+    # Only a run in progress needs the optimizer's state.
+    (workspace / "checkpoint.safetensors").unlink(missing_ok=True)
     write_json(workspace / RESULT, about)
-    with explain_storage(target):
-        replace_folder(workspace, target)
-    return Run(spec, target, about)
+    return about
 
 
 def run_grid(
@@ -184,34 +195,44 @@ def run_grid(
     progress_bar: bool = True,
     workers: int = 1,
 ) -> list[Run]:
-    """Every run of a grid, computing what is missing; a failed run does not stop the others.
+    """Every run of a grid that shares a function, see `run_all`."""
+    pairs = [(spec, function) for spec in specs]
+    return run_all(pairs, folder, progress_bar=progress_bar, workers=workers)
 
-    With several `workers`, processes of one thread each work side by side: small networks gain
-    little from threads, so two runs on two cores take about as long as one. A full disk or an
-    unwritable folder stops at once. Otherwise the failures are named together at the end.
+
+def run_all(
+    pairs: Sequence[tuple[RunSpec, Callable[[RunSpec, Path], Result]]],
+    folder: str | Path,
+    progress_bar: bool = True,
+    workers: int = 1,
+) -> list[Run]:
+    """Every run of pairs of spec and function, computing what is missing.
+
+    A failed run does not stop the others; the failures are named together at the end. A full disk
+    or an unwritable folder stops at once. With several `workers`, processes of one thread each
+    work side by side: small networks gain little from threads.
     """
-    specs = list(specs)
     outcomes: Iterable[Run | str]
     if workers > 1:
         parallel = Parallel(workers, return_as="generator", inner_max_num_threads=1)
-        outcomes = parallel(delayed(_try_run)(spec, function, folder) for spec in specs)
+        outcomes = parallel(delayed(_try_run)(*pair, folder) for pair in pairs)
     else:
-        outcomes = (_try_run(spec, function, folder) for spec in specs)
-    outcomes = list(tqdm(outcomes, total=len(specs), disable=not progress_bar, unit="run"))
+        outcomes = (_try_run(*pair, folder) for pair in pairs)
+    outcomes = list(tqdm(outcomes, total=len(pairs), disable=not progress_bar, unit="run"))
     failed = [outcome for outcome in outcomes if isinstance(outcome, str)]
-    finished = [outcome for outcome in outcomes if isinstance(outcome, Run)]
     if failed:
         raise RuntimeError(
-            f"{len(failed)} of {len(failed) + len(finished)} runs failed and the others are kept: {'; '.join(failed)}. "
-            "Mend the cause and run again; only these are repeated."
+            f"{len(failed)} of {len(outcomes)} runs failed and the others are kept: "
+            f"{'; '.join(failed)}. Mend the cause and run again; only these are repeated."
         )
-    return finished
+    return outcomes
 
 
 def _try_run(
     spec: RunSpec, function: Callable[[RunSpec, Path], Result], folder: str | Path
 ) -> Run | str:
     """The run, or the sentence on why it failed; its traceback is kept in its workspace."""
+    spec = spec if spec.code else replace(spec, code=code_of(function))
     try:
         return run_or_load(spec, function, folder)
     except StorageError:
@@ -222,30 +243,48 @@ def _try_run(
         return f"{spec.name} ({type(error).__name__}: {error})"
 
 
-def keep_list(runs: Iterable[Run], name: str, results: str | Path) -> None:
-    """Note below `results` which runs are behind the table `name`; later notebooks ask these and no
-    older ones.
+def keep_runs(runs: Iterable[Run], name: str, results: str | Path) -> None:
+    """Note below `results` that these runs stand behind `name`: a table, or `group/member`.
+
+    Later notebooks ask the runs of the list and no older ones.
     """
-    write_json(Path(results) / LISTS / f"{name}.json", {"runs": [run.folder.name for run in runs]})
+    names = [run.folder.name for run in runs]
+    write_json(Path(results) / LISTS / f"{name}.json", {"runs": names})
 
 
-def listed_runs(name: str, results: str | Path, records: Records, notebook: str) -> list[Run]:
-    """The runs noted as `name`; DataError where the list or a run is missing, or was made on other
+def kept_runs(name: str, results: str | Path, records: Records | None = None) -> list[Run]:
+    """The runs noted as `name`, made on `records` where these are given.
+
+    DataError, with the notebook to run, where the list or a run is missing or is about other
     records.
     """
     path = Path(results) / LISTS / f"{name}.json"
+    maker = MAKERS.get(name.partition("/")[0], "the notebook that makes it")
     if not path.exists():
-        raise DataError(f"{path}: is missing; run notebook {notebook} first.")
-    runs = [open_run(Path(results) / "runs" / run) for run in read_json(path)["runs"]]
-    if any(run.spec.data_key != records.fingerprint for run in runs):
-        raise DataError(f"{path}: lists runs on other records; run notebook {notebook} again.")
+        raise DataError(f"{path}: is missing; run {maker} first.")
+    folders = [Path(results) / "runs" / folder for folder in read_json(path)["runs"]]
+    for folder in folders:
+        if not (folder / RESULT).exists():
+            raise DataError(f"{path}: its run {folder.name} is gone; run {maker} again.")
+    runs = [open_run(folder) for folder in folders]
+    if records is not None and any(run.spec.data_key != records.fingerprint for run in runs):
+        raise DataError(f"{path}: lists runs on other records; run {maker} again.")
     return runs
 
 
+def kept_group(group: str, results: str | Path, records: Records | None = None) -> dict[str, Run]:
+    """The one run of each list `group/member`, by member; DataError as in `kept_runs`."""
+    members = sorted(path.stem for path in (Path(results) / LISTS / group).glob("*.json"))
+    if not members:
+        what = group.removesuffix("s").replace("_", " ")
+        raise DataError(f"{results}: holds no {what}; run {MAKERS[group]} first.")
+    return {name: kept_runs(f"{group}/{name}", results, records)[0] for name in members}
+
+
 def table(folder: str | Path) -> pd.DataFrame:
-    """One row a metric of every finished run below `folder`, with `TABLE_COLUMNS`."""
+    """One row for each metric of every finished run below `folder`, with `TABLE_COLUMNS`."""
     found = sorted((Path(folder) / "runs").glob(f"[!.]*/{RESULT}"))
-    return tidy(row for path in found for row in _rows(read_json(path)))
+    return tidy(row for path in found for row in open_run(path.parent).rows())
 
 
 def tidy(rows: Iterable[dict], extra: Sequence[str] = ()) -> pd.DataFrame:
@@ -258,23 +297,10 @@ def tidy(rows: Iterable[dict], extra: Sequence[str] = ()) -> pd.DataFrame:
     return frame.sort_values(order, ignore_index=True)
 
 
-def _rows(about: dict) -> list[dict]:
-    """Metrics of one `run.json` as table rows, with its settings that are plain text, such as
-    encoder and protocol.
-    """
-    spec = about["spec"]
-    shared = {name: value for name, value in spec["settings"].items() if isinstance(value, str)}
-    shared |= {name: spec[name] for name in ("method", "data", "labels", "fraction", "seed")}
-    return [{**shared, **metric, "seconds": about["seconds"]} for metric in about["metrics"]]
-
-
 def machine() -> dict:
-    """What the run was computed on: processor, cores, threads, memory, accelerator, operating
-    system.
-    """
-    memory = (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    )
+    """What the run was computed on: processor, cores, threads, memory, accelerator, system."""
+    pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    memory = pages * os.sysconf("SC_PAGE_SIZE") if pages else 0
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -298,7 +324,5 @@ def _processor() -> str:
 
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a number."""
-    return {
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in PACKAGES},
-    }
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **versions}

@@ -243,4 +243,4 @@ for fraction in fractions:
 
 # %% [markdown]
 # Notebook 09 fits and fine-tunes this encoder for every label subset and scores it on fold 10. Written:
-# `pretrained/simclr.json`, which names the run below `runs/`, and `figures/simclr_pretraining.svg`.
+# `run_lists/pretrained_encoders/simclr.json`, which names the run below `runs/`, and `figures/simclr_pretraining.svg`.

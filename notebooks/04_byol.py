@@ -312,4 +312,4 @@ for fraction in fractions:
 
 # %% [markdown]
 # Notebook 09 fits and fine-tunes this encoder for every label subset and scores it on fold 10. Written:
-# `pretrained/byol.json`, which names the run below `runs/`, and `figures/byol_pretraining.svg`.
+# `run_lists/pretrained_encoders/byol.json`, which names the run below `runs/`, and `figures/byol_pretraining.svg`.

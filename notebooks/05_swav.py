@@ -314,4 +314,4 @@ for fraction in fractions:
 
 # %% [markdown]
 # Notebook 09 fits and fine-tunes this encoder for every label subset and scores it on fold 10. Written:
-# `pretrained/swav.json`, which names the run below `runs/`, and `figures/swav_pretraining.svg`.
+# `run_lists/pretrained_encoders/swav.json`, which names the run below `runs/`, and `figures/swav_pretraining.svg`.

@@ -367,4 +367,4 @@ for fraction in fractions:
 
 # %% [markdown]
 # Notebook 09 fits and fine-tunes this encoder for every label subset and scores it on fold 10. Written:
-# `pretrained/cpc.json`, which names the run below `runs/`, and `figures/cpc_pretraining.svg`.
+# `run_lists/pretrained_encoders/cpc.json`, which names the run below `runs/`, and `figures/cpc_pretraining.svg`.

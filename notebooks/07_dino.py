@@ -290,4 +290,4 @@ for fraction in fractions:
 
 # %% [markdown]
 # Notebook 09 fits and fine-tunes this encoder for every label subset and scores it on fold 10. Written:
-# `pretrained/dino.json`, which names the run below `runs/`, and `figures/dino_pretraining.svg`.
+# `run_lists/pretrained_encoders/dino.json`, which names the run below `runs/`, and `figures/dino_pretraining.svg`.

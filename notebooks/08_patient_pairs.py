@@ -402,5 +402,5 @@ for fraction in fractions:
 
 # %% [markdown]
 # Notebook 09 fits and fine-tunes this encoder for every label subset and scores it on fold 10. Written:
-# `pretrained/patient_pairs.json`, which names the run below `runs/`, `figures/patient_pairs_pretraining.svg` and
+# `run_lists/pretrained_encoders/patient_pairs.json`, which names the run below `runs/`, `figures/patient_pairs_pretraining.svg` and
 # `tables/segment_order_shortcuts.csv`.

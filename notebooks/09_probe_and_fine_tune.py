@@ -258,10 +258,10 @@ for start in pretrained.values():
 
 # %%
 from ecgstudy.results import save_table
-from ecgstudy.runs import keep_list, tidy
+from ecgstudy.runs import keep_runs, tidy
 
 runs = frozen + trained
-keep_list(runs, "label_efficiency", results)  # for the notebooks that follow
+keep_runs(runs, "label_efficiency", results)  # for the notebooks that follow
 rows = tidy((row for run in runs for row in run.rows()), extra=("encoder", "protocol"))
 summary = seed_summary(runs, records, cell=CELL)
 for filename, frame in {"label_efficiency": rows, "label_efficiency_summary": summary}.items():

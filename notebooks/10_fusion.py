@@ -443,9 +443,9 @@ for (fraction,), ours in sorted(scores["DVME"].items()):
 
 # %%
 from ecgstudy.results import save_table
-from ecgstudy.runs import keep_list, tidy
+from ecgstudy.runs import keep_runs, tidy
 
-keep_list(runs, "fusion", results)  # for notebook 15
+keep_runs(runs, "fusion", results)  # for notebook 15
 every = [*runs, *seeds_of_one, *best_ones, *fewer, *tuned]
 rows = tidy((row for run in every for row in run.rows()), extra=("protocol", "members"))
 summary = seed_summary(every, records, cell=CELL)

@@ -650,6 +650,6 @@ print(
 )
 
 # %% [markdown]
-# Notebook 12 trains from these backbones with few labels and many unlabelled ECGs. Written: `backbones/simulated.json`
-# and `backbones/self_supervised.json`, which name the runs below `runs/`, `adapters/notebook_11.safetensors`,
+# Notebook 12 trains from these backbones with few labels and many unlabelled ECGs. Written: `run_lists/pretrained_backbones/simulated.json`
+# and `run_lists/pretrained_backbones/self_supervised.json`, which name the runs below `runs/`, `adapters/notebook_11.safetensors`,
 # `tables/ranks.csv` and `figures/ranks.svg`.

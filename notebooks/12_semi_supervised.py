@@ -342,9 +342,9 @@ except DataError as error:
     print(error)
 
 # %%
-from ecgstudy.runs import keep_list, tidy
+from ecgstudy.runs import keep_runs, tidy
 
-keep_list(runs + from_starts, "semi_supervised", results)  # for the notebooks that follow
+keep_runs(runs + from_starts, "semi_supervised", results)  # for the notebooks that follow
 rows = tidy((row for run in runs + from_starts for row in run.rows()), extra=("backbone", "start"))
 every = seed_summary(runs + from_starts, records, cell=CELL)
 for filename, frame in {"semi_supervised": rows, "semi_supervised_summary": every}.items():

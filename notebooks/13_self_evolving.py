@@ -217,11 +217,11 @@ runs = evolve(records, arms, fraction, seeds, settings, results, default_device(
 from ecgstudy.results import save_table
 from ecgstudy.analysis.self_evolving import plot_stages
 from ecgstudy.results import save_figure
-from ecgstudy.runs import keep_list, tidy
+from ecgstudy.runs import keep_runs, tidy
 from ecgstudy.analysis.gains import stage_gains
 from ecgstudy.analysis.self_evolving import stage_summary
 
-keep_list(runs, "self_evolving", results)  # for the notebooks that follow
+keep_runs(runs, "self_evolving", results)  # for the notebooks that follow
 summary, gains = stage_summary(runs, records), stage_gains(runs, records)
 rows = tidy((row for run in runs for row in run.rows()), extra=("network", "stage"))
 for name, frame in {"": rows, "_summary": summary, "_gains": gains}.items():

@@ -566,11 +566,11 @@ matched[["method", "class", "seeds", "value", "low", "high", "auroc_left"]].roun
 # classes and no leads, so it is scored like everything else.
 
 # %%
-from ecgstudy.runs import listed_runs
+from ecgstudy.runs import kept_runs
 
 rows = []
 if (Path(results) / "run_lists" / "self_evolving.json").exists():
-    stages = listed_runs("self_evolving", results, records, "13_self_evolving")
+    stages = kept_runs("self_evolving", results, records)
     last = max(
         (run for run in stages if run.spec.method == "distl"),
         key=lambda run: (run.spec.settings["stage"], -run.spec.seed),

@@ -16,7 +16,7 @@ from ecglib.records import Records
 from ecgstudy.analysis.figures import MARKERS, arm_label, label_axis, require_columns
 from ecgstudy.analysis.summary import seed_scores
 from ecgstudy.arms.transfer import grid_subsets
-from ecgstudy.runs import Run, listed_runs
+from ecgstudy.runs import Run, kept_runs
 
 
 def plot_label_curve(
@@ -159,8 +159,8 @@ def frozen_validation(
 
 
 def transfer_runs(results: str | Path, records: Records) -> list[Run]:
-    """The runs behind `label_efficiency.csv`, see `runs.listed_runs`."""
-    return listed_runs("label_efficiency", results, records, "09_probe_and_fine_tune")
+    """The runs behind `label_efficiency.csv`, see `runs.kept_runs`."""
+    return kept_runs("label_efficiency", results, records)
 
 
 def labels_needed_table(runs: Sequence[Run], records: Records, draws: int = 1000) -> pd.DataFrame:

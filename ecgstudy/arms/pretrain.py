@@ -16,15 +16,13 @@ from ecglib.augment import apply, named_transforms
 from ecglib.batches import CropBatches, step_generator
 from ecglib.checkpoints import load_state
 from ecglib.encoders import make_encoder
-from ecglib.errors import DataError
 from ecglib.evaluate.metrics import class_auroc
 from ecglib.evaluate.windows import encode_windows
-from ecglib.files import read_json, write_json
 from ecglib.probe import fit_probes
 from ecglib.records import Records
 from ecglib.selfsup import Pretraining
 from ecglib.train import autocast, fit, precision
-from ecgstudy.runs import RESULT, Result, Run, RunSpec, open_run
+from ecgstudy.runs import PRETRAINED, Result, Run, RunSpec, keep_runs, kept_group
 
 WATCHED = 250  # labelled training records, and at most as many validation records, that the online probe sees
 LOOKS = 12  # rows of the history
@@ -204,31 +202,15 @@ def encode_run(
 
 
 def keep_pretrained(run: Run, results: str | Path) -> None:
-    """Note in `results/pretrained` which run stands for its method, so that later notebooks find
-    it.
-    """
-    write_json(Path(results) / "pretrained" / f"{run.spec.method}.json", {"run": run.folder.name})
+    """Note which run stands for its method, so that later notebooks find it."""
+    keep_runs([run], f"{PRETRAINED}/{run.spec.method}", results)
 
 
 def pretrained_runs(results: str | Path, records: Records) -> dict[str, Run]:
-    """The noted run of each method, by name; DataError where one is missing or was trained on other
-    records.
+    """The noted run of each method, by name; DataError where there is none, or where one is gone
+    or about other records.
     """
-    found = {}
-    for path in sorted((Path(results) / "pretrained").glob("*.json")):
-        folder = Path(results) / "runs" / read_json(path)["run"]
-        if not (folder / RESULT).exists():
-            raise DataError(
-                f"{path}: its run {folder.name} is gone; run the notebook of {path.stem} again."
-            )
-        found[path.stem] = open_run(folder)
-        if found[path.stem].spec.data_key != records.fingerprint:
-            raise DataError(
-                f"{path}: was pretrained on other records; run the notebook of {path.stem} again."
-            )
-    if not found:
-        raise DataError(f"{results}: holds no pretrained encoder; run notebooks 03 to 08 first.")
-    return found
+    return kept_group(PRETRAINED, results, records)
 
 
 def encode_records(

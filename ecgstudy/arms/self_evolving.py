@@ -16,6 +16,7 @@ from torch import nn
 
 from ecglib.augment import named_transforms
 from ecglib.batches import SemiBatches
+from ecglib.encoders import encoder_maker
 from ecglib.encoders.transformer import set_drop_path
 from ecglib.errors import DataError
 from ecglib.evaluate.metrics import expected_calibration_error
@@ -26,6 +27,7 @@ from ecglib.semisup.fixmatch import FixedThreshold, FixMatch
 from ecglib.supervised import Classifier, Training, new_classifier
 from ecglib.train import fit
 from ecgstudy.arms.supervised import classifier_result
+from ecgstudy.code import code_of
 from ecgstudy.runs import RESULT, Result, Run, RunSpec, open_run, run_grid
 
 ARMS = {  # what each does with the unlabelled records; "oracle" is the only one that sees their labels
@@ -95,6 +97,7 @@ def stage_spec(
         fraction,
         seed,
         {**settings, "protocol": f"stage{stage}", "stage": stage, "previous": previous},
+        code_of(self_evolving_run, encoder_maker(settings["encoder"])),
     )
 
 

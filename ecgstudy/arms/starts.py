@@ -12,13 +12,10 @@ from ecglib.checkpoints import load_state
 from ecglib.encoders import make_encoder
 from ecglib.errors import DataError
 from ecglib.evaluate.windows import predict_windows
-from ecglib.files import read_json, write_json
 from ecglib.records import Records
 from ecglib.sources.simulate import CONDITIONS, TASKS
 from ecglib.supervised import Classifier
-from ecgstudy.runs import Run, RunSpec, open_run
-
-FOLDER = "backbones"  # below a results folder
+from ecgstudy.runs import BACKBONES, Run, RunSpec, keep_runs, kept_group
 
 
 def cohort_spec(cohort: Records, seed: int, settings: Mapping) -> RunSpec:
@@ -31,23 +28,13 @@ def cohort_spec(cohort: Records, seed: int, settings: Mapping) -> RunSpec:
 
 
 def keep_start(run: Run, name: str, results: str | Path) -> None:
-    """Note in `results/backbones` which run is the start of that name, so that later notebooks find
-    it.
-    """
-    write_json(Path(results) / FOLDER / f"{name}.json", {"run": run.folder.name})
+    """Note which run is the start of that name, so that later notebooks find it."""
+    keep_runs([run], f"{BACKBONES}/{name}", results)
 
 
 def kept_starts(results: str | Path) -> dict[str, Run]:
     """The noted start of each name; DataError where there is none or where one's run is gone."""
-    found = {}
-    for path in sorted((Path(results) / FOLDER).glob("*.json")):
-        try:
-            found[path.stem] = open_run(Path(results) / "runs" / read_json(path)["run"])
-        except DataError as error:
-            raise DataError(f"{path}: its run is gone ({error}); run notebook 11 again.") from None
-    if not found:
-        raise DataError(f"{results}: holds no pretrained backbone; run notebook 11 first.")
-    return found
+    return kept_group(BACKBONES, results)
 
 
 def start_weights(run: Run) -> dict[str, Tensor]:

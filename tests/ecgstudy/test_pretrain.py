@@ -122,8 +122,9 @@ def test_what_was_kept_is_found_and_what_is_wrong_is_named(tmp_path):
     run = pretrain(records, tmp_path)
     keep_pretrained(run, tmp_path)
     assert pretrained_runs(tmp_path, records)["simclr"].spec.key == run.spec.key
-    with pytest.raises(DataError, match="simclr.json: was pretrained on other records"):
+    with pytest.raises(DataError, match="simclr.json: lists runs on other records"):
         pretrained_runs(tmp_path, records.select(np.arange(100)))
-    (tmp_path / "pretrained" / "simclr.json").write_text(json.dumps({"run": "gone"}))
-    with pytest.raises(DataError, match="its run gone is gone; run the notebook of simclr again"):
+    listed = tmp_path / "run_lists" / "pretrained_encoders" / "simclr.json"
+    listed.write_text(json.dumps({"runs": ["gone"]}))
+    with pytest.raises(DataError, match="its run gone is gone; run notebooks 03 to 08 again"):
         pretrained_runs(tmp_path, records)

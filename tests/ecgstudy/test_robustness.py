@@ -10,13 +10,7 @@ import pytest
 import torch
 
 from ecglib.errors import DataError
-from ecglib.evaluate.draws import (
-    PatientDraws,
-    auroc,
-    bootstrap_interval,
-    paired_difference,
-    together,
-)
+from ecglib.evaluate.draws import bootstrap_interval, paired_difference
 from ecglib.evaluate.windows import encode_windows, predict_windows
 from ecglib.noise import add_noise, measured_snr, record_generator
 from ecglib.records import Records
@@ -33,6 +27,7 @@ from ecgstudy.arms import noise
 from ecgstudy.arms.noise import (
     NoiseScores,
     arm_of,
+    drawn_auroc,
     make_noisy,
     noise_arms,
     score_conditions,
@@ -42,7 +37,7 @@ from ecgstudy.arms.pretrain import encode_run, pretraining_spec
 from ecgstudy.arms.supervised import supervised_run
 from ecgstudy.arms.trained import trained_classifier
 from ecgstudy.arms.transfer import frozen_run, transfer_spec
-from ecgstudy.runs import Run, RunSpec, keep_list, open_run, run_or_load
+from ecgstudy.runs import Run, RunSpec, keep_runs, open_run, run_or_load
 
 KINDS, SNRS = ("white", "lead_loss"), (6.0, -6.0)
 SETTINGS = {
@@ -77,7 +72,7 @@ def arms(records, folder) -> list[Run]:
         runs.append(
             run_or_load(frozen, frozen_run(records, [0.5, 1.0], {0.5: 1, 1.0: 1}, start), folder)
         )
-    keep_list(runs, "label_efficiency", folder)
+    keep_runs(runs, "label_efficiency", folder)
     return runs
 
 
@@ -190,8 +185,7 @@ def test_macro_auroc_and_its_draws_are_those_of_evaluate(records, scores, folder
     generator = np.random.default_rng(0)
     clean = generator.normal(size=targets.shape) + targets
     noisy = clean + generator.normal(size=targets.shape)
-    measure = together(auroc(targets, clean), auroc(targets, noisy))
-    values, drawn = PatientDraws(patients, 200).sample(measure)
+    values, drawn = drawn_auroc(targets, np.stack([clean, noisy]), patients, 200)
     expected = bootstrap_interval(targets, clean, patients, 200)
     assert math.isclose(values[0], expected.value) and np.allclose(
         np.quantile(drawn[0], [0.025, 0.975]), expected[1:]
@@ -347,7 +341,7 @@ def test_one_run_a_method_of_the_other_notebooks(monkeypatch, records):
             for s in (1, 0)
         ],
     }
-    monkeypatch.setattr(noise, "listed_runs", lambda name, *_: lists[name])
+    monkeypatch.setattr(noise, "kept_runs", lambda name, *_: lists[name])
     found = [arm_of(run) for run in noise_arms("", records, 1.0, list(lists))]
     assert [(arm["method"], arm["protocol"], arm["fraction"], arm["seed"]) for arm in found] == [
         ("ce_ssl", "simulated start", 0.1, 1),

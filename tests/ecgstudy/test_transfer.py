@@ -31,7 +31,7 @@ from ecgstudy.arms.transfer import (
     start_classifier,
     transfer_spec,
 )
-from ecgstudy.runs import Run, RunSpec, keep_list, run_grid, tidy
+from ecgstudy.runs import Run, RunSpec, keep_runs, run_grid, tidy
 from toolkit import pretrain
 
 FRACTIONS, SEEDS = [0.2, 1.0], {0.2: 2, 1.0: 1}
@@ -247,7 +247,7 @@ def test_the_table_of_labels_needed_has_its_control(runs, records):
 def test_listed_runs_are_found_and_what_is_wrong_is_named(tmp_path, folder, runs, records):
     with pytest.raises(DataError, match="run notebook 09_probe_and_fine_tune first"):
         transfer_runs(tmp_path, records)
-    keep_list(runs, "label_efficiency", folder)
+    keep_runs(runs, "label_efficiency", folder)
     assert [run.spec.key for run in transfer_runs(folder, records)] == [
         run.spec.key for run in runs
     ]

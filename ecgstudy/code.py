@@ -1,0 +1,236 @@
+"""Which source a computation reaches, as one hash.
+
+A run's key holds it, so that an edited method gets a new run and never shows the number of the old
+one. Comments and docstrings do not count.
+"""
+
+import ast
+import inspect
+import io
+import re
+import sys
+import textwrap
+import time
+import tokenize
+from collections.abc import Callable, Iterable
+from dataclasses import fields, is_dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from types import CodeType, FunctionType, MethodType, ModuleType
+
+from ecglib.errors import DataError
+from ecglib.files import short_hash
+
+PACKAGES = ("ecglib", "ecgstudy")
+ROOT = Path(__file__).resolve().parents[1]
+STARTED = time.time()
+ENTRY = re.compile(r"[\w.]+:\w+")
+
+
+def fingerprint(modules: Iterable[str]) -> str:
+    """Hash of the modules of these names and of all that they import from the study's packages.
+
+    The packages around a module count as imported, too. Modules outside the study are hashed
+    without their imports; those that have no source file are left out.
+    """
+    reached: dict[str, str] = {}
+    waiting = list(modules)
+    while waiting:
+        name = waiting.pop()
+        if name in reached:
+            continue
+        path = _source_file(name)
+        reached[name], imported = _read(path) if path else ("", ())
+        waiting += imported if _is_own(name) else ()
+        waiting += [name.rpartition(".")[0]] if _is_own(name) and "." in name else []
+    return short_hash(sorted(reached.items()))
+
+
+def code_of(*objects: object) -> str:
+    """Hash of the source that functions, classes, jobs and modules reach, see `fingerprint`.
+
+    A partial stands for its function and arguments, a closure for what it encloses, a method for
+    its object, and a dataclass for its fields and for what its method `reaches()` returns. What
+    was defined in a notebook counts with its own text and the names that it uses there.
+    """
+    modules: set[str] = set()
+    texts: dict[str, str] = {}
+    seen: set[int] = set()
+    for each in objects:
+        _collect(each, modules, texts, seen)
+    return short_hash([fingerprint(modules), sorted(texts.items())])
+
+
+def imported_modules(source: str) -> tuple[str, ...]:
+    """Names of the study's modules that a Python source imports anywhere, in order."""
+    found: dict[str, None] = {}
+    for node in _nodes(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name: None for alias in node.names if _is_own(alias.name)}
+        elif isinstance(node, ast.ImportFrom) and node.module and _is_own(node.module):
+            found[node.module] = None
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name: None for name in inner if _source_file(name)}
+    return tuple(found)
+
+
+def without_comments(source: str) -> str:
+    """The lines of a Python source that can change what it does.
+
+    Left out are comments, docstrings, blank lines, and registries, that is, dicts whose values
+    are all of the form "module:name": what an entry names counts where it is used, so that a new
+    entry leaves the others' runs as they are.
+    """
+    tree = ast.parse(source)
+    left_out = _docstring_lines(tree) | _registry_lines(tree)
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    kept = [line.rstrip() for row, line in enumerate(lines, start=1) if row not in left_out]
+    return "\n".join(line for line in kept if line)
+
+
+def _nodes(tree: ast.AST) -> Iterable[ast.AST]:
+    """All nodes of a tree but those that only a type checker reads."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            continue
+        yield node
+        yield from _nodes(node)
+
+
+def _docstring_lines(tree: ast.AST) -> set[int]:
+    """Numbers of the lines that docstrings take."""
+    owners = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)
+    lines: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, owners) and ast.get_docstring(node, clean=False) is not None:
+            lines.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return lines
+
+
+def _registry_lines(tree: ast.Module) -> set[int]:
+    """Numbers of the lines that registries of "module:name" take."""
+    lines: set[int] = set()
+    for node in tree.body:
+        value = getattr(node, "value", None)
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(value, ast.Dict):
+            entries = [getattr(entry, "value", None) for entry in value.values]
+            if entries and all(isinstance(e, str) and ENTRY.fullmatch(e) for e in entries):
+                lines.update(range(node.lineno, node.end_lineno + 1))
+    return lines
+
+
+def _is_own(name: str) -> bool:
+    """Whether a module belongs to the study."""
+    return name.partition(".")[0] in PACKAGES
+
+
+@cache
+def _source_file(name: str) -> Path | None:
+    """The source file of a module, None where it has none."""
+    if _is_own(name):
+        path = ROOT.joinpath(*name.split("."))
+        candidates = (path.with_suffix(".py"), path / "__init__.py")
+        return next((file for file in candidates if file.is_file()), None)
+    loaded = sys.modules.get(name)
+    if loaded is not None:
+        origin = getattr(loaded, "__file__", None)
+    else:
+        found = find_spec(name)
+        origin = found.origin if found else None
+    return Path(origin) if origin and origin.endswith(".py") else None
+
+
+@cache
+def _read(path: Path) -> tuple[str, tuple[str, ...]]:
+    """Hash of a source file and the study's modules that it imports.
+
+    DataError where the file changed after this process had loaded it: what would run is not what
+    is written.
+    """
+    loaded = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    if path.stat().st_mtime > STARTED and str(path) in loaded:
+        raise DataError(
+            f"{path}: was edited after Python had loaded it; restart the kernel or the command, "
+            "so that what runs is what is written."
+        )
+    source = path.read_text(encoding="utf-8")
+    return short_hash(without_comments(source)), imported_modules(source)
+
+
+def _collect(value: object, modules: set[str], texts: dict[str, str], seen: set[int]) -> None:
+    """Add the modules and notebook texts that a value stands for."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    for part in _parts(value):
+        _collect(part, modules, texts, seen)
+    if isinstance(value, ModuleType):
+        modules.add(value.__name__)
+    elif isinstance(value, FunctionType | type):
+        _add_definition(value, modules, texts, seen)
+    elif is_dataclass(value):
+        _add_definition(type(value), modules, texts, seen)
+
+
+def _parts(value: object) -> Iterable[object]:
+    """What stands inside a value: a function's enclosed values, a job's fields."""
+    if isinstance(value, partial):
+        return (value.func, *value.args, *value.keywords.values())
+    if isinstance(value, MethodType):
+        return (value.__self__, value.__func__)
+    if isinstance(value, FunctionType):
+        return [cell.cell_contents for cell in value.__closure__ or ()]
+    if is_dataclass(value) and not isinstance(value, type):
+        reached: Callable = getattr(value, "reaches", tuple)
+        return (*(getattr(value, field.name) for field in fields(value)), *reached())
+    return ()
+
+
+def _add_definition(
+    definition: FunctionType | type, modules: set[str], texts: dict[str, str], seen: set[int]
+) -> None:
+    """Add the module of a function or class, or its own text where it was written in a notebook."""
+    name = definition.__module__
+    if _is_own(name) or (name != "__main__" and name not in sys.stdlib_module_names):
+        if _is_own(name) or _is_users(name):
+            modules.add(name)
+            texts[f"{name}:{definition.__qualname__}"] = ""
+    elif name == "__main__":
+        texts[definition.__qualname__] = without_comments(textwrap.dedent(_text(definition)))
+        for function in _functions(definition):
+            for used in _names(function.__code__):
+                if used in function.__globals__:
+                    _collect(function.__globals__[used], modules, texts, seen)
+
+
+def _is_users(name: str) -> bool:
+    """Whether a module is a file of the user's own rather than an installed package."""
+    path = _source_file(name)
+    return path is not None and not {"site-packages", "dist-packages"} & set(path.parts)
+
+
+def _text(definition: FunctionType | type) -> str:
+    """The text of a definition in a notebook or script."""
+    try:
+        return inspect.getsource(definition)
+    except (OSError, TypeError):
+        codes = [function.__code__ for function in _functions(definition)]
+        return repr([(code.co_code, code.co_names) for code in codes])
+
+
+def _functions(definition: FunctionType | type) -> list[FunctionType]:
+    """A function itself, or the functions of a class."""
+    if isinstance(definition, FunctionType):
+        return [definition]
+    return [value for value in vars(definition).values() if isinstance(value, FunctionType)]
+
+
+def _names(code: CodeType) -> set[str]:
+    """Global names that a function and the functions inside it use."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
