@@ -5,6 +5,7 @@ once.
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,15 @@ from torch import Tensor, nn
 from ecglib.augment import apply, named_transforms
 from ecglib.batches import CropBatches, step_generator
 from ecglib.checkpoints import load_state
-from ecglib.encoders import make_encoder
+from ecglib.encoders import encoder_maker, make_encoder
 from ecglib.evaluate.metrics import class_auroc
 from ecglib.evaluate.windows import encode_windows
 from ecglib.probe import fit_probes
 from ecglib.records import Records
 from ecglib.selfsup import Pretraining
 from ecglib.train import autocast, fit, precision
-from ecgstudy.runs import PRETRAINED, Result, Run, RunSpec, keep_runs, kept_group
+from ecgstudy.runs import MODEL, PRETRAINED, Result, Run, keep_runs, kept_group
+from ecgstudy.study import Job, Study
 
 WATCHED = 250  # labelled training records, and at most as many validation records, that the online probe sees
 LOOKS = 12  # rows of the history
@@ -122,83 +124,115 @@ class Watch:
         return float(np.nanmean(class_auroc(self.targets[self.training :], scores.numpy())))
 
 
-def pretrain_run(
-    records: Records,
-    objective: Callable[..., nn.Module],
-    device: str = "cpu",
-    batches: Callable = CropBatches,
-) -> Callable[[RunSpec, Path], Result]:
-    """The function for `runs.run_or_load`: pretrain on the signals of folds 1-8, then encode every
-    record.
+@dataclass(frozen=True)
+class Pretrain(Job):
+    """An encoder trained on the signals of folds 1-8 without labels, then every record encoded.
 
-    `objective(encoder, transforms, **settings["options"])`. No label is used except by the online
-    probe, which does not touch the encoder. The result keeps the encoder's weights and `features`
-    `(records, feature_size)`.
+    `objective(encoder, transforms, **pretraining.options)` is the method. No label is used except
+    by the online probe, which does not touch the encoder. The result keeps the encoder's weights
+    and `features` `(records, feature_size)`.
     """
-    split = records.split
 
-    def run(spec: RunSpec, workspace: Path) -> Result:
-        settings = Pretraining.of(spec.settings)
-        torch.manual_seed(spec.seed)
+    method: str
+    objective: Callable[..., nn.Module]
+    pretraining: Pretraining
+    seed: int = 0
+    batches: Callable = CropBatches
+
+    def settings(self) -> Mapping:
+        return asdict(self.pretraining)
+
+    def reaches(self) -> tuple[Callable, ...]:
+        return (encoder_maker(self.pretraining.encoder), self.objective, self.batches)
+
+    def compute(self, study: Study, workspace: Path) -> Result:
+        settings = self.pretraining
+        records = study.records
+        torch.manual_seed(self.seed)
         encoder = make_encoder(settings.encoder)
         transforms = named_transforms(settings.transforms)
-        model = objective(encoder, transforms, **settings.options).to(device)
-        source = batches(
+        model = self.objective(encoder, transforms, **settings.options).to(study.device)
+        training = records.split["train"]
+        batches = self.batches(
             records,
-            split["train"],
+            training,
             settings.batch_size,
             settings.crop_seconds,
-            spec.seed,
-            device,
+            self.seed,
+            study.device,
         )
-        watch = Watch(model.encoder, records, settings.crop_seconds, device)
+        watch = Watch(model.encoder, records, settings.crop_seconds, study.device)
         before = {"step": 0, "learning_rate": 0.0, "seconds": 0.0, **watch(0)}
         history = fit(
             model,
-            source,
+            batches,
             settings.steps,
             learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,
-            seed=spec.seed,
+            seed=self.seed,
             folder=workspace,
             log_every=max(1, settings.steps // LOOKS),
             watch=watch,
         )
-        started = time.perf_counter()
-        features = encode_records(model.encoder, records, settings.crop_seconds, device)
-        notes = {
-            "history": [before, *history.to_dict("records")],
-            "effective_rank": effective_rank(torch.from_numpy(features[split["train"]])),
-        }
-        seconds = notes["history"][-1]["seconds"] + time.perf_counter() - started
-        return Result([], {"features": features}, model.encoder, seconds, notes)
-
-    return run
+        result = encoded_result(study, model.encoder, settings.crop_seconds)
+        rank = effective_rank(torch.from_numpy(result.predictions["features"][training]))
+        result.notes = {"history": [before, *history.to_dict("records")], "effective_rank": rank}
+        result.seconds += float(history["seconds"].iloc[-1])
+        return result
 
 
-def pretraining_spec(method: str, records: Records, seed: int, settings: Mapping) -> RunSpec:
-    """What identifies a pretraining: no label set and no labelled share."""
-    return RunSpec(method, records.name, records.fingerprint, "unlabelled", 0.0, seed, settings)
+@dataclass(frozen=True)
+class Encode(Job):
+    """Every record encoded by an encoder that is not trained here: as it starts, or that of a run.
 
-
-def encode_run(
-    records: Records, device: str = "cpu", weights: Mapping[str, Tensor] | None = None
-) -> Callable[[RunSpec, Path], Result]:
-    """The function for `runs.run_or_load` that only encodes: an encoder as it starts, never
-    trained, or with `weights`.
-
-    Like a pretraining it keeps the encoder and `features` `(records, feature_size)`.
+    `method` is "random" for an encoder that was never trained. `about` tells more of where the
+    encoder comes from. Like a pretraining it keeps the encoder and `features`.
     """
 
-    def run(spec: RunSpec, workspace: Path) -> Result:
-        torch.manual_seed(spec.seed)
-        encoder, started = make_encoder(spec.settings["encoder"]).to(device), time.perf_counter()
-        if weights is not None:
-            load_state(encoder, weights, spec.name)
-        features = encode_records(encoder, records, spec.settings["crop_seconds"], device)
-        return Result([], {"features": features}, encoder, time.perf_counter() - started)
+    method: str
+    encoder: str
+    crop_seconds: float
+    seed: int = 0
+    start: Run | None = None
+    about: Mapping = field(default_factory=dict)
 
-    return run
+    def settings(self) -> Mapping:
+        own = {"encoder": self.encoder, "crop_seconds": self.crop_seconds, **self.about}
+        return own if self.start is None else {**own, "start_key": self.start.spec.key}
+
+    def reaches(self) -> tuple[Callable, ...]:
+        return (encoder_maker(self.encoder),)
+
+    def compute(self, study: Study, workspace: Path) -> Result:
+        torch.manual_seed(self.seed)
+        encoder = make_encoder(self.encoder).to(study.device)
+        if self.start is not None:
+            load_state(encoder, start_weights(self.start), self.start.folder / MODEL)
+        return encoded_result(study, encoder, self.crop_seconds)
+
+
+def untrained(start: Run) -> Encode:
+    """The control of a pretrained encoder: the same one with the same seed, never trained."""
+    settings = start.spec.settings
+    return Encode("random", settings["encoder"], settings["crop_seconds"], start.spec.seed)
+
+
+def start_weights(run: Run) -> dict[str, Tensor]:
+    """The encoder's weights of a finished pretraining, or of a finished training with labels."""
+    weights = run.weights()
+    prefix = "encoder." if any(name.startswith("encoder.") for name in weights) else ""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in weights.items()
+        if name.startswith(prefix)
+    }
+
+
+def encoded_result(study: Study, encoder: nn.Module, crop_seconds: float) -> Result:
+    """An encoder with its `features` `(records, feature_size)` of every record."""
+    started = time.perf_counter()
+    features = encode_records(encoder, study.records, crop_seconds, study.device)
+    return Result([], {"features": features}, encoder, time.perf_counter() - started)
 
 
 def keep_pretrained(run: Run, results: str | Path) -> None:
@@ -206,11 +240,11 @@ def keep_pretrained(run: Run, results: str | Path) -> None:
     keep_runs([run], f"{PRETRAINED}/{run.spec.method}", results)
 
 
-def pretrained_runs(results: str | Path, records: Records) -> dict[str, Run]:
+def pretrained_runs(study: Study) -> dict[str, Run]:
     """The noted run of each method, by name; DataError where there is none, or where one is gone
     or about other records.
     """
-    return kept_group(PRETRAINED, results, records)
+    return kept_group(PRETRAINED, study.results, study.records)
 
 
 def encode_records(

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from ecglib.checkpoints import load_state
 from ecglib.encoders import make_encoder
@@ -35,17 +34,6 @@ def keep_start(run: Run, name: str, results: str | Path) -> None:
 def kept_starts(results: str | Path) -> dict[str, Run]:
     """The noted start of each name; DataError where there is none or where one's run is gone."""
     return kept_group(BACKBONES, results)
-
-
-def start_weights(run: Run) -> dict[str, Tensor]:
-    """The encoder's weights of a finished pretraining, or of a finished training with labels."""
-    weights = run.weights()
-    prefix = "encoder." if any(name.startswith("encoder.") for name in weights) else ""
-    return {
-        name.removeprefix(prefix): value
-        for name, value in weights.items()
-        if name.startswith(prefix)
-    }
 
 
 def without_real_labels(

@@ -1,64 +1,81 @@
 """Training from scratch as a run: the control of every other arm."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
+from ecglib.encoders import encoder_maker
 from ecglib.evaluate.draws import score_rows
 from ecglib.evaluate.windows import predict_windows
-from ecglib.labels import label_subsets
 from ecglib.records import Records
-from ecglib.supervised import Classifier, Training, new_classifier, train_classifier
-from ecgstudy.runs import Result, RunSpec
+from ecglib.supervised import Training, new_classifier, train_classifier
+from ecgstudy.runs import Result
+from ecgstudy.study import Job, LabelSubset, Study
 
 
-def supervised_run(
-    records: Records, fractions: Sequence[float], device: str = "cpu"
-) -> Callable[[RunSpec, Path], Result]:
-    """The function for `runs.run_or_load`: train on the label subset of the spec, score folds 9 and
-    10.
+@dataclass(frozen=True)
+class Labelled(Job):
+    """A job that uses the labels of one subset."""
 
-    `fractions` are all fractions of the study, so that the subsets of one seed are nested.
-    """
+    subset: LabelSubset
 
-    def run(spec: RunSpec, workspace: Path) -> Result:
-        labelled = label_subsets(records, fractions, spec.seed)[spec.fraction]
-        training = Training.of(spec.settings)
-        classifier = new_classifier(records, spec.seed, training)
+    @property
+    def fraction(self) -> float:
+        """The labelled share."""
+        return self.subset.fraction
+
+    @property
+    def seed(self) -> int:
+        """The seed of the subset, which also draws weights and batches."""
+        return self.subset.seed
+
+
+@dataclass(frozen=True)
+class FromScratch(Labelled):
+    """A classifier from random weights, trained on a label subset."""
+
+    training: Training
+    method: str = "supervised"
+
+    def settings(self) -> Mapping:
+        own = {"protocol": "supervised", "fractions": list(self.subset.fractions)}
+        return {**asdict(self.training), **own}
+
+    def reaches(self) -> tuple[Callable, ...]:
+        return (encoder_maker(self.training.encoder),)
+
+    def compute(self, study: Study, workspace: Path) -> Result:
+        labelled = self.subset.positions(study.records)
+        classifier = new_classifier(study.records, self.seed, self.training)
         history = train_classifier(
-            classifier, records, labelled, spec.seed, training, workspace, device
+            classifier, study.records, labelled, self.seed, self.training, workspace, study.device
         )
-        return classifier_result(classifier, records, labelled, spec.settings, history, device)
-
-    return run
+        return classifier_result(study, classifier, labelled, self.training.crop_seconds, history)
 
 
 def classifier_result(
-    classifier: Classifier,
-    records: Records,
-    labelled: np.ndarray,
-    settings: Mapping,
-    history: list[dict],
-    device: str = "cpu",
+    study: Study, classifier: nn.Module, labelled: np.ndarray, seconds: float, history: list[dict]
 ) -> Result:
-    """The result of a trained classifier: its scores on folds 9 and 10, its weights, its history."""
-    split, started = records.split, time.perf_counter()
+    """The result of a trained classifier: its scores on folds 9 and 10, its weights, its history.
+
+    Windows are as long as its training crops, `seconds`, and overlap by half.
+    """
+    started = time.perf_counter()
+    records = study.records
     probabilities = {
         name: predict_windows(
-            classifier,
-            records,
-            split[name],
-            settings["crop_seconds"],
-            settings["crop_seconds"] / 2,
-            device=device,
+            classifier, records, records.split[name], seconds, seconds / 2, device=study.device
         )
         for name in ("validation", "test")
     }
     result = scored_result(records, probabilities, labelled)
     result.seconds = history[-1]["seconds"] + time.perf_counter() - started
-    result.model, result.notes = classifier, {"history": history}
+    result.model = classifier
+    result.notes = {"history": history}
     return result
 
 

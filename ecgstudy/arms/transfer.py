@@ -1,25 +1,27 @@
 """What a pretrained encoder is worth with few labels: linear probes on its frozen features, and
 fine-tuning.
 
-Both give runs in the form of the supervised control (`ecglib.supervised`), so that all stand in one
-table.
+Both give runs in the form of the supervised control, so that all stand in one table.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ecglib.checkpoints import load_state
-from ecglib.labels import label_subsets
+from ecglib.encoders import encoder_maker
 from ecglib.probe import probe_layer, probe_subsets
 from ecglib.records import Records
 from ecglib.supervised import Classifier, Training, new_classifier, train_classifier
 from ecglib.train import parameter_groups
-from ecgstudy.arms.supervised import classifier_result, scored_result
-from ecgstudy.runs import MODEL, Result, Run, RunSpec
+from ecgstudy.arms.supervised import Labelled, classifier_result, scored_result
+from ecgstudy.runs import MODEL, Result, Run
+from ecgstudy.study import LabelSubset, Study
 
 
 def layerwise_groups(classifier: Classifier, weight_decay: float, factor: float) -> list[dict]:
@@ -44,122 +46,142 @@ def layerwise_groups(classifier: Classifier, weight_decay: float, factor: float)
     return [group for group in groups if group["params"]]
 
 
-def transfer_spec(
-    records: Records, pretrained: Run, protocol: str, fraction: float, seed: int, settings: Mapping
-) -> RunSpec:
-    """What identifies the use of a pretrained encoder, by the `protocol` frozen or fine-tuned, with
-    some labels.
+class Probes:
+    """Linear probes on the features that one run kept, all label subsets fitted together when the
+    first is asked for.
     """
-    start = {
-        "encoder": pretrained.spec.settings["encoder"],
-        "pretraining": pretrained.spec.key,
-        "protocol": protocol,
-    }
-    return RunSpec(
-        pretrained.spec.method,
-        records.name,
-        records.fingerprint,
-        records.about["task"],
-        fraction,
-        seed,
-        {**settings, **start},
-    )
 
+    def __init__(self, records: Records, start: Run, subsets: Iterable[LabelSubset]) -> None:
+        self.records = records
+        self.start = start
+        self.subsets = list(subsets)
 
-def grid_subsets(records: Records, fractions: Sequence[float], seeds: Mapping[float, int]) -> dict:
-    """(fraction, seed) -> labelled positions, for as many seeds as each fraction has; nested over
-    all `fractions`.
-    """
-    nested = [label_subsets(records, fractions, seed) for seed in range(max(seeds.values()))]
-    return {
-        (fraction, seed): nested[seed][fraction]
-        for fraction in seeds
-        for seed in range(seeds[fraction])
-    }
+    @cached_property
+    def positions(self) -> dict[LabelSubset, np.ndarray]:
+        """The labelled records of each subset."""
+        return {subset: subset.positions(self.records) for subset in self.subsets}
 
+    @cached_property
+    def fitted(self) -> tuple[dict, float]:
+        """The probe of each subset, see `probe.probe_subsets`, and the seconds for each."""
+        started = time.perf_counter()
+        records = self.records
+        features = self.start.predictions()["features"]
+        probes = probe_subsets(
+            features, records.targets, self.positions, records.split, classes=records.classes
+        )
+        return probes, (time.perf_counter() - started) / len(self.subsets)
 
-def frozen_run(
-    records: Records, fractions: Sequence[float], seeds: Mapping[float, int], pretrained: Run
-) -> Callable[[RunSpec, Path], Result]:
-    """The function for `runs.run_or_load`: linear probes on the features that `pretrained` kept.
-
-    `seeds` gives the number of label subsets of each fraction. All of them are fitted together when
-    the first is asked for; `fractions` are all fractions of the study, so that the subsets of one
-    seed are nested.
-    """
-    fitted: dict = {}
-
-    def run(spec: RunSpec, workspace: Path) -> Result:
-        if not fitted:
-            fitted.update(_all_probes(records, fractions, seeds, pretrained))
-        labelled, probe, seconds = fitted[spec.fraction, spec.seed]
+    def result(self, subset: LabelSubset) -> Result:
+        """The scores of one subset's probe."""
+        probes, seconds = self.fitted
+        probe = probes[subset]
         probabilities = {name: probe[f"{name}/probabilities"] for name in ("validation", "test")}
-        result = scored_result(records, probabilities, labelled)
-        result.seconds, result.notes = seconds, {"penalty": probe["penalty"]}
+        result = scored_result(self.records, probabilities, self.positions[subset])
+        result.seconds = seconds
+        result.notes = {"penalty": probe["penalty"]}
         return result
 
-    return run
+
+@dataclass(frozen=True)
+class Frozen(Labelled):
+    """A linear probe on the features that `start`, a run with an encoder, kept.
+
+    `probes` fits it together with those of other subsets.
+    """
+
+    start: Run
+    probes: Probes
+    method: str
+    about: Mapping
+
+    def settings(self) -> Mapping:
+        return {**self.about, "fractions": list(self.subset.fractions)}
+
+    def compute(self, study: Study, workspace: Path) -> Result:
+        return self.probes.result(self.subset)
 
 
-def _all_probes(
-    records: Records, fractions: Sequence[float], seeds: Mapping[float, int], pretrained: Run
-) -> dict:
-    """(fraction, seed) -> labelled positions, probe, and its share of the seconds."""
-    subsets = grid_subsets(records, fractions, seeds)
-    started = time.perf_counter()
-    features = pretrained.predictions()["features"]
-    probes = probe_subsets(
-        features, records.targets, subsets, records.split, classes=records.classes
-    )
-    seconds = (time.perf_counter() - started) / len(subsets)
-    return {key: (labelled, probes[key], seconds) for key, labelled in subsets.items()}
+def frozen_arms(
+    study: Study,
+    start: Run,
+    subsets: Iterable[LabelSubset],
+    method: str | None = None,
+    about: Mapping | None = None,
+) -> list[Frozen]:
+    """A linear probe for each label subset, on the frozen encoder of `start`.
+
+    `method` and `about` name the arm otherwise than after the encoder's pretraining.
+    """
+    probes = Probes(study.records, start, subsets)
+    method = method or start.spec.method
+    about = origin_of(start, "frozen") if about is None else about
+    return [Frozen(subset, start, probes, method, about) for subset in probes.subsets]
+
+
+def origin_of(start: Run, protocol: str) -> dict:
+    """The settings that tell from which pretrained encoder an arm starts, and how it is used."""
+    encoder = start.spec.settings["encoder"]
+    return {"encoder": encoder, "pretraining": start.spec.key, "protocol": protocol}
+
+
+@dataclass(frozen=True)
+class FineTuned(Labelled):
+    """Everything trained on from the encoder of `start` and from a probe.
+
+    A head that starts at random would tear the features apart before it has learnt to read them,
+    so it starts as the probe of the same label subset (Kumar et al. 2022). Everything else is as
+    in training from scratch.
+    """
+
+    start: Run
+    training: Training
+
+    @property
+    def method(self) -> str:
+        """The method that pretrained the encoder."""
+        return self.start.spec.method
+
+    def settings(self) -> Mapping:
+        own = {**origin_of(self.start, "fine-tuned"), "fractions": list(self.subset.fractions)}
+        return {**asdict(self.training), **own}
+
+    def reaches(self) -> tuple[Callable, ...]:
+        return (encoder_maker(self.training.encoder),)
+
+    def compute(self, study: Study, workspace: Path) -> Result:
+        training = self.training
+        labelled = self.subset.positions(study.records)
+        classifier = start_classifier(study.records, labelled, self.start, training, self.seed)
+        groups = layerwise_groups(classifier, training.weight_decay, training.layer_factor)
+        history = train_classifier(
+            classifier,
+            study.records,
+            labelled,
+            self.seed,
+            training,
+            workspace,
+            study.device,
+            groups=groups,
+        )
+        return classifier_result(study, classifier, labelled, training.crop_seconds, history)
 
 
 def start_classifier(
-    records: Records, labelled: np.ndarray, pretrained: Run, settings: Mapping, seed: int
+    records: Records, labelled: np.ndarray, start: Run, training: Training, seed: int
 ) -> Classifier:
-    """A classifier with the encoder of `pretrained` and a probe of the `labelled` records as its
-    head.
+    """A classifier with the encoder of `start` and a probe of the `labelled` records as its head.
 
-    DataError where the weights of `pretrained` are those of another encoder.
+    DataError where the weights of `start` are those of another encoder.
     """
-    classifier = new_classifier(records, seed, Training.of(settings))
-    load_state(classifier.encoder, pretrained.weights(), pretrained.folder / MODEL)
-    features = pretrained.predictions()["features"]
-    split, layer = records.split, classifier.head[-1]
-    weights, bias = probe_layer(features, records.targets, labelled, split, classes=records.classes)
+    classifier = new_classifier(records, seed, training)
+    load_state(classifier.encoder, start.weights(), start.folder / MODEL)
+    features = start.predictions()["features"]
+    weights, bias = probe_layer(
+        features, records.targets, labelled, records.split, classes=records.classes
+    )
+    layer = classifier.head[-1]
     with torch.no_grad():
         layer.weight.copy_(weights)
         layer.bias.copy_(bias)
     return classifier
-
-
-def finetuned_run(
-    records: Records, fractions: Sequence[float], pretrained: Run, device: str = "cpu"
-) -> Callable[[RunSpec, Path], Result]:
-    """The function for `runs.run_or_load`: train everything, from the encoder of `pretrained` and
-    from a probe.
-
-    A head that starts at random would tear the features apart before it has learnt to read them, so
-    it starts as the probe of the same label subset (Kumar et al. 2022). Everything else is as in
-    `supervised_run`.
-    """
-
-    def run(spec: RunSpec, workspace: Path) -> Result:
-        labelled = label_subsets(records, fractions, spec.seed)[spec.fraction]
-        classifier = start_classifier(records, labelled, pretrained, spec.settings, spec.seed)
-        training = Training.of(spec.settings)
-        groups = layerwise_groups(classifier, training.weight_decay, training.layer_factor)
-        history = train_classifier(
-            classifier,
-            records,
-            labelled,
-            spec.seed,
-            training,
-            workspace,
-            device,
-            groups=groups,
-        )
-        return classifier_result(classifier, records, labelled, spec.settings, history, device)
-
-    return run
