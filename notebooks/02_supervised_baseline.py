@@ -136,41 +136,32 @@ print(f"untrained, fold 9: {before.value:.3f} [{before.low:.3f}, {before.high:.3
 from ecgstudy.analysis.label_curve import plot_label_curve
 from ecgstudy.analysis.training_curves import plot_training
 from ecgstudy.results import save_figure
-from ecgstudy.runs import RunSpec, run_grid, run_or_load, tidy
+from ecglib.supervised import Training
 from ecgstudy.analysis.summary import seed_summary
-from ecgstudy.arms.supervised import supervised_run
-from ecglib.train import default_device
+from ecgstudy.arms.supervised import FromScratch
+from ecgstudy.runs import tidy
+from ecgstudy.study import LabelSubset, Study, label_grid
 
-settings = {
-    "encoder": encoder,
-    "batch_size": batch_size,
-    "crop_seconds": crop_seconds,
-    "learning_rate": learning_rate,
-    "weight_decay": weight_decay,
-    "dropout": dropout,
-    "transforms": transforms,
-    "fractions": fractions,
-    "protocol": "supervised",
-}
+study = Study.open(results, workers)
 
 
-def specification(fraction: float, seed: int) -> RunSpec:
-    """What identifies one supervised run."""
-    task, steps = records.about["task"], steps_few if fraction <= 0.1 else steps_many
-    return RunSpec(
-        "supervised",
-        records.name,
-        records.fingerprint,
-        task,
-        fraction,
-        seed,
-        {**settings, "steps": steps},
+def arm(subset: LabelSubset) -> FromScratch:
+    """One training from scratch."""
+    training = Training(
+        encoder=encoder,
+        steps=steps_few if subset.fraction <= 0.1 else steps_many,
+        batch_size=batch_size,
+        crop_seconds=crop_seconds,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        dropout=dropout,
+        transforms=transforms,
     )
+    return FromScratch(subset, training)
 
 
-device = default_device()
-train_and_score = supervised_run(records, fractions, device)
-first = run_or_load(specification(max(fractions), 0), train_and_score, results)
+subsets = label_grid(fractions, seeds_few, seeds_many)
+first = study.run(arm(LabelSubset(max(fractions), 0, tuple(fractions))))
 
 # %%
 import pandas as pd
@@ -183,7 +174,7 @@ figure
 # %%
 assert history["loss"].tail(5).mean() < history["loss"].head(1).item(), "the loss did not fall"
 last = history.iloc[-1]
-print(f"{last['seconds']:.0f} s for {last['step']} steps on {device} in {last['precision']}")
+print(f"{last['seconds']:.0f} s for {last['step']} steps on {study.device} in {last['precision']}")
 
 # %% [markdown]
 # ## The grid: fractions × seeds
@@ -192,12 +183,7 @@ print(f"{last['seconds']:.0f} s for {last['step']} steps on {device} in {last['p
 # are opened; the others are computed now. Nothing is chosen on fold 10.
 
 # %%
-grid = [
-    specification(fraction, seed)
-    for fraction in fractions
-    for seed in range(seeds_few if fraction <= 0.1 else seeds_many)
-]
-runs = run_grid(grid, train_and_score, results, workers=workers)
+runs = study.grid([arm(subset) for subset in subsets])
 
 # %%
 from ecgstudy.results import save_table

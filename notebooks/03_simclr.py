@@ -29,12 +29,12 @@ transforms = {  # the same views for every objective, see notebook 01; chosen on
 options = {"temperature": 0.5, "hidden": 512, "outputs": 64}  # SimCLR's own settings
 
 # %%
-from pathlib import Path
 
-from ecglib.records import Records
+from ecgstudy.study import Study
 
-records = Records.load(Path(results) / "records").labelled
-note = f"{records.name}{records.caveat}"
+study = Study.open(results)
+records = study.records
+note = study.name
 print(f"{note}: {len(records):,} recordings")
 
 # %% [markdown]
@@ -94,7 +94,7 @@ def nt_xent_by_hand(z1: torch.Tensor, z2: torch.Tensor, temperature: float) -> t
 # %%
 import math
 
-from ecglib.selfsup.simclr import SimCLR, nt_xent
+from ecglib.selfsup.simclr import nt_xent
 
 z1, z2 = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))
 by_hand, by_package = nt_xent_by_hand(z1, z2, 0.5), nt_xent(z1, z2, 0.5)
@@ -126,24 +126,22 @@ print(f"with e subtracted at T = 0.5: {wrong:.4f} instead of {by_package:.4f}")
 # how many directions features vary). If all records moved to one point, alignment would be perfect and the rank 1:
 # collapse.
 
-# %%
-from ecgstudy.runs import run_or_load
-from ecgstudy.arms.pretrain import encode_run, keep_pretrained, pretrain_run, pretraining_spec
-from ecglib.train import default_device
+# %
+from ecglib.selfsup import Pretraining
+from ecgstudy.arms.pretrain import keep_pretrained
+from ecgstudy.methods import pretraining
 
-settings = {
-    "encoder": encoder,
-    "steps": steps,
-    "batch_size": batch_size,
-    "crop_seconds": crop_seconds,
-    "learning_rate": learning_rate,
-    "weight_decay": weight_decay,
-    "transforms": transforms,
-    "options": options,
-}
-device = default_device()
-specification = pretraining_spec("simclr", records, seed, settings)
-pretrained = run_or_load(specification, pretrain_run(records, SimCLR, device), results)
+settings = Pretraining(
+    encoder=encoder,
+    steps=steps,
+    batch_size=batch_size,
+    crop_seconds=crop_seconds,
+    learning_rate=learning_rate,
+    weight_decay=weight_decay,
+    transforms=transforms,
+    options=options,
+)
+pretrained = study.run(pretraining("simclr", settings, seed))
 keep_pretrained(pretrained, results)
 
 # %%
@@ -165,7 +163,7 @@ last = history.iloc[-1]
 assert last["loss"] < history["loss"].iloc[1], "the loss did not fall"
 assert last["effective_rank"] > 2, "the features have collapsed"
 print(
-    f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {device}; "
+    f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {study.device}; "
     f"effective rank {last['effective_rank']:.0f} of {pretrained.predictions()['features'].shape[1]}"
 )
 
@@ -178,14 +176,12 @@ print(
 
 # %%
 from ecgstudy.analysis.label_curve import frozen_validation
+from ecgstudy.arms.pretrain import untrained
 
-random_spec = pretraining_spec(
-    "random", records, seed, {"encoder": encoder, "crop_seconds": crop_seconds}
-)
-untrained = run_or_load(random_spec, encode_run(records, device), results)
+control = study.run(untrained(pretrained))
 features = {
     "SimCLR": pretrained.predictions()["features"],
-    "random": untrained.predictions()["features"],
+    "random": control.predictions()["features"],
 }
 probed = frozen_validation(records, features, fractions, probe_seeds)
 probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(

@@ -30,12 +30,12 @@ options = {"hidden": 512, "outputs": 64}  # BYOL's own settings
 turnover = 4.0  # how often the target is renewed during the run, which gives its momentum
 
 # %%
-from pathlib import Path
 
-from ecglib.records import Records
+from ecgstudy.study import Study
 
-records = Records.load(Path(results) / "records").labelled
-note = f"{records.name}{records.caveat}"
+study = Study.open(results)
+records = study.records
+note = study.name
 print(f"{note}: {len(records):,} recordings")
 
 # %% [markdown]
@@ -161,24 +161,22 @@ for rule, target in {"every parameter": ours, "published rule": published}.items
 # No label is used. The quantities measured along the way are those of notebook 03. Look at the *effective rank*: if all
 # records moved to one point, the loss would be perfect and the rank 1. No negatives push them apart.
 
-# %%
-from ecgstudy.runs import run_or_load
-from ecgstudy.arms.pretrain import encode_run, keep_pretrained, pretrain_run, pretraining_spec
-from ecglib.train import default_device
+# %
+from ecglib.selfsup import Pretraining
+from ecgstudy.arms.pretrain import keep_pretrained
+from ecgstudy.methods import pretraining
 
-settings = {
-    "encoder": encoder,
-    "steps": steps,
-    "batch_size": batch_size,
-    "crop_seconds": crop_seconds,
-    "learning_rate": learning_rate,
-    "weight_decay": weight_decay,
-    "transforms": transforms,
-    "options": {"momentum": momentum, **options},
-}
-device = default_device()
-specification = pretraining_spec("byol", records, seed, settings)
-pretrained = run_or_load(specification, pretrain_run(records, BYOL, device), results)
+settings = Pretraining(
+    encoder=encoder,
+    steps=steps,
+    batch_size=batch_size,
+    crop_seconds=crop_seconds,
+    learning_rate=learning_rate,
+    weight_decay=weight_decay,
+    transforms=transforms,
+    options={"momentum": momentum, **options},
+)
+pretrained = study.run(pretraining("byol", settings, seed))
 keep_pretrained(pretrained, results)
 
 # %%
@@ -200,7 +198,7 @@ last = history.iloc[-1]
 assert last["loss"] < history["loss"].iloc[1], "the loss did not fall"
 assert last["effective_rank"] > 2, "the features have collapsed"
 print(
-    f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {device}; "
+    f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {study.device}; "
     f"effective rank {last['effective_rank']:.0f} of {pretrained.predictions()['features'].shape[1]}"
 )
 
@@ -219,14 +217,12 @@ print(
 
 # %%
 from ecgstudy.analysis.label_curve import frozen_validation
+from ecgstudy.arms.pretrain import untrained
 
-random_spec = pretraining_spec(
-    "random", records, seed, {"encoder": encoder, "crop_seconds": crop_seconds}
-)
-untrained = run_or_load(random_spec, encode_run(records, device), results)
+control = study.run(untrained(pretrained))
 features = {
     "BYOL": pretrained.predictions()["features"],
-    "random": untrained.predictions()["features"],
+    "random": control.predictions()["features"],
 }
 probed = frozen_validation(records, features, fractions, probe_seeds)
 probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(
@@ -240,9 +236,9 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(
 # 20 steps with `after_20_steps` and compare it with the real one.
 
 # %% tags=["given"]
-from ecglib.train import default_device, fit
+from ecglib.train import fit
 
-device = default_device()
+device = study.device
 
 
 def after_20_steps(objective: type[BYOL]) -> tuple[float, float]:

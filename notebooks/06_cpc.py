@@ -35,12 +35,12 @@ options = {
 }  # CPC's own settings
 
 # %%
-from pathlib import Path
 
-from ecglib.records import Records
+from ecgstudy.study import Study
 
-records = Records.load(Path(results) / "records").labelled
-note = f"{records.name}{records.caveat}"
+study = Study.open(results)
+records = study.records
+note = study.name
 print(f"{note}: {len(records):,} recordings")
 
 # %% [markdown]
@@ -229,24 +229,22 @@ print(
 # how many directions features vary). If all records moved to one point, alignment would be perfect and the rank 1:
 # collapse. CPC never sees two views of one crop, so nothing but its own task brings them together.
 
-# %%
-from ecgstudy.runs import run_or_load
-from ecgstudy.arms.pretrain import encode_run, keep_pretrained, pretrain_run, pretraining_spec
-from ecglib.train import default_device
+# %
+from ecglib.selfsup import Pretraining
+from ecgstudy.arms.pretrain import keep_pretrained
+from ecgstudy.methods import pretraining
 
-settings = {
-    "encoder": encoder,
-    "steps": steps,
-    "batch_size": batch_size,
-    "crop_seconds": crop_seconds,
-    "learning_rate": learning_rate,
-    "weight_decay": weight_decay,
-    "transforms": transforms,
-    "options": options,
-}
-device = default_device()
-specification = pretraining_spec("cpc", records, seed, settings)
-pretrained = run_or_load(specification, pretrain_run(records, CPC, device), results)
+settings = Pretraining(
+    encoder=encoder,
+    steps=steps,
+    batch_size=batch_size,
+    crop_seconds=crop_seconds,
+    learning_rate=learning_rate,
+    weight_decay=weight_decay,
+    transforms=transforms,
+    options=options,
+)
+pretrained = study.run(pretraining("cpc", settings, seed))
 keep_pretrained(pretrained, results)
 
 # %%
@@ -270,7 +268,7 @@ last = history.iloc[-1]
 assert last["loss"] < history["loss"].iloc[1], "the loss did not fall"
 assert last["effective_rank"] > 2, "the features have collapsed"
 print(
-    f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {device}; "
+    f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {study.device}; "
     f"effective rank {last['effective_rank']:.0f} of {pretrained.predictions()['features'].shape[1]}"
 )
 
@@ -283,14 +281,12 @@ print(
 
 # %%
 from ecgstudy.analysis.label_curve import frozen_validation
+from ecgstudy.arms.pretrain import untrained
 
-random_spec = pretraining_spec(
-    "random", records, seed, {"encoder": encoder, "crop_seconds": crop_seconds}
-)
-untrained = run_or_load(random_spec, encode_run(records, device), results)
+control = study.run(untrained(pretrained))
 features = {
     "CPC": pretrained.predictions()["features"],
-    "random": untrained.predictions()["features"],
+    "random": control.predictions()["features"],
 }
 probed = frozen_validation(records, features, fractions, probe_seeds)
 probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(

@@ -35,12 +35,12 @@ options = {
 turnover = 4.0  # how often the teacher is renewed during the run; gives its momentum
 
 # %%
-from pathlib import Path
 
-from ecglib.records import Records
+from ecgstudy.study import Study
 
-records = Records.load(Path(results) / "records").labelled
-note = f"{records.name}{records.caveat}"
+study = Study.open(results)
+records = study.records
+note = study.name
 print(f"{note}: {len(records):,} recordings")
 
 # %% [markdown]
@@ -177,24 +177,22 @@ for start in (0.9995, 0.996, momentum):
 # No label is used. The quantities measured along the way are those of notebook 03, here of the teacher. The loss says
 # little: what it asks for changes with the teacher. Look at alignment and effective rank instead.
 
-# %%
-from ecgstudy.runs import run_or_load
-from ecgstudy.arms.pretrain import encode_run, keep_pretrained, pretrain_run, pretraining_spec
-from ecglib.train import default_device
+# %
+from ecglib.selfsup import Pretraining
+from ecgstudy.arms.pretrain import keep_pretrained
+from ecgstudy.methods import pretraining
 
-settings = {
-    "encoder": encoder,
-    "steps": steps,
-    "batch_size": batch_size,
-    "crop_seconds": crop_seconds,
-    "learning_rate": learning_rate,
-    "weight_decay": weight_decay,
-    "transforms": transforms,
-    "options": {"momentum": momentum, **options},
-}
-device = default_device()
-specification = pretraining_spec("dino", records, seed, settings)
-pretrained = run_or_load(specification, pretrain_run(records, DINO, device), results)
+settings = Pretraining(
+    encoder=encoder,
+    steps=steps,
+    batch_size=batch_size,
+    crop_seconds=crop_seconds,
+    learning_rate=learning_rate,
+    weight_decay=weight_decay,
+    transforms=transforms,
+    options={"momentum": momentum, **options},
+)
+pretrained = study.run(pretraining("dino", settings, seed))
 keep_pretrained(pretrained, results)
 
 # %%
@@ -215,7 +213,7 @@ figure
 last = history.iloc[-1]
 assert last["effective_rank"] > 2, "the features have collapsed"
 print(
-    f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {device}; "
+    f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {study.device}; "
     f"alignment {history['alignment'].iloc[0]:.2f} to {last['alignment']:.2f}; "
     f"effective rank {last['effective_rank']:.0f} of {pretrained.predictions()['features'].shape[1]}"
 )
@@ -229,14 +227,12 @@ print(
 
 # %%
 from ecgstudy.analysis.label_curve import frozen_validation
+from ecgstudy.arms.pretrain import untrained
 
-random_spec = pretraining_spec(
-    "random", records, seed, {"encoder": encoder, "crop_seconds": crop_seconds}
-)
-untrained = run_or_load(random_spec, encode_run(records, device), results)
+control = study.run(untrained(pretrained))
 features = {
     "DINO": pretrained.predictions()["features"],
-    "random": untrained.predictions()["features"],
+    "random": control.predictions()["features"],
 }
 probed = frozen_validation(records, features, fractions, probe_seeds)
 probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(

@@ -31,12 +31,12 @@ options = {"temperature": 0.2, "order_weight": 0.1, "segments": 4}  # the method
 probe_steps = 60  # of each network that looks for a shortcut
 
 # %%
-from pathlib import Path
 
-from ecglib.records import Records
+from ecgstudy.study import Study
 
-records = Records.load(Path(results) / "records").labelled
-note = f"{records.name}{records.caveat}"
+study = Study.open(results)
+records = study.records
+note = study.name
 print(f"{note}: {len(records):,} recordings")
 
 # %% [markdown]
@@ -210,37 +210,12 @@ figure
 # chance, the task would hardly be about the heart. No share is given where the whole view itself gains nothing sure.
 
 # %%
-import time
-
 import pandas as pd
 
+from ecgstudy.arms.shortcuts import OrderShortcuts
 from ecgstudy.results import save_table
-from ecgstudy.runs import Result, RunSpec, run_or_load
-from ecglib.selfsup.patient_pairs import PatientPairs, shortcut_probes
-from ecgstudy.arms.pretrain import encode_run, keep_pretrained, pretrain_run, pretraining_spec
-from ecglib.train import default_device
 
-
-def look_for_shortcuts(spec: RunSpec, workspace: Path) -> Result:
-    """The probes as a run, so that they are fitted once."""
-    begun = time.perf_counter()
-    known, asked = split["train"], split["validation"]
-    table = shortcut_probes(records, known, asked, seed=spec.seed, device=device, **spec.settings)
-    return Result(
-        [], notes={"probes": table.to_dict("records")}, seconds=time.perf_counter() - begun
-    )
-
-
-device = default_device()
-probe_settings = {
-    "steps": probe_steps,
-    "encoder": encoder,
-    "crop_seconds": crop_seconds,
-    "segments": segments,
-}
-probing = run_or_load(
-    pretraining_spec("order_shortcuts", records, seed, probe_settings), look_for_shortcuts, results
-)
+probing = study.run(OrderShortcuts(encoder, probe_steps, crop_seconds, segments, seed))
 shortcuts = pd.DataFrame(probing.about["notes"]["probes"]).set_index("input")
 save_table(
     shortcuts.assign(data=records.name, steps=probe_steps),
@@ -277,21 +252,22 @@ shortcuts.style.format("{:.1%}", na_rep="none").set_caption(caption)
 # how many directions features vary). Alignment is that of two views of one crop, as for all methods, not that of the
 # pairs. If all records moved to one point, alignment would be perfect and the rank 1: collapse.
 
-# %%
-settings = {
-    "encoder": encoder,
-    "steps": steps,
-    "batch_size": batch_size,
-    "crop_seconds": crop_seconds,
-    "learning_rate": learning_rate,
-    "weight_decay": weight_decay,
-    "transforms": transforms,
-    "options": options,
-}
-specification = pretraining_spec("patient_pairs", records, seed, settings)
-pretrained = run_or_load(
-    specification, pretrain_run(records, PatientPairs, device, PatientBatches), results
+# %
+from ecglib.selfsup import Pretraining
+from ecgstudy.arms.pretrain import keep_pretrained
+from ecgstudy.methods import pretraining
+
+settings = Pretraining(
+    encoder=encoder,
+    steps=steps,
+    batch_size=batch_size,
+    crop_seconds=crop_seconds,
+    learning_rate=learning_rate,
+    weight_decay=weight_decay,
+    transforms=transforms,
+    options=options,
 )
+pretrained = study.run(pretraining("patient_pairs", settings, seed))
 keep_pretrained(pretrained, results)
 
 # %%
@@ -311,7 +287,7 @@ last = history.iloc[-1]
 assert last["loss"] < history["loss"].iloc[1], "the loss did not fall"
 assert last["effective_rank"] > 2, "the features have collapsed"
 print(
-    f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {device}; "
+    f"loss {history['loss'].iloc[1]:.3f} to {last['loss']:.3f} in {last['seconds']:.0f} s on {study.device}; "
     f"effective rank {last['effective_rank']:.0f} of {pretrained.predictions()['features'].shape[1]}"
 )
 
@@ -324,14 +300,12 @@ print(
 
 # %%
 from ecgstudy.analysis.label_curve import frozen_validation
+from ecgstudy.arms.pretrain import untrained
 
-random_spec = pretraining_spec(
-    "random", records, seed, {"encoder": encoder, "crop_seconds": crop_seconds}
-)
-untrained = run_or_load(random_spec, encode_run(records, device), results)
+control = study.run(untrained(pretrained))
 features = {
     "patient pairs": pretrained.predictions()["features"],
-    "random": untrained.predictions()["features"],
+    "random": control.predictions()["features"],
 }
 probed = frozen_validation(records, features, fractions, probe_seeds)
 probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(

@@ -40,12 +40,13 @@ workers = 2  # trainings side by side, one thread each; 1 on a GPU
 # %%
 from pathlib import Path
 
-from ecglib.records import Records
 from ecgstudy.arms.pretrain import pretrained_runs
+from ecgstudy.study import Study
 
-records = Records.load(Path(results) / "records").labelled
+study = Study.open(results, workers)
+records = study.records
 split = records.split
-pretrained = pretrained_runs(results, records)
+pretrained = pretrained_runs(study)
 note = f"{records.name}, fold 10{records.caveat}"
 print(f"All scores below: {note}\nPretrained: {', '.join(pretrained)}")
 
@@ -90,33 +91,23 @@ print(
 # for each label subset.
 
 # %%
-from ecgstudy.runs import run_grid, run_or_load
-from ecgstudy.arms.pretrain import encode_run, pretraining_spec
-from ecglib.train import default_device
-from ecgstudy.arms.transfer import finetuned_run, frozen_run, transfer_spec
+from ecgstudy.arms.pretrain import untrained
+from ecgstudy.study import label_grid
 
-device = default_device()
-seeds = {fraction: seeds_few if fraction <= 0.1 else seeds_many for fraction in fractions}
-encoders = sorted({run.spec.settings["encoder"] for run in pretrained.values()})
+subsets = label_grid(fractions, seeds_few, seeds_many)
+controls = study.grid([untrained(run) for run in pretrained.values()], progress_bar=False)
 starts = dict(pretrained)
-for run in pretrained.values():
-    kept = {name: run.spec.settings[name] for name in ("encoder", "crop_seconds")}
-    control = pretraining_spec("random", records, run.spec.seed, kept)
-    starts[f"random {kept['encoder']}"] = run_or_load(control, encode_run(records, device), results)
+starts |= {f"random {control.spec.value('encoder')}": control for control in controls}
+encoders = sorted({run.spec.value("encoder") for run in pretrained.values()})
 
 # %%
 import time
 
-frozen, started = [], time.perf_counter()
-for start in starts.values():
-    specs = [
-        transfer_spec(records, start, "frozen", fraction, seed, {"fractions": fractions})
-        for fraction in fractions
-        for seed in range(seeds[fraction])
-    ]
-    frozen += run_grid(
-        specs, frozen_run(records, fractions, seeds, start), results, progress_bar=False
-    )
+from ecgstudy.arms.transfer import frozen_arms
+
+started = time.perf_counter()
+probes = [arm for start in starts.values() for arm in frozen_arms(study, start, subsets)]
+frozen = study.grid(probes, workers=1, progress_bar=False)
 print(f"{len(frozen)} probes' scores with intervals in {time.perf_counter() - started:.0f} s")
 
 # %%
@@ -158,6 +149,34 @@ assert groups["parameters"].sum() == sum(p.numel() for p in network.parameters()
 groups.groupby("learning_rate_factor", sort=False)["parameters"].sum()
 
 # %% [markdown]
+# The settings of one training: crops are as long as the encoder's pretraining had them, and the rate depends on the
+# encoder, on the number of labels and on whether the start is random.
+
+# %%
+from ecglib.supervised import Training
+
+windows = {run.spec.value("encoder"): run.spec.value("crop_seconds") for run in pretrained.values()}
+
+
+def training(encoder: str, fraction: float, fine_tuned: bool) -> Training:
+    """Settings of one training with a share of the labels."""
+    few = fraction <= 0.1
+    from_scratch, tuned_few, tuned_many = learning_rates[encoder]
+    tuned = tuned_few if few else tuned_many
+    return Training(
+        encoder=encoder,
+        steps=steps_few if few else steps_many,
+        batch_size=batch_size,
+        crop_seconds=windows[encoder],
+        learning_rate=tuned if fine_tuned else from_scratch,
+        weight_decay=weight_decay,
+        dropout=dropout,
+        transforms=transforms,
+        layer_factor=layer_factor if fine_tuned else 1.0,
+    )
+
+
+# %% [markdown]
 # Check: before its first step, the fine-tuned network must answer exactly as the probe does. Both are linear in the
 # features, and the probe's features are the mean over windows, so the mean logit over windows is the probe's logit.
 
@@ -166,9 +185,8 @@ from ecglib.evaluate.windows import encode_windows
 from ecglib.probe import probe_layer
 from ecgstudy.arms.transfer import start_classifier
 
-classifier = start_classifier(
-    records, subset, pretrained[method], {"encoder": name, "dropout": dropout}, 0
-)
+settings = training(name, min(fractions), fine_tuned=True)
+classifier = start_classifier(records, subset, pretrained[method], settings, 0)
 weights, bias = probe_layer(raw, records.targets, subset, split)
 window = pretrained[method].spec.settings["crop_seconds"]
 logits = encode_windows(classifier, records, split["validation"][:32], window, window / 2)
@@ -180,75 +198,26 @@ print(f"largest difference of a logit: {np.abs(logits - by_probe).max():.1e}")
 # ## The grid
 #
 # Every arm has the same augmentation, batches and number of steps for the same labels; the control trains the same
-# network from random weights. Crops are as long as the encoder's pretraining had them. A pretraining is one more use
-# of the *unlabelled* signals, not of more labels.
+# network from random weights. A pretraining is one more use of the *unlabelled* signals, not of more labels.
 
 # %%
-shared = {
-    "batch_size": batch_size,
-    "weight_decay": weight_decay,
-    "dropout": dropout,
-    "transforms": transforms,
-    "fractions": fractions,
-}
-windows = {
-    run.spec.settings["encoder"]: run.spec.settings["crop_seconds"] for run in pretrained.values()
-}
+from ecgstudy.arms.supervised import FromScratch
+from ecgstudy.arms.transfer import FineTuned
 
-
-def training(fraction: float, encoder: str, fine_tuned: bool) -> dict:
-    """Settings of one training."""
-    few = fraction <= 0.1
-    scratch, gentle, bold = learning_rates[encoder]
-    rate = scratch if not fine_tuned else gentle if few else bold
-    return {
-        **shared,
-        "encoder": encoder,
-        "crop_seconds": windows[encoder],
-        "learning_rate": rate,
-        "steps": steps_few if few else steps_many,
-    }
-
-
-# %%
-from ecgstudy.runs import RunSpec
-from ecgstudy.arms.supervised import supervised_run
-
-grid = [(fraction, seed) for fraction in fractions for seed in range(seeds[fraction])]
-task, trained = records.about["task"], []
-specs = [
-    RunSpec(
-        "supervised",
-        records.name,
-        records.fingerprint,
-        task,
-        fraction,
-        seed,
-        {**training(fraction, encoder, False), "protocol": "supervised"},
-    )
+arms = [
+    FromScratch(subset, training(encoder, subset.fraction, fine_tuned=False))
     for encoder in encoders
-    for fraction, seed in grid
+    for subset in subsets
 ]
-trained += run_grid(specs, supervised_run(records, fractions, device), results, workers=workers)
-for start in pretrained.values():
-    specs = [
-        transfer_spec(
-            records,
-            start,
-            "fine-tuned",
-            fraction,
-            seed,
-            {
-                **training(fraction, start.spec.settings["encoder"], True),
-                "layer_factor": layer_factor,
-            },
-        )
-        for fraction, seed in grid
-        if fraction in tuned_fractions
-    ]
-    trained += run_grid(
-        specs, finetuned_run(records, fractions, start, device), results, workers=workers
+arms += [
+    FineTuned(
+        subset, start, training(start.spec.value("encoder"), subset.fraction, fine_tuned=True)
     )
+    for start in pretrained.values()
+    for subset in subsets
+    if subset.fraction in tuned_fractions
+]
+trained = study.grid(arms)
 
 # %% [markdown]
 # ## The table

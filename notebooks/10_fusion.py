@@ -64,12 +64,12 @@ from ecgstudy.arms.fusion import FusionData, as_member, supervised_member
 from ecgstudy.runs import run_or_load
 from ecglib.train import default_device
 from ecgstudy.arms.transfer import grid_subsets
-from ecgstudy.analysis.label_curve import transfer_runs
+from ecgstudy.runs import kept_runs
 
 device = default_device()
 seeds = {fraction: seeds_few if fraction <= 0.1 else seeds_many for fraction in fractions}
 cells = list(grid_subsets(records, fractions, seeds))
-trained = transfer_runs(results, records)  # of notebook 09
+trained = kept_runs("label_efficiency", results, records)  # of notebook 09
 learnt = {name: as_member(run, records, results, device) for name, run in pretrained.items()}
 crop_seconds = max(run.spec.settings["crop_seconds"] for run in pretrained.values())
 control = pretraining_spec(

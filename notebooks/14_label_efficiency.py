@@ -63,9 +63,10 @@ first_reached([0.01, 1.0], [0.70, 0.90], 0.80)
 
 # %%
 from ecgstudy.results import save_table
-from ecgstudy.analysis.label_curve import labels_needed_table, transfer_runs
+from ecgstudy.analysis.label_curve import labels_needed_table
+from ecgstudy.runs import kept_runs
 
-runs = transfer_runs(results, records)
+runs = kept_runs("label_efficiency", results, records)
 needed = labels_needed_table(runs, records, draws)
 save_table(needed, "labels_needed", results)
 needed.style.format(precision=3).hide(axis="index").set_caption(

@@ -44,10 +44,10 @@ import torch
 from ecglib.records import Records
 from ecglib.saliency import attribute
 from ecgstudy.arms.trained import trained_classifier
-from ecgstudy.analysis.label_curve import transfer_runs
+from ecgstudy.runs import kept_runs
 
 records = Records.load(Path(results) / "records").labelled
-runs = transfer_runs(results, records)
+runs = kept_runs("label_efficiency", results, records)
 trained = [run for run in runs if run.spec.value("protocol") in ("supervised", "fine-tuned")]
 encoder = Counter(run.spec.settings["encoder"] for run in trained).most_common(1)[0][
     0

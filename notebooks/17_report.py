@@ -291,14 +291,14 @@ cells.style.set_caption(
 
 # %%
 from ecgstudy.analysis.model_cards import release_encoders
-from ecglib.records import Records
 from ecgstudy.arms.pretrain import pretrained_runs
+from ecgstudy.study import Study
 
-records = Records.load(Path(results) / "records").labelled
+study = Study.open(results)
 released = release_encoders(
-    pretrained_runs(results, records),
+    pretrained_runs(study),
     tables["label_efficiency_summary"],
-    records,
+    study.records,
     Path(results) / "encoders",
 )
 print((released[0] / "README.md").read_text().split("## Limits")[0])

@@ -17,16 +17,14 @@ from ecglib.batches import Batch, CropBatches, SemiBatch, SemiBatches, step_gene
 from ecglib.checkpoints import load_tensors
 from ecglib.encoders.xresnet1d import XResNet1d
 from ecglib.records import LEADS, LIMB_FROM_I_AND_II, Records
-from ecglib.selfsup.simclr import SimCLR
+from ecglib.selfsup import Pretraining
 from ecglib.train import (
     CHECKPOINT,
     fit,
 )
-from ecgstudy.arms.pretrain import (
-    pretrain_run,
-    pretraining_spec,
-)
-from ecgstudy.runs import Run, run_or_load
+from ecgstudy.methods import pretraining
+from ecgstudy.runs import Run
+from ecgstudy.study import Study
 
 
 def tiny_records(count: int = 40, seed: int = 0) -> Records:
@@ -247,22 +245,21 @@ def check_semi_resume(make: Callable[[], nn.Module], folder: Path) -> nn.Module:
     return straight
 
 
-SETTINGS = {
-    "encoder": "xresnet1d_narrow",
-    "steps": 6,
-    "batch_size": 8,
-    "crop_seconds": 1.0,
-    "learning_rate": 0.003,
-    "weight_decay": 0.01,
-    "transforms": {"gaussian_noise": {"scale": 0.1}},
-    "options": {"hidden": 16, "outputs": 8},
-}
+PRETRAINING = Pretraining(
+    encoder="xresnet1d_narrow",
+    steps=6,
+    batch_size=8,
+    crop_seconds=1.0,
+    learning_rate=0.003,
+    weight_decay=0.01,
+    transforms={"gaussian_noise": {"scale": 0.1}},
+    options={"hidden": 16, "outputs": 8},
+)
 
 
 def pretrain(records: Records, folder: Path, seed: int = 0) -> Run:
-    return run_or_load(
-        pretraining_spec("simclr", records, seed, SETTINGS), pretrain_run(records, SimCLR), folder
-    )
+    """A tiny SimCLR pretraining, kept below `folder`."""
+    return Study(records, folder).run(pretraining("simclr", PRETRAINING, seed))
 
 
 def plain_conv1d(encoder: XResNet1d) -> nn.Module:

@@ -1,7 +1,6 @@
 """How many labels each arm needs: tables and figures of the label curve."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,8 +14,8 @@ from ecglib.probe import probe_subsets
 from ecglib.records import Records
 from ecgstudy.analysis.figures import MARKERS, arm_label, label_axis, require_columns
 from ecgstudy.analysis.summary import seed_scores
-from ecgstudy.arms.transfer import grid_subsets
-from ecgstudy.runs import Run, kept_runs
+from ecgstudy.runs import Run
+from ecgstudy.study import label_grid
 
 
 def plot_label_curve(
@@ -141,7 +140,8 @@ def frozen_validation(
     while one learns; what counts is measured on fold 10 in notebook 09.
     """
     split = records.split
-    subsets = grid_subsets(records, fractions, dict.fromkeys(fractions, seeds))
+    grid = label_grid(fractions, seeds, seeds)
+    subsets = {(cell.fraction, cell.seed): cell.positions(records) for cell in grid}
     rows = {}
     for name, values in features.items():
         probes = probe_subsets(values, records.targets, subsets, split, classes=records.classes)
@@ -156,11 +156,6 @@ def frozen_validation(
             for fraction in fractions
         }
     return pd.DataFrame(rows).T
-
-
-def transfer_runs(results: str | Path, records: Records) -> list[Run]:
-    """The runs behind `label_efficiency.csv`, see `runs.kept_runs`."""
-    return kept_runs("label_efficiency", results, records)
 
 
 def labels_needed_table(runs: Sequence[Run], records: Records, draws: int = 1000) -> pd.DataFrame:

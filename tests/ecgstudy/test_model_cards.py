@@ -8,29 +8,27 @@ import pytest
 import torch
 
 from ecglib.errors import DataError
-from ecglib.selfsup.simclr import SimCLR
+from ecglib.selfsup import Pretraining
 from ecgstudy.analysis.model_cards import release_encoders
-from ecgstudy.arms.pretrain import pretrain_run, pretraining_spec
-from ecgstudy.runs import run_or_load
+from ecgstudy.methods import pretraining
+from ecgstudy.study import Study
 
-SETTINGS = {
-    "encoder": "xresnet1d_narrow",
-    "steps": 2,
-    "batch_size": 8,
-    "crop_seconds": 1.0,
-    "learning_rate": 0.01,
-    "weight_decay": 0.0,
-    "transforms": {"gaussian_noise": {}},
-    "options": {"temperature": 0.5, "hidden": 8, "outputs": 8},
-}
+SETTINGS = Pretraining(
+    encoder="xresnet1d_narrow",
+    steps=2,
+    batch_size=8,
+    crop_seconds=1.0,
+    learning_rate=0.01,
+    weight_decay=0.0,
+    transforms={"gaussian_noise": {}},
+    options={"temperature": 0.5, "hidden": 8, "outputs": 8},
+)
 
 
 @pytest.fixture(scope="module")
 def pretrained(records, folder):
     records.about["source"] = "simulated cohort"
-    return run_or_load(
-        pretraining_spec("simclr", records, 0, SETTINGS), pretrain_run(records, SimCLR), folder
-    )
+    return Study(records, folder).run(pretraining("simclr", SETTINGS))
 
 
 def summary(method: str) -> pd.DataFrame:

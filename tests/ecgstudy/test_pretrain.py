@@ -14,17 +14,16 @@ from ecglib.errors import DataError
 from ecglib.records import Records
 from ecgstudy.analysis.training_curves import plot_pretraining
 from ecgstudy.arms.pretrain import (
+    Encode,
     Watch,
     alignment,
     effective_rank,
     encode_records,
-    encode_run,
     keep_pretrained,
     pretrained_runs,
-    pretraining_spec,
     uniformity,
 )
-from ecgstudy.runs import run_or_load
+from ecgstudy.study import Study
 from toolkit import labelled_records, pretrain
 
 
@@ -103,10 +102,8 @@ def test_the_run_keeps_weights_features_and_what_was_watched(tmp_path):
 
 def test_the_random_control_is_the_start_of_the_pretraining(tmp_path):
     records = labelled_records()
-    spec = pretraining_spec(
-        "random", records, 0, {"encoder": "xresnet1d_narrow", "crop_seconds": 1.0}
-    )
-    control = run_or_load(spec, encode_run(records), tmp_path)
+    study = Study(records, tmp_path)
+    control = study.run(Encode("random", "xresnet1d_narrow", crop_seconds=1.0))
     torch.manual_seed(0)
     untrained = make_encoder("xresnet1d_narrow")
     assert all(
@@ -118,13 +115,13 @@ def test_the_random_control_is_the_start_of_the_pretraining(tmp_path):
 def test_what_was_kept_is_found_and_what_is_wrong_is_named(tmp_path):
     records = labelled_records()
     with pytest.raises(DataError, match="holds no pretrained encoder; run notebooks 03 to 08"):
-        pretrained_runs(tmp_path, records)
+        pretrained_runs(Study(records, tmp_path))
     run = pretrain(records, tmp_path)
     keep_pretrained(run, tmp_path)
-    assert pretrained_runs(tmp_path, records)["simclr"].spec.key == run.spec.key
+    assert pretrained_runs(Study(records, tmp_path))["simclr"].spec.key == run.spec.key
     with pytest.raises(DataError, match="simclr.json: lists runs on other records"):
-        pretrained_runs(tmp_path, records.select(np.arange(100)))
+        pretrained_runs(Study(records.select(np.arange(100)), tmp_path))
     listed = tmp_path / "run_lists" / "pretrained_encoders" / "simclr.json"
     listed.write_text(json.dumps({"runs": ["gone"]}))
     with pytest.raises(DataError, match="its run gone is gone; run notebooks 03 to 08 again"):
-        pretrained_runs(tmp_path, records)
+        pretrained_runs(Study(records, tmp_path))

@@ -14,6 +14,7 @@ from ecglib.evaluate.draws import bootstrap_interval, paired_difference
 from ecglib.evaluate.windows import encode_windows, predict_windows
 from ecglib.noise import add_noise, measured_snr, record_generator
 from ecglib.records import Records
+from ecglib.supervised import Training
 from ecgstudy.analysis.robustness import (
     loss_differences,
     plot_noise_kinds,
@@ -33,25 +34,24 @@ from ecgstudy.arms.noise import (
     score_conditions,
     score_under_noise,
 )
-from ecgstudy.arms.pretrain import encode_run, pretraining_spec
-from ecgstudy.arms.supervised import supervised_run
+from ecgstudy.arms.pretrain import Encode
+from ecgstudy.arms.supervised import FromScratch
 from ecgstudy.arms.trained import trained_classifier
-from ecgstudy.arms.transfer import frozen_run, transfer_spec
-from ecgstudy.runs import Run, RunSpec, keep_runs, open_run, run_or_load
+from ecgstudy.arms.transfer import frozen_arms
+from ecgstudy.runs import Run, RunSpec, keep_runs, open_run
+from ecgstudy.study import LabelSubset, Study, label_grid
 
 KINDS, SNRS = ("white", "lead_loss"), (6.0, -6.0)
-SETTINGS = {
-    "encoder": "xresnet1d_narrow",
-    "steps": 20,
-    "batch_size": 16,
-    "crop_seconds": 1.0,
-    "learning_rate": 0.01,
-    "weight_decay": 0.0,
-    "dropout": 0.0,
-    "transforms": {"gaussian_noise": {"scale": 0.03}},
-    "fractions": [1.0],
-    "protocol": "supervised",
-}
+SETTINGS = Training(
+    encoder="xresnet1d_narrow",
+    steps=20,
+    batch_size=16,
+    crop_seconds=1.0,
+    learning_rate=0.01,
+    weight_decay=0.0,
+    dropout=0.0,
+    transforms={"gaussian_noise": {"scale": 0.03}},
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,19 +59,11 @@ def arms(records, folder) -> list[Run]:
     """A supervised run and two frozen ones of one random encoder, at two fractions, as notebook 09
     lists them.
     """
-    spec = RunSpec("supervised", records.name, records.fingerprint, "ab", 1.0, 0, SETTINGS)
-    runs = [run_or_load(spec, supervised_run(records, [1.0]), folder)]
-    own = {
-        "encoder": "xresnet1d_narrow",
-        "crop_seconds": 1.0,
-        "transforms": {"baseline_wander": {}},
-    }
-    start = run_or_load(pretraining_spec("random", records, 0, own), encode_run(records), folder)
-    for fraction in (0.5, 1.0):
-        frozen = transfer_spec(records, start, "frozen", fraction, 0, {"fractions": [0.5, 1.0]})
-        runs.append(
-            run_or_load(frozen, frozen_run(records, [0.5, 1.0], {0.5: 1, 1.0: 1}, start), folder)
-        )
+    study = Study(records, folder)
+    runs = [study.run(FromScratch(LabelSubset(1.0, 0, (1.0,)), SETTINGS))]
+    about = {"transforms": {"baseline_wander": {}}}
+    start = study.run(Encode("random", "xresnet1d_narrow", 1.0, about=about))
+    runs += study.grid(frozen_arms(study, start, label_grid([0.5, 1.0], 1)), progress_bar=False)
     keep_runs(runs, "label_efficiency", folder)
     return runs
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,29 +14,29 @@ import pandas as pd
 import pytest
 
 from ecglib.errors import StorageError
-from ecglib.records import Records
+from ecglib.supervised import Training
 from ecgstudy.analysis.summary import seed_summary
-from ecgstudy.arms.supervised import supervised_run
+from ecgstudy.arms.supervised import FromScratch
 from ecgstudy.runs import TABLE_COLUMNS, Result, RunSpec, run_grid, run_or_load, table, tidy
+from ecgstudy.study import LabelSubset, Study
 from toolkit import labelled_records
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = {
-    "encoder": "xresnet1d_narrow",
-    "steps": 30,
-    "batch_size": 8,
-    "crop_seconds": 1.0,
-    "learning_rate": 0.01,
-    "weight_decay": 0.01,
-    "dropout": 0.1,
-    "transforms": {"gaussian_noise": {"scale": 0.05}},
-}
+TRAINING = Training(
+    encoder="xresnet1d_narrow",
+    steps=30,
+    batch_size=8,
+    crop_seconds=1.0,
+    learning_rate=0.01,
+    weight_decay=0.01,
+    dropout=0.1,
+    transforms={"gaussian_noise": {"scale": 0.05}},
+)
 
 
-def spec(records: Records, seed: int = 0, **changes) -> RunSpec:
-    return RunSpec(
-        "supervised", "test", records.fingerprint, "ab", 0.5, seed, {**SETTINGS, **changes}
-    )
+def job(seed: int = 0, steps: int = 30) -> FromScratch:
+    """A small training on half of the labels."""
+    return FromScratch(LabelSubset(0.5, seed, (0.5, 1.0)), replace(TRAINING, steps=steps))
 
 
 def constant(spec: RunSpec, workspace: Path) -> Result:
@@ -113,9 +114,8 @@ def test_a_full_disk_says_so_and_keeps_what_is_finished(tmp_path, monkeypatch):
 
 def test_equal_seeds_give_equal_numbers_and_the_table_is_complete(tmp_path):
     records = labelled_records()
-    function = supervised_run(records, [0.5, 1.0])
-    first = run_or_load(spec(records), function, tmp_path / "a")
-    second = run_or_load(spec(records), function, tmp_path / "b")
+    first = Study(records, tmp_path / "a").run(job())
+    second = Study(records, tmp_path / "b").run(job())
     assert [row["value"] for row in first.rows()] == [row["value"] for row in second.rows()]
     rows = tidy(first.rows())
     assert set(rows["split"]) == {"validation", "test"}
@@ -131,7 +131,7 @@ def test_equal_seeds_give_equal_numbers_and_the_table_is_complete(tmp_path):
     assert wanted <= set(rows["metric"])
     assert rows.loc[rows["metric"] == "macro_auroc", ["low", "high"]].notna().all(axis=None)
     assert (rows["n_records"] == 48).all()
-    other = run_or_load(spec(records, seed=1), function, tmp_path / "a")
+    other = Study(records, tmp_path / "a").run(job(seed=1))
     assert first.weights()["head.1.weight"].shape == other.weights()["head.1.weight"].shape
     summary = seed_summary([first, other], records)
     one, two = (
@@ -159,7 +159,7 @@ from functools import partial
 ecglib.supervised.fit = partial(ecglib.supervised.fit, checkpoint_every=5)
 records = labelled_records()
 print("ready", flush=True)
-run_or_load(spec(records, steps=60), supervised_run(records, [0.5, 1.0]), sys.argv[1])
+Study(records, sys.argv[1]).run(job(steps=60))
 """
 
 

@@ -2,6 +2,7 @@
 labels needed.
 """
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,36 +18,44 @@ from ecglib.evaluate.windows import encode_windows
 from ecglib.labels import label_subsets
 from ecglib.probe import probe_layer, probe_subsets
 from ecglib.records import Records
-from ecglib.supervised import Classifier
+from ecglib.supervised import Classifier, Training
 from ecglib.train import fit
 from ecgstudy.analysis.gains import paired_gains
-from ecgstudy.analysis.label_curve import frozen_validation, labels_needed_table, transfer_runs
+from ecgstudy.analysis.label_curve import frozen_validation, labels_needed_table
 from ecgstudy.analysis.summary import seed_summary
-from ecgstudy.arms.pretrain import encode_run, pretraining_spec
-from ecgstudy.arms.supervised import supervised_run
-from ecgstudy.arms.transfer import (
-    finetuned_run,
-    frozen_run,
-    layerwise_groups,
-    start_classifier,
-    transfer_spec,
-)
-from ecgstudy.runs import Run, RunSpec, keep_runs, run_grid, tidy
+from ecgstudy.arms.pretrain import untrained
+from ecgstudy.arms.supervised import FromScratch
+from ecgstudy.arms.transfer import FineTuned, frozen_arms, layerwise_groups, start_classifier
+from ecgstudy.runs import Result, Run, keep_runs, kept_runs, tidy
+from ecgstudy.study import Job, LabelSubset, Study, label_grid
 from toolkit import pretrain
 
-FRACTIONS, SEEDS = [0.2, 1.0], {0.2: 2, 1.0: 1}
-TRAINING = {
-    "encoder": "xresnet1d_narrow",
-    "steps": 4,
-    "batch_size": 8,
-    "crop_seconds": 1.0,
-    "learning_rate": 0.003,
-    "weight_decay": 0.01,
-    "dropout": 0.0,
-    "transforms": {},
-    "layer_factor": 0.5,
-}
+FRACTIONS = [0.2, 1.0]
+TRAINING = Training(
+    encoder="xresnet1d_narrow",
+    steps=4,
+    batch_size=8,
+    crop_seconds=1.0,
+    learning_rate=0.003,
+    weight_decay=0.01,
+    dropout=0.0,
+    transforms={},
+    layer_factor=0.5,
+)
 ENCODERS = ["xresnet1d_narrow", "xresnet1d50", "cpc_lstm_small", "s4_small", "vit1d_small"]
+
+
+@dataclass(frozen=True)
+class Failing(Job):
+    """A job that fails."""
+
+    method: str = "failing"
+
+    def settings(self) -> dict:
+        return {}
+
+    def compute(self, study: Study, workspace: Path) -> Result:
+        raise ValueError("no luck")
 
 
 @pytest.fixture(scope="module")
@@ -57,36 +66,13 @@ def simclr(records: Records, folder: Path) -> Run:
 @pytest.fixture(scope="module")
 def runs(records: Records, folder: Path, simclr: Run) -> list[Run]:
     """Every arm of a tiny study: two frozen, one fine-tuned, one from scratch."""
-    spec = pretraining_spec(
-        "random", records, 0, {"encoder": "xresnet1d_narrow", "crop_seconds": 1.0}
-    )
-    untrained = run_grid([spec], encode_run(records), folder, progress_bar=False)[0]
-    grid, found = (
-        [(fraction, seed) for fraction in FRACTIONS for seed in range(SEEDS[fraction])],
-        [],
-    )
-    for start in (simclr, untrained):
-        specs = [
-            transfer_spec(records, start, "frozen", *cell, {"fractions": FRACTIONS})
-            for cell in grid
-        ]
-        found += run_grid(
-            specs, frozen_run(records, FRACTIONS, SEEDS, start), folder, progress_bar=False
-        )
-    specs = [transfer_spec(records, simclr, "fine-tuned", *cell, TRAINING) for cell in grid]
-    found += run_grid(specs, finetuned_run(records, FRACTIONS, simclr), folder, progress_bar=False)
-    specs = [
-        RunSpec(
-            "supervised",
-            "test",
-            records.fingerprint,
-            "ab",
-            *cell,
-            {**TRAINING, "protocol": "supervised"},
-        )
-        for cell in grid
-    ]
-    return found + run_grid(specs, supervised_run(records, FRACTIONS), folder, progress_bar=False)
+    study = Study(records, folder)
+    control = study.run(untrained(simclr))
+    subsets = label_grid(FRACTIONS, few=2, many=1)
+    arms = [*frozen_arms(study, simclr, subsets), *frozen_arms(study, control, subsets)]
+    arms += [FineTuned(subset, simclr, TRAINING) for subset in subsets]
+    arms += [FromScratch(subset, TRAINING) for subset in subsets]
+    return study.grid(arms, progress_bar=False)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -137,7 +123,9 @@ def test_fine_tuning_starts_as_the_probe(records, simclr):
 
 def test_a_checkpoint_of_another_encoder_is_refused(records, simclr):
     with pytest.raises(DataError, match="a checkpoint of another network"):
-        start_classifier(records, np.arange(40), simclr, {**TRAINING, "encoder": "xresnet1d50"}, 0)
+        start_classifier(
+            records, np.arange(40), simclr, replace(TRAINING, encoder="xresnet1d50"), 0
+        )
 
 
 def test_frozen_runs_are_the_probes_of_the_kept_features(records, simclr, runs):
@@ -246,49 +234,32 @@ def test_the_table_of_labels_needed_has_its_control(runs, records):
 
 def test_listed_runs_are_found_and_what_is_wrong_is_named(tmp_path, folder, runs, records):
     with pytest.raises(DataError, match="run notebook 09_probe_and_fine_tune first"):
-        transfer_runs(tmp_path, records)
+        kept_runs("label_efficiency", tmp_path, records)
     keep_runs(runs, "label_efficiency", folder)
-    assert [run.spec.key for run in transfer_runs(folder, records)] == [
+    assert [run.spec.key for run in kept_runs("label_efficiency", folder, records)] == [
         run.spec.key for run in runs
     ]
     with pytest.raises(DataError, match="lists runs on other records"):
-        transfer_runs(folder, records.select(np.arange(50)))
+        kept_runs("label_efficiency", folder, records.select(np.arange(50)))
 
 
 def test_workers_give_what_one_process_gives(tmp_path, records):
-    specs = [
-        RunSpec("supervised", "test", records.fingerprint, "ab", 1.0, seed, TRAINING)
-        for seed in range(2)
-    ]
+    jobs = [FromScratch(LabelSubset(1.0, seed, (0.2, 1.0)), TRAINING) for seed in range(2)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        one = run_grid(
-            specs, supervised_run(records, FRACTIONS), tmp_path / "one", progress_bar=False
-        )
+        single = Study(records, tmp_path / "one").grid(jobs, progress_bar=False)
     finally:
         torch.set_num_threads(threads)
-    two = run_grid(
-        specs, supervised_run(records, FRACTIONS), tmp_path / "two", progress_bar=False, workers=2
-    )
-    for ours, theirs in zip(one, two, strict=True):
+    study = Study(records, tmp_path / "two", workers=2)
+    double = study.grid(jobs, progress_bar=False)
+    for ours, theirs in zip(single, double, strict=True):
         pd.testing.assert_frame_equal(
             pd.DataFrame(ours.rows()).drop(columns="seconds"),
             pd.DataFrame(theirs.rows()).drop(columns="seconds"),
         )
-    failing = [
-        RunSpec(
-            "supervised", "test", records.fingerprint, "ab", 1.0, 0, {**TRAINING, "encoder": "none"}
-        )
-    ]
-    with pytest.raises(RuntimeError, match="1 of 3 runs failed.*There is no encoder 'none'"):
-        run_grid(
-            specs + failing,
-            supervised_run(records, FRACTIONS),
-            tmp_path / "two",
-            progress_bar=False,
-            workers=2,
-        )
+    with pytest.raises(RuntimeError, match="1 of 3 runs failed.*no luck"):
+        study.grid([*jobs, Failing()], progress_bar=False)
 
 
 def test_a_look_on_fold_9_ranks_features(records):
