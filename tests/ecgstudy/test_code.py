@@ -11,12 +11,7 @@ from ecgstudy.code import code_of, fingerprint, imported_modules, without_commen
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
-import sys
-import torch
-torch.set_num_threads(1)
-from ecglib.selfsup.simclr import SimCLR
-from ecgstudy.code import code_of, fingerprint
-from ecgstudy.arms.supervised import supervised_run
+from ecgstudy.code import fingerprint
 print(fingerprint(["ecglib.selfsup.simclr"]), fingerprint(["ecglib.selfsup.byol"]))
 """
 

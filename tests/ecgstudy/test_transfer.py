@@ -27,7 +27,7 @@ from ecgstudy.arms.pretrain import untrained
 from ecgstudy.arms.supervised import FromScratch
 from ecgstudy.arms.transfer import FineTuned, frozen_arms, layerwise_groups, start_classifier
 from ecgstudy.runs import Result, Run, keep_runs, kept_runs, tidy
-from ecgstudy.study import Job, LabelSubset, Study, label_grid
+from ecgstudy.study import Job, LabelSubset, Study
 from toolkit import pretrain
 
 FRACTIONS = [0.2, 1.0]
@@ -68,7 +68,7 @@ def runs(records: Records, folder: Path, simclr: Run) -> list[Run]:
     """Every arm of a tiny study: two frozen, one fine-tuned, one from scratch."""
     study = Study(records, folder)
     control = study.run(untrained(simclr))
-    subsets = label_grid(FRACTIONS, few=2, many=1)
+    subsets = [LabelSubset(*cell, tuple(FRACTIONS)) for cell in ((0.2, 0), (0.2, 1), (1.0, 0))]
     arms = [*frozen_arms(study, simclr, subsets), *frozen_arms(study, control, subsets)]
     arms += [FineTuned(subset, simclr, TRAINING) for subset in subsets]
     arms += [FromScratch(subset, TRAINING) for subset in subsets]
