@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
@@ -22,16 +23,28 @@ from ecglib.errors import DataError, explain_storage
 from ecglib.files import atomic_file
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[1]
-SEES_READS = Path(__file__).resolve().parent / "kernel"
+SEES_FILES = Path(__file__).resolve().parent / "kernel"
 NAME = re.compile(r"\d\d_[a-z0-9_]+")
 KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 SOURCE_LINES_SHOWN = 5
+ACTIONS = ("read", "wrote")  # as `kernel/sitecustomize.py` notes them
 
 
 class NotebookFailure(Exception):
     """A cell raised an error, or its kernel died: the message gives the error, the cell and the
     executed copy.
     """
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What running a notebook took, and the names below the results folder of what it read and
+    wrote; a folder that it listed is among what it read, with a slash at its end.
+    """
+
+    seconds: float
+    read: set[str]
+    wrote: set[str]
 
 
 def notebook_sources(folder: str | Path) -> list[Path]:
@@ -131,11 +144,8 @@ def execute(
     title: str,
     threads: int | None = None,
     bar: bool = True,
-) -> tuple[float, list[str]]:
+) -> Execution:
     """Run a notebook in its own folder and keep the executed copy, also of a failing one.
-
-    Returns the seconds that it took and what it has read: names below `results`, those of listed
-    folders with a slash at the end.
 
     Its networks get that many `threads`, by default one for each core. Shows `title`, the cells done
     and the time; without a `bar` also on a terminal as two lines. Raises NotebookFailure, or
@@ -149,7 +159,7 @@ def execute(
     failure = f"{source.stem} failed: {{}}\nExecuted copy: {shown(executed)}"
     with explain_storage(executed), tempfile.TemporaryDirectory(prefix="ecg-study-") as folder:
         executed.parent.mkdir(parents=True, exist_ok=True)
-        reads = Path(folder, "reads.txt")
+        log = Path(folder, "files.txt")
         with progress(title, cells + bool(parameters), bar) as cell_done:  # papermill adds a cell
             try:
                 papermill.execute_notebook(
@@ -157,7 +167,7 @@ def execute(
                     re.sub(r"([{}])", r"\1\1", str(executed)),
                     parameters,
                     kernel_name=KERNEL["name"],
-                    kernel_manager_class=kernel_manager(reads, results, threads),
+                    kernel_manager_class=kernel_manager(log, results, threads),
                     cwd=source.parent,
                     progress_bar=False,
                     on_cell_complete=cell_done,
@@ -167,8 +177,9 @@ def execute(
             except RuntimeError as error:  # nbclient's DeadKernelError is one
                 reason = f"its Python stopped ({error}), most often because the memory ran out"
                 raise NotebookFailure(failure.format(reason)) from None
-        read = set(reads.read_text(encoding="utf-8").splitlines())
-    return time.monotonic() - start, sorted(read)
+        lines = [line.partition(" ") for line in log.read_text(encoding="utf-8").splitlines()]
+    read, wrote = ({name for action, _, name in lines if action == each} for each in ACTIONS)
+    return Execution(time.monotonic() - start, read, wrote)
 
 
 def executed_copy(results: Path, name: str) -> Path:
@@ -197,23 +208,23 @@ def _describe(error: Exception) -> str:
     return f"{error.ename}: {error.evalue}\nin the cell In [{error.exec_count}]:\n{source}"
 
 
-def kernel_manager(reads: Path, results: Path, threads: int | None) -> type:
+def kernel_manager(log: Path, results: Path, threads: int | None) -> type:
     """The class whose kernels run this interpreter with this package, whatever kernels the user has
-    registered, and note in the file `reads` what they read below `results`.
+    registered, and note in the file `log` what they read and write below `results`.
 
-    Nothing is registered: the kernel's own files lie beside `reads`.
+    Nothing is registered: the kernel's own files lie beside `log`.
     """
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
     from traitlets import Unicode
 
     given = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-    folder = str(reads.parent)
+    folder = str(log.parent)
     environment = {
         "IPYTHONDIR": folder,
         "JUPYTER_RUNTIME_DIR": folder,
-        "PYTHONPATH": os.pathsep.join([str(SEES_READS), str(PACKAGE_PARENT), *given]),
-        "STUDY_READS": str(reads),
+        "PYTHONPATH": os.pathsep.join([str(SEES_FILES), str(PACKAGE_PARENT), *given]),
+        "STUDY_LOG": str(log),
         "STUDY_RESULTS": os.path.realpath(results),
     }
     if threads:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from joblib import cpu_count
 
@@ -28,6 +28,7 @@ from ecgstudy.code import fingerprint, imported_modules
 from ecgtools.environment import ROOT, read_command, say
 from ecgtools.exercises import write_exercises
 from ecgtools.notebooks import (
+    Execution,
     NotebookFailure,
     code_cells,
     execute,
@@ -269,13 +270,12 @@ def run_turn(turn: Sequence[Step], results: Path, titles: Mapping[str, str]) -> 
         return
     at_once = min(len(todo), cpu_count())
     threads = cpu_count() // at_once if len(todo) > 1 else None
-    before = written_files(results)
     steps = {step.name: step for step in todo}
     failed: list[str] = []
 
     def finish(name: str, execution: Future) -> None:
         try:
-            note_done(steps[name], results, before, *execution.result())
+            note_done(steps[name], results, execution.result())
         except NotebookFailure as failure:
             if len(todo) == 1:
                 raise
@@ -315,23 +315,19 @@ def is_done(step: Step, results: Path, title: str) -> bool:
     return False
 
 
-def note_done(
-    step: Step,
-    results: Path,
-    before: Mapping[str, tuple[int, int]],
-    seconds: float,
-    read: Sequence[str],
-) -> None:
-    """Note that a step succeeded, what it read, and the files that are new since `before`, those of
-    a step beside it included.
-    """
-    files = [name for name, stamp in written_files(results).items() if before.get(name) != stamp]
-    files = [name for name in files if not name.startswith("executed/")]
+def note_done(step: Step, results: Path, execution: Execution) -> None:
+    """Note that a step succeeded, the files that it wrote, and what it read of others."""
+    files = [
+        name
+        for name in written_files(results)
+        if execution.wrote & {name, *map(str, PurePath(name).parents)}
+    ]
+    read = sorted(execution.read - {*files})
     entry = {
         "key": step.key,
-        "seconds": seconds,
+        "seconds": execution.seconds,
         "files": files,
-        "read": {name: content(results, name) for name in read if name not in files},
+        "read": {name: content(results, name) for name in read},
     }
     write_json(results / STATE, read_state(results) | {step.name: entry})
 
