@@ -482,7 +482,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(downloads, "BACKOFF", 0.01)
+    monkeypatch.setattr("pooch.core.time.sleep", lambda seconds: None)
     started = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     body = np.random.default_rng(0).bytes(600_000)
     started.files = {
