@@ -303,7 +303,7 @@ def _noise_spec(group: Sequence[Run], settings: Mapping) -> RunSpec:
     first = group[0].spec
     own = {**settings, "protocol": "noise", "scored": [run.spec.key for run in group]}
     identity = (first.method, first.data, first.data_key, first.labels, first.fraction, first.seed)
-    return RunSpec(*identity, own, code_of(score_conditions, drawn_auroc))
+    return RunSpec(*identity, own, code_of(score_conditions, auroc))
 
 
 def _scoring(
