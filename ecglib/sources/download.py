@@ -165,8 +165,8 @@ def _read_index(
             path.unlink()
         failures.append(f"{url}: {failure}")
     raise DataError(
-        f"{path}: the list of files could not be fetched ({'; '.join(failures)}); check the network "
-        "and start again."
+        f"{path}: the list of files could not be fetched ({'; '.join(failures)}); check the "
+        "network and start again."
     )
 
 
@@ -240,8 +240,8 @@ def _fetch(folder: Path, file: RemoteFile, urls: Sequence[str], transfer: "_Tran
             return
         failures.append(f"{url}: {failure}")
     raise DataError(
-        f"{folder / file.name}: could not be fetched ({'; '.join(failures)}); check the network and "
-        "start again."
+        f"{folder / file.name}: could not be fetched ({'; '.join(failures)}); check the network "
+        "and start again."
     )
 
 
