@@ -10,8 +10,8 @@ import time
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from ecglib.evaluate.draws import bootstrap_interval, draw_weights
-from ecglib.evaluate.metrics import class_auroc
+from ecglib.evaluate.draws import PatientDraws, bootstrap_interval, class_areas
+from ecglib.evaluate.metrics import weighted_auroc
 
 
 def make_case(records: int, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -43,11 +43,12 @@ def main(records: int = 2200, classes: int = 71, draws: int = 1000, loop_draws: 
     start = time.perf_counter()
     interval = bootstrap_interval(targets, scores, patients, draws=draws)
     ours = time.perf_counter() - start
-    weights = np.concatenate(list(draw_weights(patients, records, loop_draws, seed=0)), axis=1)
+    weights = np.concatenate(list(PatientDraws(patients, loop_draws).weights()), axis=1)
     start = time.perf_counter()
     expected = scikit_learn_loop(targets, scores, weights)
     loop = (time.perf_counter() - start) * draws / loop_draws
-    difference = np.nanmax(np.abs(class_auroc(targets, scores, weights.T) - expected))
+    areas = class_areas(weighted_auroc, targets, scores).of(weights)
+    difference = np.nanmax(np.abs(areas.T - expected))
     print(f"{draws:,} patient draws x {classes} classes x {records:,} records, one thread")
     print(
         f"ecglib        {ours:8.2f} s   macro AUROC {interval.value:.4f} ({interval.low:.4f} to {interval.high:.4f})"

@@ -1,4 +1,6 @@
-"""The two things that can go wrong outside our own code, each said in one sentence with its remedy."""
+"""What can go wrong outside our own code: bad input and failed writing, each said in one sentence
+with its remedy.
+"""
 
 import errno
 import os
@@ -15,8 +17,29 @@ class StorageError(OSError):
 
 
 @contextmanager
+def explain_reading(
+    path: str | os.PathLike,
+    absent: str = "listed but absent; download it again or remove it from the list",
+) -> Iterator[None]:
+    """Turn an operating-system failure while reading `path` into a `DataError` with a remedy;
+    `absent` is said of a file that is not there.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(f"{path}: {absent}.") from None
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror or error}); check the file and its "
+            "permissions."
+        ) from None
+
+
+@contextmanager
 def explain_storage(path: str | os.PathLike) -> Iterator[None]:
-    """Turn an operating-system failure while writing to `path` into a `StorageError` with a remedy."""
+    """Turn an operating-system failure while writing to `path` into a `StorageError` with a
+    remedy.
+    """
     try:
         yield
     except StorageError:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ecglib.errors import DataError, explain_storage
+from ecglib.errors import DataError, explain_reading, explain_storage
 
 
 @contextmanager
@@ -32,7 +32,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `folder`; on success it takes the place of `folder`."""
+    """Yield an empty temporary folder beside `folder`; on success it takes the place of
+    `folder`.
+    """
     folder = Path(folder)
     with explain_storage(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -63,9 +65,8 @@ def write_json(path: str | Path, value: object) -> None:
 def read_json(path: str | Path) -> dict:
     """Read one JSON file; a missing or damaged one is a `DataError`."""
     try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise DataError(f"{path}: the file is missing; make this folder again.") from None
+        with explain_reading(path, "the file is missing; make this folder again"):
+            return json.loads(Path(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not valid JSON ({error}); make this folder again.") from None
 
@@ -94,16 +95,14 @@ def inside(folder: str | Path, name: str, listed_in: str) -> Path:
     root = Path(folder).resolve()
     try:
         path = (root / name).resolve()
-    except (
-        ValueError,
-        OSError,
-        RuntimeError,
-    ) as error:  # a null byte, a name too long, links in a circle
+    # A null byte, a name too long, links in a circle.
+    except (ValueError, OSError, RuntimeError) as error:
         raise DataError(
             f"{listed_in}: the entry {name!r} is not a file name ({error}); correct the entry."
         ) from None
     if not path.is_relative_to(root):
         raise DataError(
-            f"{listed_in}: the entry {name!r} points outside {folder}; correct the entry, it was not opened."
+            f"{listed_in}: the entry {name!r} points outside {folder}; correct the entry, it was "
+            "not opened."
         )
     return path

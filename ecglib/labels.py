@@ -26,7 +26,8 @@ def patients_shared(records: Records, test_share: float = 0.1) -> tuple[float, f
     """
     if (records.table["patient_id"].astype(str) == records.table["record_id"].astype(str)).all():
         raise DataError(
-            f"{records.name}: each record counts as its own patient; give true patients in patient_id."
+            f"{records.name}: each record counts as its own patient; give true patients in "
+            "patient_id."
         )
     sizes = records.table["patient_id"].value_counts().to_numpy()
     on_both_sides = 1 - (1 - test_share) ** sizes - test_share**sizes
@@ -70,19 +71,24 @@ def label_subsets(
 
 
 def _check_request(fractions: Sequence[float], count: int, classes: int) -> None:
-    """DataError where the wanted fractions of `count` records with `classes` classes make no sense."""
+    """DataError where the wanted fractions of `count` records with `classes` classes make no
+    sense.
+    """
     if not count:
         raise DataError(
-            "No record lies in the training folds, so there is nothing to label; check the fold column."
+            "No record lies in the training folds, so there is nothing to label; check the fold "
+            "column."
         )
     if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
         raise DataError(
-            f"The label fractions {list(fractions)} must be shares above 0 and at most 1 (1 % is 0.01)."
+            f"The label fractions {list(fractions)} must be shares above 0 and at most 1 (1 % is "
+            "0.01)."
         )
     if round(fractions[0] * count) < max(classes, 1):
         raise DataError(
-            f"A label fraction of {fractions[0]:g} of {count} records is fewer than one record for each of {classes} "
-            f"classes; use at least {max(classes, 1) / count:.2g} or fewer classes."
+            f"A label fraction of {fractions[0]:g} of {count} records is fewer than one record for "
+            f"each of {classes} classes; use at least {max(classes, 1) / count:.2g} or fewer "
+            "classes."
         )
 
 

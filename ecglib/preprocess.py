@@ -8,13 +8,22 @@ Einthoven's law and the voltage criteria.
 """
 
 import tempfile
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 from scipy.signal import butter, sosfiltfilt
 
 from ecglib.errors import DataError, explain_storage
-from ecglib.records import FLAT_RANGE, LEADS, LEFT_OUT_COLUMNS, MISSING, Records, to_counts
+from ecglib.records import (
+    FLAT_RANGE,
+    LEADS,
+    LEFT_OUT_COLUMNS,
+    MISSING,
+    Records,
+    bridge_gaps,
+    to_counts,
+)
 
 UNIT = "standard deviations"
 # Standard deviations a count, +-82 in all: none of n samples lies further out than sqrt(n - 1), 78
@@ -51,18 +60,20 @@ def preprocess(
             file.write(standardised.tobytes())
         file.flush()
         signals = np.memmap(file, np.int16, "r", shape=(len(records), len(LEADS), length))
-    left_out = pd.concat(
-        [records.left_out, pd.DataFrame(notes, columns=list(LEFT_OUT_COLUMNS), dtype=str)]
-    )
-    return Records(
-        signals,
-        SCALE,
-        records.sampling_rate,
-        records.table,
-        records.targets,
-        records.classes,
-        left_out.reset_index(drop=True),
-        {**records.about, **_about(low, high, order, length)},
+    noted = pd.DataFrame(notes, columns=list(LEFT_OUT_COLUMNS), dtype=str)
+    settings = {
+        "filter": f"Butterworth band-pass of order {order}, forwards and backwards",
+        "band_hz": [low, high],
+        "normalised": "each lead of a record to mean 0 and standard deviation 1",
+        "length": length,
+    }
+    return replace(
+        records,
+        signals=signals,
+        scale=SCALE,
+        left_out=pd.concat([records.left_out, noted], ignore_index=True),
+        about={**records.about, "unit": UNIT, "preprocessing": settings},
+        known_fingerprint=None,
     )
 
 
@@ -79,12 +90,14 @@ def _check(records: Records, low: float, high: float, order: int, length: int) -
         )
     if not 0 < low < high < half:
         raise DataError(
-            f"{records.name}: a band from {low:g} to {high:g} Hz does not lie between 0 and {half:g} Hz, half the "
-            "sampling rate; choose another band or read the records at a higher rate."
+            f"{records.name}: a band from {low:g} to {high:g} Hz does not lie between 0 and "
+            f"{half:g} Hz, half the sampling rate; choose another band or read the records at a "
+            "higher rate."
         )
     if order < 1 or length < 1:
         raise DataError(
-            f"An order of {order} and a length of {length} samples must both be at least 1; correct them."
+            f"An order of {order} and a length of {length} samples must both be at least 1; "
+            "correct them."
         )
 
 
@@ -111,8 +124,8 @@ def _check_sizes(ids: list[str], sizes: np.ndarray, order: int) -> None:
     if short.any():
         place = int(short.argmax())
         raise DataError(
-            f"Record {ids[place]}: {sizes[place]} samples before its padding, where a filter of order {order} needs "
-            f"more than {_edge(order)}; leave the record out."
+            f"Record {ids[place]}: {sizes[place]} samples before its padding, where a filter of "
+            f"order {order} needs more than {_edge(order)}; leave the record out."
         )
 
 
@@ -129,22 +142,11 @@ def _standardised_block(
         missing = part == MISSING
         # Second-order sections keep 13 digits of what filtfilt(b, a) keeps 8 of; ends as in
         # filtfilt.
-        filtered = sosfiltfilt(
-            sections, _bridged(part * scale, missing), axis=2, padlen=_edge(len(sections))
-        )
+        signals = part * scale
+        bridge_gaps(signals, missing)
+        filtered = sosfiltfilt(sections, signals, axis=2, padlen=_edge(len(sections)))
         result[rows, :, :size] = to_counts(_standardised(filtered, missing)[:, :, :length], SCALE)
     return result
-
-
-def _bridged(signals: np.ndarray, missing: np.ndarray) -> np.ndarray:
-    """Signals `(n, 12, time)`, changed in place: straight lines over missing samples, zeros for a
-    lead without any.
-    """
-    time = np.arange(signals.shape[2])
-    for record, lead in np.argwhere(missing.any(axis=2)):
-        known, signal = ~missing[record, lead], signals[record, lead]
-        signal[:] = np.interp(time, time[known], signal[known]) if known.any() else 0.0
-    return signals
 
 
 def _standardised(signals: np.ndarray, missing: np.ndarray) -> np.ndarray:
@@ -167,27 +169,14 @@ def _notes(
     """One row of `left_out` for each record with leads `flat (n, 12)`, and for each that is longer
     than `length`.
     """
-    leads = [", ".join(LEADS[lead] for lead in np.flatnonzero(row)) for row in flat]
     detail = f"moves less than {FLAT_RANGE:g} mV in the band"
-    rows = [
-        (name, flat, "flat lead", "set to zeros", detail)
-        for name, flat in zip(ids, leads, strict=True)
-        if flat
+    flat_leads = [
+        (name, ", ".join(np.array(LEADS)[leads]), "flat lead", "set to zeros", detail)
+        for name, leads in zip(ids, flat, strict=True)
+        if leads.any()
     ]
-    long = [(name, size) for name, size in zip(ids, sizes, strict=True) if size > length]
-    return rows + [
-        (name, "all", "length", "cut", f"{size / sampling_rate:.2f} s") for name, size in long
+    return flat_leads + [
+        (name, "all", "length", "cut", f"{size / sampling_rate:.2f} s")
+        for name, size in zip(ids, sizes, strict=True)
+        if size > length
     ]
-
-
-def _about(low: float, high: float, order: int, length: int) -> dict:
-    """What was done, for `Records.about`."""
-    return {
-        "unit": UNIT,
-        "preprocessing": {
-            "filter": f"Butterworth band-pass of order {order}, forwards and backwards",
-            "band_hz": [low, high],
-            "normalised": "each lead of a record to mean 0 and standard deviation 1",
-            "length": length,
-        },
-    }

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -31,15 +31,13 @@ LIMB_FROM_I_AND_II = np.array(
     [[1.0, 0.0], [0.0, 1.0], [-1.0, 1.0], [-0.5, -0.5], [1.0, -0.5], [-0.5, 1.0]], dtype=np.float32
 )
 
-FLAT_RANGE = (
-    0.005  # mV; a lead that moves less than this over the whole record carries no heart beat
-)
+FLAT_RANGE = 0.005  # mV; a lead that moves less over the whole record carries no heart beat
 ABSURD_PEAK = 20.0  # mV; no surface ECG reaches this, a wrong gain does
 ABSURDLY_SMALL = 0.01  # mV; largest lead range below this is a wrong gain the other way
 SATURATED_SHARE = 0.05  # share of a lead's samples that sit at its own extreme value
 LAW_TOLERANCE = 0.1  # residual of Einthoven's law over the size of the limb leads
 LAW_FLOOR = 0.02  # mV; smaller residuals are rounding and filter differences
-CHUNK = 1024  # records looked at together, so that memory does not grow with their number
+CHUNK = 1024  # records handled together, so that memory does not grow with their number
 
 
 def empty_left_out() -> pd.DataFrame:
@@ -72,33 +70,28 @@ class Records:
         self.table = self.table.reset_index(drop=True)
         self.targets = np.asarray(self.targets)
         count = len(self.signals)
-        if (
-            self.signals.ndim != 3
-            or self.signals.shape[1] != len(LEADS)
-            or self.signals.dtype != np.int16
-        ):
+        shape = self.signals.shape
+        if self.signals.dtype != np.int16 or len(shape) != 3 or shape[1] != len(LEADS):
             raise DataError(
-                f"Records need int16 signals (records, 12, time), not {self.signals.dtype} {self.signals.shape}; "
-                "use Records.from_millivolts for signals in mV."
+                f"Records need int16 signals (records, 12, time), not {self.signals.dtype} "
+                f"{shape}; use Records.from_millivolts for signals in mV."
             )
         if len(self.table) != count or self.targets.shape != (count, len(self.classes)):
             raise DataError(
-                f"Records hold {count} signals, {len(self.table)} table rows and targets {self.targets.shape} for "
-                f"{len(self.classes)} classes; give one row a record and one column a class."
+                f"Records hold {count} signals, {len(self.table)} table rows and targets "
+                f"{self.targets.shape} for {len(self.classes)} classes; give one row a record and "
+                "one column a class."
             )
-        lacking = [column for column in TABLE_COLUMNS if column not in self.table]
-        if lacking:
+        for column in TABLE_COLUMNS:
+            if column not in self.table:
+                raise DataError(
+                    f"The records' table lacks the column {column!r}; it needs "
+                    f"{', '.join(TABLE_COLUMNS)}."
+                )
+        if not (0 < self.scale < np.inf and 0 < self.sampling_rate < np.inf):
             raise DataError(
-                f"The records' table lacks the column {lacking[0]!r}; it needs {', '.join(TABLE_COLUMNS)}."
-            )
-        if not (
-            np.isfinite(self.scale)
-            and self.scale > 0
-            and np.isfinite(self.sampling_rate)
-            and self.sampling_rate > 0
-        ):
-            raise DataError(
-                f"scale {self.scale} and sampling rate {self.sampling_rate} must both be positive numbers."
+                f"scale {self.scale} and sampling rate {self.sampling_rate} must both be positive "
+                "numbers."
             )
 
     @classmethod
@@ -128,25 +121,23 @@ class Records:
         if chosen.dtype == bool:
             if chosen.shape != (len(self),):
                 raise DataError(
-                    f"The mask has {chosen.shape} entries for {len(self)} records; give one entry a record."
+                    f"The mask has {chosen.shape} entries for {len(self)} records; give one entry "
+                    "per record."
                 )
             chosen = np.flatnonzero(chosen)
         chosen = chosen.astype(np.int64).reshape(-1)
         if len(chosen) and (chosen.min() < -len(self) or chosen.max() >= len(self)):
             raise DataError(
-                f"Record index {chosen.max()} does not exist among {len(self)} records; select by position."
+                f"Record index {chosen.max()} does not exist among {len(self)} records; select by "
+                "position."
             )
         part = hashlib.sha256(self.fingerprint.encode() + chosen.tobytes()).hexdigest()
-        return Records(
-            self.signals[chosen],
-            self.scale,
-            self.sampling_rate,
-            self.table.iloc[chosen],
-            self.targets[chosen],
-            self.classes,
-            self.left_out,
-            self.about,
-            part,
+        return replace(
+            self,
+            signals=self.signals[chosen],
+            table=self.table.iloc[chosen],
+            targets=self.targets[chosen],
+            known_fingerprint=part,
         )
 
     @cached_property
@@ -166,7 +157,8 @@ class Records:
             patient = crossing.index[crossing > 1][0]
             found = sorted(folds[self.table["patient_id"] == patient].unique().tolist())
             raise DataError(
-                f"Patient {patient} lies in folds {', '.join(map(str, found))}; give each patient one fold."
+                f"Patient {patient} lies in folds {', '.join(map(str, found))}; give each patient "
+                "one fold."
             )
         split = {name: np.flatnonzero(folds.isin(wanted)) for name, wanted in SPLIT_FOLDS.items()}
         for name, positions in split.items():
@@ -218,11 +210,8 @@ class Records:
         """
         if self.known_fingerprint:
             return self.known_fingerprint
-        digest = hashlib.sha256(
-            repr(
-                (self.classes, float(self.scale), float(self.sampling_rate), self.signals.shape)
-            ).encode()
-        )
+        form = (self.classes, float(self.scale), float(self.sampling_rate), self.signals.shape)
+        digest = hashlib.sha256(repr(form).encode())
         for start in range(0, len(self), CHUNK):
             digest.update(np.ascontiguousarray(self.signals[start : start + CHUNK]))
         digest.update(np.ascontiguousarray(self.targets.astype(np.float32)))
@@ -238,7 +227,8 @@ class Records:
         """
         if self.unit != "mV":
             raise DataError(
-                f"{self.name}: the signals are in {self.unit}; validate the records in mV they came from."
+                f"{self.name}: the signals are in {self.unit}; validate the records in mV they "
+                "came from."
             )
         rows = []
         for start in range(0, len(self), CHUNK):
@@ -318,7 +308,8 @@ class Records:
             )
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise DataError(
-                f"{folder}: damaged records ({error}); delete the folder and prepare the data again."
+                f"{folder}: damaged records ({error}); delete the folder and prepare the data "
+                "again."
             ) from error
 
 
@@ -330,6 +321,17 @@ def to_counts(values: np.ndarray, scale: float = MICROVOLT) -> np.ndarray:
         np.rint(np.asarray(values, dtype=np.float32) / np.float32(scale)), -32767, 32767
     )
     return np.where(np.isnan(counts), MISSING, counts).astype(np.int16)
+
+
+def bridge_gaps(signals: np.ndarray, missing: np.ndarray) -> None:
+    """Fill missing samples of `(..., time)` in place: straight lines over gaps, zeros where a lead
+    has no sample at all.
+    """
+    time = np.arange(signals.shape[-1])
+    for place in zip(*np.nonzero(missing.any(axis=-1)), strict=True):
+        known = ~missing[place]
+        signal = signals[place]
+        signal[:] = np.interp(time, time[known], signal[known]) if known.any() else 0.0
 
 
 def find_faults(millivolts: np.ndarray) -> list[tuple[int, str, str, str]]:
@@ -345,40 +347,27 @@ def find_faults(millivolts: np.ndarray) -> list[tuple[int, str, str, str]]:
         (signals == high[..., None]).mean(axis=2), (signals == low[..., None]).mean(axis=2)
     )
 
-    def add(where: np.ndarray, fault: str, detail: str, values: np.ndarray) -> None:
-        for index, lead in zip(*np.nonzero(where), strict=True):
-            faults.append(
-                (int(index), LEADS[lead], fault, detail.format(float(values[index, lead])))
-            )
+    def add(found: np.ndarray, fault: str, detail: str, values: np.ndarray) -> None:
+        for index, lead in zip(*np.nonzero(found), strict=True):
+            faults.append((int(index), LEADS[lead], fault, detail.format(values[index, lead])))
 
     flat = span < FLAT_RANGE
     share = missing.mean(axis=2)
     add(share > 0, "missing samples", "{:.1%} of the samples", share)
     add(flat, "flat lead", "range {:.3f} mV", span)
-    add(
-        (at_extreme > SATURATED_SHARE) & ~flat & (span > 1.0),
-        "saturated",
-        "{:.1%} at one extreme",
-        at_extreme,
-    )
+    saturated = (at_extreme > SATURATED_SHARE) & ~flat & (span > 1.0)
+    add(saturated, "saturated", "{:.1%} at one extreme", at_extreme)
     peak = np.maximum(np.abs(high), np.abs(low))
     add(peak > ABSURD_PEAK, "absurd amplitude", "peak {:.1f} mV", peak)
-    for index in np.flatnonzero((span.max(axis=1) < ABSURDLY_SMALL) & ~flat.all(axis=1)):
-        faults.append(
-            (int(index), "all", "absurd amplitude", f"largest range {span[index].max():.4f} mV")
-        )
+    largest = span.max(axis=1)
+    for index in np.flatnonzero((largest < ABSURDLY_SMALL) & ~flat.all(axis=1)):
+        detail = f"largest range {largest[index]:.4f} mV"
+        faults.append((int(index), "all", "absurd amplitude", detail))
     residual = limb_residual(signals)
-    for index in np.flatnonzero(
-        (residual > LAW_TOLERANCE) & ~flat[:, :6].any(axis=1) & (share[:, :6].max(axis=1) == 0)
-    ):
-        faults.append(
-            (
-                int(index),
-                "limb leads",
-                "Einthoven's law broken",
-                _law_detail(signals[index], residual[index]),
-            )
-        )
+    sound = ~flat[:, :6].any(axis=1) & ~missing[:, :6].any(axis=(1, 2))
+    for index in np.flatnonzero((residual > LAW_TOLERANCE) & sound):
+        detail = _law_detail(signals[index], residual[index])
+        faults.append((int(index), "limb leads", "Einthoven's law broken", detail))
     return faults
 
 
@@ -403,9 +392,8 @@ def limb_permutation(millivolts: np.ndarray) -> tuple[int, ...] | None:
     limb = millivolts[:6] - millivolts[:6].mean(axis=1, keepdims=True)
     covariance = (limb @ limb.T) / limb.shape[1]
     size = max(float(np.trace(covariance)), 1e-12)
-    laws = np.concatenate(
-        [LIMB_FROM_I_AND_II[2:], -np.eye(4, dtype=np.float32)], axis=1
-    )  # law @ limb == 0
+    # law @ limb == 0
+    laws = np.concatenate([LIMB_FROM_I_AND_II[2:], -np.eye(4, dtype=np.float32)], axis=1)
     for order in itertools.permutations(range(6)):
         error = np.einsum("ij,jk,ik->", laws, covariance[np.ix_(order, order)], laws)
         if np.sqrt(max(error, 0.0) / size) < LAW_TOLERANCE / 2:
@@ -414,16 +402,11 @@ def limb_permutation(millivolts: np.ndarray) -> tuple[int, ...] | None:
 
 
 def _law_detail(signal: np.ndarray, residual: float) -> str:
-    """What the limb leads look like instead: permuted in a way that can be told, or not explained."""
+    """What the limb leads look like instead: permuted in a way that can be told, or not
+    explained.
+    """
     order = limb_permutation(signal)
     if order is None:
         return f"residual {residual:.2f} of the signal, no order of the leads explains it"
-    return "permuted: the channels hold " + ", ".join(_inverse_names(order))
-
-
-def _inverse_names(order: tuple[int, ...]) -> list[str]:
-    """Names of what each limb channel really holds, given the order that puts them right."""
-    names = [""] * 6
-    for lead, channel in enumerate(order):
-        names[channel] = LEADS[lead]
-    return names
+    held = [LEADS[lead] for lead in np.argsort(order)]
+    return f"permuted: the channels hold {', '.join(held)}"

@@ -32,15 +32,18 @@ DISK_NEEDED = 2e9  # bytes; the packages without a GPU take 1.6 GB
 PROFILES = ("smoke", "laptop", "reference", "paper")
 HELP = """commands:
   smoke               every notebook on a few hundred simulated records: does everything run?
-  laptop              every notebook on about 3,000 simulated records: real trends without a download (the default)
+  laptop              every notebook on about 3,000 simulated records: real trends without a
+                      download (the default)
   reference           every arm and label fraction: the run behind the tables in reference/
   paper               the published data sets and settings; needs a GPU
   test [ARGUMENTS]    the tests; ARGUMENTS go to pytest, for instance: test -k records
-  pair [--check]      write every notebook and exercise anew from its NN_name.py, or only check that they agree
+  pair [--check]      write every notebook and exercise anew from its NN_name.py, or only check
+                      that they agree
 
-Results go to results/PROFILE: tables, figures, the executed copy of each notebook, and report/index.html, which shows
-them all in a browser. A second start skips the notebooks that are done and unchanged. Where this Python
-lacks the packages, .venv is made from requirements.lock."""
+Results go to results/PROFILE: tables, figures, the executed copy of each notebook, and
+report/index.html, which shows them all in a browser. A second start runs only the notebooks whose
+code, imports, parameters or files have changed. Where this Python lacks the packages, .venv is made
+from requirements.lock."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,19 +74,12 @@ def read_command(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Run the whole study, or its tests.",
     )
-    parser.add_argument(
-        "command",
-        nargs="?",
-        default="laptop",
-        choices=(*PROFILES, "test", "pair"),
-        metavar="COMMAND",
-    )
-    parser.add_argument(
-        "--data", type=existing_folder, metavar="FOLDER", help="use these ECGs, not simulated ones"
-    )
-    parser.add_argument(
-        "--fresh", action="store_true", help="delete results/PROFILE first and start anew"
-    )
+    commands = (*PROFILES, "test", "pair")
+    parser.add_argument("command", nargs="?", default="laptop", choices=commands, metavar="COMMAND")
+    folder_help = "use these ECGs, not simulated ones"
+    parser.add_argument("--data", type=existing_folder, metavar="FOLDER", help=folder_help)
+    fresh_help = "delete results/PROFILE first and start anew"
+    parser.add_argument("--fresh", action="store_true", help=fresh_help)
     parser.add_argument("--check", action="store_true", help="with pair: change nothing")
     if arguments[:1] == ["test"]:
         return argparse.Namespace(command="test", pytest=arguments[1:])
@@ -107,18 +103,15 @@ def missing_packages() -> list[str]:
         from packaging.requirements import Requirement
     except ModuleNotFoundError:
         return required_packages()
-    missing = []
-    for text in required_packages():
-        requirement = Requirement(text)
+
+    def fits(requirement: Requirement) -> bool:
         try:
-            fits = requirement.specifier.contains(
-                metadata.version(requirement.name), prereleases=True
-            )
+            version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            fits = False
-        if not fits:
-            missing.append(text)
-    return missing
+            return False
+        return requirement.specifier.contains(version, prereleases=True)
+
+    return [text for text in required_packages() if not fits(Requirement(text))]
 
 
 def choose_python() -> str:
@@ -129,6 +122,7 @@ def choose_python() -> str:
     missing = missing_packages()
     if not missing and not (unfinished and Path(sys.prefix) == VENV):
         return sys.executable
+    python = VENV / "bin" / "python"
     if not is_ready():
         say(
             f"This Python ({sys.version.split()[0]}) lacks {missing[0]}"
@@ -136,19 +130,14 @@ def choose_python() -> str:
         )
         with one_at_a_time():
             if not is_ready():  # another start may have made it while this one waited
-                make_venv()
-    return str(venv_python())
-
-
-def venv_python() -> Path:
-    """The interpreter of `.venv`."""
-    return VENV / "bin" / "python"
+                make_venv(python)
+    return str(python)
 
 
 def is_ready() -> bool:
     """Whether `.venv` is complete and made from the present lock in the present folder."""
-    ready = VENV / READY
-    return os.access(venv_python(), os.X_OK) and ready.is_file() and ready.read_text() == stamp()
+    ready, python = VENV / READY, VENV / "bin" / "python"
+    return os.access(python, os.X_OK) and ready.is_file() and ready.read_text() == stamp()
 
 
 def stamp() -> str:
@@ -159,60 +148,46 @@ def stamp() -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest() + "\n"
 
 
-def make_venv() -> None:
+def make_venv(python: Path) -> None:
     """Make `.venv` and install the lock and the package itself; killed half-way, the next start
     makes it anew.
     """
     check_tools()
-    usable = not (VENV / UNFINISHED).exists() and works(venv_python())
-    say(
-        "Bringing .venv up to date from requirements.lock: a few minutes at most."
-        if usable
-        else "Making .venv from requirements.lock: about 0.5 GB to download, up to 3 GB where pip brings NVIDIA's CUDA "
-        "libraries; 2 to 10 minutes on a fast line. It is kept for later starts."
-    )
-    base = getattr(sys, "_base_executable", sys.executable)
-    pip = [str(venv_python()), "-m", "pip"]
-    if not has_module("ensurepip"):  # Debian without python3-venv: its own pip installs into .venv
-        pip = [base, "-m", "pip", "--python", str(venv_python())]
-    if not usable:
-        without_pip = [] if has_module("ensurepip") else ["--without-pip"]
-        call([base, "-m", "venv", "--clear", *without_pip, str(VENV)], "making the folder .venv")
+    usable = not (VENV / UNFINISHED).exists() and works(python)
+    if usable:
+        say("Bringing .venv up to date from requirements.lock: a few minutes at most.")
+    else:
+        say(
+            "Making .venv from requirements.lock: about 0.5 GB to download, up to 3 GB where pip "
+            "brings NVIDIA's CUDA libraries; 2 to 10 minutes on a fast line. It is kept for later "
+            "starts."
+        )
+        base = getattr(sys, "_base_executable", sys.executable)
+        call([base, "-m", "venv", "--clear", str(VENV)], "making the folder .venv")
     with explain_storage(VENV):
         (VENV / READY).unlink(missing_ok=True)
         (VENV / UNFINISHED).touch()
-    if has_module("ensurepip"):
-        call([*pip, "install", "-qq", PIP], "updating pip")
     quiet = [] if sys.stderr.isatty() else ["-qq"]  # a log keeps errors only
-    call([*pip, "install", *quiet, "--no-compile", "-r", str(LOCK)], "installing requirements.lock")
-    call(
-        [*pip, "install", "-qq", "--no-deps", "--no-build-isolation", "-e", str(ROOT)],
-        "installing ecglib",
-    )
-    compile_packages()
+    install = [str(python), "-m", "pip", "install"]
+    own = ["-qq", "--no-deps", "--no-build-isolation", "-e", str(ROOT)]
+    call([*install, "-qq", PIP], "updating pip")
+    call([*install, *quiet, "--no-compile", "-r", str(LOCK)], "installing requirements.lock")
+    call([*install, *own], "installing ecglib")
+    compile_packages(python)
     with explain_storage(VENV):
         (VENV / READY).write_text(stamp())
         (VENV / UNFINISHED).unlink()
 
 
-def compile_packages() -> None:
+def compile_packages(python: Path) -> None:
     """Byte code of the packages, without their tests, on all cores: pip would make all of it on
     one.
 
     What cannot be compiled is left as it is, as pip does; its import, should there ever be one,
     will tell.
     """
-    command = [
-        str(venv_python()),
-        "-m",
-        "compileall",
-        "-qq",
-        "-j",
-        "0",
-        "-x",
-        "/tests?/|/testing/_internal/",
-        "lib",
-    ]
+    left_out = "/tests?/|/testing/_internal/"
+    command = [str(python), "-m", "compileall", "-qq", "-j", "0", "-x", left_out, "lib"]
     subprocess.run(command, cwd=VENV, stdout=subprocess.DEVNULL, check=False)
 
 
@@ -220,15 +195,17 @@ def check_tools() -> None:
     """One sentence with the remedy where this Python cannot make an environment or the disk has no
     room for one.
     """
-    if not (has_module("venv") and (has_module("ensurepip") or has_module("pip"))):
+    if not (has_module("venv") and has_module("ensurepip")):
         raise DataError(
-            f"{sys.executable} cannot make a virtual environment; install that part of Python (Debian or Ubuntu: "
-            "apt install python3-venv), or activate the conda environment of environment.yml, and start again."
+            f"{sys.executable} cannot make a virtual environment; install that part of Python "
+            "(Debian or Ubuntu: apt install python3-venv), or activate the conda environment of "
+            "environment.yml, and start again."
         )
     free = shutil.disk_usage(ROOT).free
     if free < DISK_NEEDED:
         raise StorageError(
-            f"{ROOT}: {free / 1e9:.1f} GB are free, the packages need {DISK_NEEDED / 1e9:.0f} GB or more; make room."
+            f"{ROOT}: {free / 1e9:.1f} GB are free, the packages need {DISK_NEEDED / 1e9:.0f} GB "
+            "or more; make room."
         )
 
 
@@ -252,7 +229,8 @@ def call(command: list[str], purpose: str) -> None:
     environment["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
     if subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr).returncode:
         raise StorageError(
-            f"{VENV}: {purpose} failed, the lines above say why; check network and free space, then start again."
+            f"{VENV}: {purpose} failed, the lines above say why; check network and free space, "
+            "then start again."
         )
 
 

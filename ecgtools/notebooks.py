@@ -10,26 +10,41 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
 
 from ecglib.errors import DataError, explain_storage
-from ecglib.files import atomic_file, write_json
+from ecglib.files import atomic_file
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[1]
+SEES_FILES = Path(__file__).resolve().parent / "kernel"
 NAME = re.compile(r"\d\d_[a-z0-9_]+")
 KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 SOURCE_LINES_SHOWN = 5
+ACTIONS = ("read", "wrote")  # as `kernel/sitecustomize.py` notes them
 
 
 class NotebookFailure(Exception):
     """A cell raised an error, or its kernel died: the message gives the error, the cell and the
     executed copy.
     """
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What running a notebook took, and the names below the results folder of what it read and
+    wrote; a folder that it listed is among what it read, with a slash at its end.
+    """
+
+    seconds: float
+    read: set[str]
+    wrote: set[str]
 
 
 def notebook_sources(folder: str | Path) -> list[Path]:
@@ -66,6 +81,11 @@ def read_notebook(source: str | Path) -> NotebookNode:
     )
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     return notebook
+
+
+def code_cells(source: str | Path) -> list[str]:
+    """The sources of a notebook's code cells."""
+    return [cell.source for cell in read_notebook(source).cells if cell.cell_type == "code"]
 
 
 def write_pairs(folder: str | Path, check: bool = False) -> list[Path]:
@@ -117,30 +137,37 @@ def parameter_names(source: str | Path) -> tuple[str, ...]:
     return tuple(target.id for target in targets if isinstance(target, ast.Name))
 
 
-def execute(source: Path, parameters: dict, executed: Path, title: str, bar: bool = True) -> None:
-    """Run a notebook with these parameters in its own folder and keep the executed copy, also of a
-    failing one.
+def execute(
+    source: Path,
+    parameters: dict,
+    results: Path,
+    title: str,
+    threads: int | None = None,
+    bar: bool = True,
+) -> Execution:
+    """Run a notebook in its own folder and keep the executed copy, also of a failing one.
 
-    Shows `title`, the cells done and the time; without a `bar` also on a terminal as two lines.
-    Raises NotebookFailure, or StorageError where the copy cannot be written.
+    Its networks get that many `threads`, by default one for each core. Shows `title`, the cells done
+    and the time; without a `bar` also on a terminal as two lines. Raises NotebookFailure, or
+    StorageError where the copy cannot be written.
     """
     import papermill
 
-    notebook = read_notebook(source)
+    start, notebook = time.monotonic(), read_notebook(source)
     cells = sum(cell.cell_type == "code" and bool(cell.source.strip()) for cell in notebook.cells)
+    executed = executed_copy(results, source.stem)
     failure = f"{source.stem} failed: {{}}\nExecuted copy: {shown(executed)}"
-    with explain_storage(executed):
+    with explain_storage(executed), tempfile.TemporaryDirectory(prefix="ecg-study-") as folder:
         executed.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            same_interpreter(),
-            progress(title, cells + bool(parameters), bar) as cell_done,
-        ):  # papermill adds a cell
+        log = Path(folder, "files.txt")
+        with progress(title, cells + bool(parameters), bar) as cell_done:  # papermill adds a cell
             try:
                 papermill.execute_notebook(
                     _with_papermill_metadata(notebook),
                     re.sub(r"([{}])", r"\1\1", str(executed)),
                     parameters,
                     kernel_name=KERNEL["name"],
+                    kernel_manager_class=kernel_manager(log, results, threads),
                     cwd=source.parent,
                     progress_bar=False,
                     on_cell_complete=cell_done,
@@ -150,6 +177,14 @@ def execute(source: Path, parameters: dict, executed: Path, title: str, bar: boo
             except RuntimeError as error:  # nbclient's DeadKernelError is one
                 reason = f"its Python stopped ({error}), most often because the memory ran out"
                 raise NotebookFailure(failure.format(reason)) from None
+        lines = [line.partition(" ") for line in log.read_text(encoding="utf-8").splitlines()]
+    read, wrote = ({name for action, _, name in lines if action == each} for each in ACTIONS)
+    return Execution(time.monotonic() - start, read, wrote)
+
+
+def executed_copy(results: Path, name: str) -> Path:
+    """Where the executed copy of a notebook lies."""
+    return results / "executed" / f"{name}.ipynb"
 
 
 def _with_papermill_metadata(notebook: NotebookNode) -> NotebookNode:
@@ -173,40 +208,60 @@ def _describe(error: Exception) -> str:
     return f"{error.ename}: {error.evalue}\nin the cell In [{error.exec_count}]:\n{source}"
 
 
-@contextmanager
-def same_interpreter() -> Iterator[None]:
-    """Kernels started inside run this interpreter with this package, whatever kernels the user has
-    registered.
+def kernel_manager(log: Path, results: Path, threads: int | None) -> type:
+    """The class whose kernels run this interpreter with this package, whatever kernels the user has
+    registered, and note in the file `log` what they read and write below `results`.
 
-    Nothing is registered: the kernel's description and its files live in a temporary folder.
+    Nothing is registered: the kernel's own files lie beside `log`.
     """
-    before = dict(os.environ)
-    with tempfile.TemporaryDirectory(prefix="ecg-study-") as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "ipykernel_launcher",
-            "-f",
-            "{connection_file}",
-            "--log-level=CRITICAL",
-        ]
-        write_json(
-            Path(folder, "kernels", KERNEL["name"], "kernel.json"), KERNEL | {"argv": command}
-        )
-        python_path = os.pathsep.join(
-            filter(None, [str(PACKAGE_PARENT), before.get("PYTHONPATH", "")])
-        )
-        os.environ.update(
-            JUPYTER_PATH=folder,
-            JUPYTER_RUNTIME_DIR=folder,
-            IPYTHONDIR=folder,
-            PYTHONPATH=python_path,
-        )
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec
+    from traitlets import Unicode
+
+    given = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    folder = str(log.parent)
+    environment = {
+        "IPYTHONDIR": folder,
+        "JUPYTER_RUNTIME_DIR": folder,
+        "PYTHONPATH": os.pathsep.join([str(SEES_FILES), str(PACKAGE_PARENT), *given]),
+        "STUDY_LOG": str(log),
+        "STUDY_RESULTS": os.path.realpath(results),
+    }
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    module = ["-m", "ipykernel_launcher"]
+    command = [sys.executable, *module, "-f", "{connection_file}", "--log-level=CRITICAL"]
+
+    class StudyKernel(AsyncKernelManager):
+        kernel_spec = KernelSpec(argv=command, env=environment, **KERNEL)
+        connection_file = Unicode(os.path.join(folder, "kernel.json"))
+
+    return StudyKernel
+
+
+def run_together(
+    jobs: Mapping[str, Callable], finish: Callable[[str, Future], None], at_once: int
+) -> None:
+    """Call the jobs, `at_once` side by side, each in a thread that waits for its kernel, and
+    `finish(title, future)` as soon as one has ended.
+
+    After a KeyboardInterrupt no job is begun any more, and all processes below this one are ended.
+    """
+    import psutil
+
+    with ThreadPoolExecutor(at_once) as pool:
+        futures = {pool.submit(job): title for title, job in jobs.items()}
         try:
-            yield
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+            for future in as_completed(futures):
+                finish(futures[future], future)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            while not all(future.done() for future in futures):
+                for process in psutil.Process().children(recursive=True):
+                    with suppress(psutil.Error):
+                        process.kill()
+                time.sleep(0.1)
+            raise
 
 
 @contextmanager
@@ -223,9 +278,8 @@ def progress(title: str, cells: int, bar: bool = True) -> Iterator:
     if not terminal:
         print(f"{title} ({cells} cells) ...", file=sys.stderr, flush=True)
     form = "{desc}: cell {n_fmt}/{total_fmt} |{bar:20}| {elapsed}"
-    columns, lines = (
-        shutil.get_terminal_size()
-    )  # 80 x 24 where a terminal tells none; tqdm would then draw nothing
+    # 80 x 24 where a terminal does not say its size; tqdm would then draw nothing.
+    columns, lines = shutil.get_terminal_size()
     with tqdm(
         total=cells, desc=title, disable=not terminal, bar_format=form, ncols=columns, nrows=lines
     ) as shown_bar:

@@ -13,36 +13,35 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
+
+from joblib import cpu_count
 
 from ecglib.errors import DataError, StorageError, explain_storage
 from ecglib.files import atomic_file, read_json, short_hash, write_json
+from ecgstudy.code import fingerprint, imported_modules
 from ecgtools.environment import ROOT, read_command, say
 from ecgtools.exercises import write_exercises
 from ecgtools.notebooks import (
+    Execution,
     NotebookFailure,
+    code_cells,
     execute,
+    executed_copy,
     minutes,
     notebook_sources,
     parameter_names,
+    run_together,
     shown,
     write_pairs,
 )
 from ecgtools.report import write_report
-from ecgtools.side_by_side import Job, execute_together
 
-# These start the cells or show what came out of them, and cannot change a result.
-NOT_MEASURED = {
-    "environment.py",
-    "notebooks.py",
-    "study.py",
-    "report.py",
-    "exercises.py",
-    "side_by_side.py",
-}
 NUMERICAL_PACKAGES = ("torch", "numpy", "pandas", "scipy", "scikit-learn")
 STATE = "study.json"
 LISTING = "files.txt"
@@ -51,8 +50,10 @@ LONG_FOLDER = 40  # files; a fuller folder is summed up on the screen and writte
 
 @dataclass(frozen=True)
 class Step:
-    """One notebook of a run: its source, the parameters it gets, and a key that changes with all it
-    depends on.
+    """One notebook of a run: its source, the parameters it gets, and a key.
+
+    The key changes with these, with the code that the notebook imports, with the versions of the
+    numerical packages, and, where it has a parameter `data`, with the folder of ECGs.
     """
 
     source: Path
@@ -92,7 +93,7 @@ def run_study(
     names = [step.name for step in steps]
     if last is not None:
         steps = steps[: names.index(last) + 1]
-    with alone(results) as lock:
+    with hold(results):
         origin = f"ECGs of {data}" if data else "simulated ECGs (no --data folder was given)"
         say(
             f"Profile {profile}: {config['about']}. {len(steps)} notebooks, {origin}; results go to {shown(results)}."
@@ -106,7 +107,7 @@ def run_study(
             for place, step in enumerate(steps, start=1)
         }
         for turn in in_turns(steps, config.get("side_by_side", [])):
-            run_turn(turn, results, titles, lock)
+            run_turn(turn, results, titles)
         report = (
             make_report(results, names, profile, config["about"], root)
             if len(steps) == len(names)
@@ -189,26 +190,18 @@ def plan(root: Path, config: dict, data: Path | None, results: Path) -> list[Ste
     if given and not any("data" in names for names in known.values()):
         raise DataError(f"--data {data}: no notebook has a parameter `data`; leave it out.")
     versions = [metadata.version(name) for name in NUMERICAL_PACKAGES]
-    steps, key = (
-        [],
-        short_hash(
-            [
-                [package_fingerprint(root / name) for name in ("ecglib", "ecgstudy")],
-                versions,
-                folder_fingerprint(data),
-            ]
-        ),
-    )
+    ecgs = folder_fingerprint(data)
+    steps = []
     for source in sources:
         # A path relative to the notebook's own folder, where it runs, keeps the machine out of the
         # executed copy.
         given["results"] = os.path.relpath(results, source.parent)
         offered = config.get("common", {}) | config.get(source.stem, {}) | given
         parameters = {name: value for name, value in offered.items() if name in known[source.stem]}
-        key = short_hash(
-            [key, source.stem, hashlib.sha256(source.read_bytes()).hexdigest(), parameters]
-        )
-        steps.append(Step(source, parameters, key))
+        text = hashlib.sha256(source.read_bytes()).hexdigest()
+        code = fingerprint(imported_modules("\n".join(code_cells(source))))
+        key = [source.stem, text, parameters, code, versions, ecgs if "data" in parameters else []]
+        steps.append(Step(source, parameters, short_hash(key)))
     return steps
 
 
@@ -227,15 +220,6 @@ def check_config(config: dict, known: dict[str, tuple[str, ...]]) -> None:
                 raise DataError(
                     f"The config sets `{name}`, a parameter that {where}; correct the name or remove it."
                 )
-
-
-def package_fingerprint(package: Path) -> str:
-    """Hash of the package's sources that can change a result."""
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        if path.name not in NOT_MEASURED:
-            digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
 
 
 def folder_fingerprint(folder: Path | None) -> list:
@@ -275,45 +259,55 @@ def in_turns(steps: Sequence[Step], groups: Sequence[Sequence[str]]) -> list[lis
     return turns
 
 
-def run_turn(
-    turn: Sequence[Step], results: Path, titles: Mapping[str, str], lock: int | None = None
-) -> None:
+def run_turn(turn: Sequence[Step], results: Path, titles: Mapping[str, str]) -> None:
     """Execute those of the steps that are not done, side by side where there are several, and note
     what succeeded.
+
+    A failing notebook does not stop the others; at the end NotebookFailure names all that failed.
     """
     todo = [step for step in turn if not is_done(step, results, titles[step.name])]
-    before = written_files(results)
-    if len(todo) == 1:
-        start, step = time.monotonic(), todo[0]
-        execute(step.source, step.parameters, executed_copy(step, results), titles[step.name])
-        note_done(step, results, time.monotonic() - start, before)
+    if not todo:
         return
-    by_title = {titles[step.name]: step for step in todo}
-    jobs = [
-        Job(str(step.source), step.parameters, str(executed_copy(step, results)), title)
-        for title, step in by_title.items()
-    ]
-    for job, seconds in execute_together(jobs, lock):
-        note_done(by_title[job.title], results, seconds, before)
+    at_once = min(len(todo), cpu_count())
+    threads = cpu_count() // at_once if len(todo) > 1 else None
+    steps = {step.name: step for step in todo}
+    failed: list[str] = []
 
+    def finish(name: str, execution: Future) -> None:
+        try:
+            note_done(steps[name], results, execution.result())
+        except NotebookFailure as failure:
+            if len(todo) == 1:
+                raise
+            say(f"\n{failure}")
+            failed.append(titles[name])
 
-def executed_copy(step: Step, results: Path) -> Path:
-    """Where the executed copy of a step's notebook lies."""
-    return results / "executed" / f"{step.name}.ipynb"
+    jobs = {
+        name: partial(
+            execute, step.source, step.parameters, results, titles[name], threads, len(todo) == 1
+        )
+        for name, step in steps.items()
+    }
+    run_together(jobs, finish, at_once)
+    if failed:
+        raise NotebookFailure(f"These failed, as told above: {', '.join(sorted(failed))}")
 
 
 def is_done(step: Step, results: Path, title: str) -> bool:
-    """Whether a step is done, unchanged and its files are still there, which is said; what is not
-    is forgotten.
+    """Whether a step is done and nothing that it depends on has changed, which is said; what is not
+    done is forgotten.
+
+    What it wrote must be there, and what it read from other steps must be as it was.
     """
     state = read_state(results)
     done = state.pop(step.name, None)
-    whole = (
+    if (
         done
-        and executed_copy(step, results).exists()
+        and done["key"] == step.key
+        and executed_copy(results, step.name).exists()
         and all((results / name).exists() for name in done["files"])
-    )
-    if whole and done["key"] == step.key:
+        and all(content(results, name) == known for name, known in done["read"].items())
+    ):
         say(f"{title}: done before and unchanged, skipped (it took {minutes(done['seconds'])})")
         return True
     if done:
@@ -321,16 +315,41 @@ def is_done(step: Step, results: Path, title: str) -> bool:
     return False
 
 
-def note_done(
-    step: Step, results: Path, seconds: float, before: Mapping[str, tuple[int, int]]
-) -> None:
-    """Note that a step succeeded, and the files that are new since `before`, those of a step beside
-    it included.
-    """
-    files = [name for name, stamp in written_files(results).items() if before.get(name) != stamp]
-    files = [name for name in files if not name.startswith("executed/")]
-    entry = {"key": step.key, "seconds": seconds, "files": files}
+def note_done(step: Step, results: Path, execution: Execution) -> None:
+    """Note that a step succeeded, the files that it wrote, and what it read of others."""
+    files = [
+        name
+        for name in written_files(results)
+        if execution.wrote & {name, *map(str, PurePath(name).parents)}
+    ]
+    read = sorted(execution.read - {*files})
+    entry = {
+        "key": step.key,
+        "seconds": execution.seconds,
+        "files": files,
+        "read": {name: content(results, name) for name in read},
+    }
     write_json(results / STATE, read_state(results) | {step.name: entry})
+
+
+def content(results: Path, name: str) -> str | None:
+    """Hash of what a file below `results` holds, or, with a slash at the end of its name, of the
+    names in a folder; None where it is not there.
+    """
+    path = results / name
+    try:
+        if name.endswith("/"):
+            return short_hash(sorted(each for each in os.listdir(path) if each[0] != "."))
+        return hash_of_file(path, *size_and_time(path))
+    except OSError:
+        return None
+
+
+@cache
+def hash_of_file(path: Path, size: int, time_ns: int) -> str:
+    """Hash of a file's content, computed once for a size and time."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_state(results: Path) -> dict:
@@ -376,11 +395,9 @@ def list_files(results: Path) -> None:
 
 
 @contextmanager
-def alone(results: Path) -> Iterator[int]:
+def hold(results: Path) -> Iterator[None]:
     """Hold the results folder; a second run in it raises DataError. The system frees it even after
     SIGKILL.
-
-    Yields the number of the open file that is the lock.
     """
     with explain_storage(results):
         results.parent.mkdir(parents=True, exist_ok=True)
@@ -394,7 +411,7 @@ def alone(results: Path) -> Iterator[int]:
             ) from None
         with explain_storage(results):
             results.mkdir(exist_ok=True)
-        yield file.fileno()
+        yield
 
 
 def run_tests(arguments: list[str]) -> int:

@@ -1,4 +1,8 @@
-"""Intervals from draws of patients, all statistics on the same draws."""
+"""Intervals from draws of patients: one bootstrap behind every interval of a study.
+
+`PatientDraws` draws patients with replacement, all records of a patient together. What is measured
+on a draw is a `Measure`: `auroc`, `average_precision`, `f2`, `calibration_error` or `mean`.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -8,17 +12,17 @@ import pandas as pd
 
 from ecglib.errors import DataError
 from ecglib.evaluate.metrics import (
-    STATISTICS,
-    Ranking,
     Statistic,
-    _divide,
-    _mean_finite,
-    _require_present,
-    _require_probabilities,
-    _weighted_calibration,
     choose_thresholds,
+    mean_finite,
+    need_probabilities,
     rank_classes,
     ranking_report,
+    warn_of_absent_classes,
+    weighted_auroc,
+    weighted_average_precision,
+    weighted_calibration_error,
+    weighted_f2,
 )
 from ecglib.records import Records
 
@@ -33,6 +37,169 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def basic(self) -> "Interval":
+        """The basic bootstrap interval, 2 x value - the percentiles.
+
+        It takes off the shift between draws and the whole, for measures that have one: calibration
+        errors are larger on a draw, as its bins are noisier, most of all for a calibrated model.
+        """
+        return Interval(self.value, 2 * self.value - self.high, 2 * self.value - self.low)
+
+
+def percentile_interval(
+    value: float, drawn: np.ndarray, level: float = 0.95, method: str = "linear"
+) -> Interval:
+    """The middle `level` of the draws `(draws,)`; a draw without any measurable class has no say.
+
+    `method` is that of `numpy.quantile`: "inverted_cdf" where a draw may be infinite.
+    """
+    drawn = np.asarray(drawn)
+    known = drawn[~np.isnan(drawn)]
+    limits = [(1 - level) / 2, (1 + level) / 2]
+    low, high = np.quantile(known, limits, method=method) if len(known) else (np.nan, np.nan)
+    return Interval(float(value), float(low), float(high))
+
+
+class Measure(NamedTuple):
+    """What is measured on a draw of `records` records: `of(weights (n, draws))` is `(..., draws)`."""
+
+    records: int
+    of: Callable[[np.ndarray], np.ndarray]
+
+
+def together(*measures: Measure) -> Measure:
+    """Several measures of the same records as one, `(measures, ..., draws)`."""
+    return Measure(
+        measures[0].records,
+        lambda weights: np.stack([measure.of(weights) for measure in measures]),
+    )
+
+
+class PatientDraws:
+    """Draws of patients with replacement, the same ones for every measure.
+
+    patients `(n,)` names each record's patient; `level` is the share of the draws inside an
+    interval. DataError for no draws and for a level outside of 0 to 1.
+    """
+
+    def __init__(
+        self, patients: Sequence, draws: int = 1000, seed: int = 0, level: float = 0.95
+    ) -> None:
+        if draws < 1:
+            raise DataError(f"A bootstrap of {draws} draws gives no interval; ask for 1,000.")
+        if not 0 < level < 1:
+            raise DataError(
+                f"An interval of level {level} does not exist; give a share between 0 and 1, such "
+                "as 0.95."
+            )
+        codes, found = pd.factorize(np.asarray(patients), sort=True)
+        self.codes, self.count = codes, len(found)
+        self.draws, self.seed, self.level = draws, seed, level
+
+    def weights(self) -> Iterator[np.ndarray]:
+        """How often each record was drawn, in chunks `(n, some draws)`.
+
+        The draws do not depend on the chunks.
+        """
+        generator = np.random.default_rng(self.seed)
+        most = max(1, min(DRAWS_TOGETHER, CELLS_TOGETHER // len(self.codes)))
+        for start in range(0, self.draws, most):
+            size = min(most, self.draws - start)
+            chosen = generator.integers(self.count, size=(size, self.count))
+            chosen += self.count * np.arange(size)[:, None]
+            times = np.bincount(chosen.ravel(), minlength=size * self.count)
+            yield times.reshape(size, self.count).T[self.codes].astype(np.float64)
+
+    def sample(self, measure: Measure) -> tuple[np.ndarray, np.ndarray]:
+        """The measure on all records `(...)` and on each draw `(..., draws)`.
+
+        DataError where there is not one patient for each record.
+        """
+        known = int((self.codes >= 0).sum())
+        if not known == len(self.codes) == measure.records:
+            raise DataError(
+                f"The bootstrap needs one patient for each of {measure.records} records, {known} "
+                "were given; pass the table's patient_id."
+            )
+        drawn = [measure.of(weights) for weights in self.weights()]
+        return measure.of(np.ones((known, 1)))[..., 0], np.concatenate(drawn, axis=-1)
+
+    def interval(self, measure: Measure) -> Interval:
+        """A single measure with its percentile interval."""
+        return percentile_interval(*self.sample(measure), self.level)
+
+    def difference(self, first: Measure, second: Measure) -> Interval:
+        """The first measure minus the second, both on the same draws, with its interval."""
+        value, drawn = self.sample(together(first, second))
+        return percentile_interval(value[0] - value[1], drawn[0] - drawn[1], self.level)
+
+
+def auroc(targets: np.ndarray, scores: np.ndarray) -> Measure:
+    """Macro AUROC `(draws,)` of scores `(n, classes)`, or `(repeats, n, classes)` for models of
+    several seeds, whose mean is measured. A class absent in a draw leaves that draw's mean.
+    """
+    return _macro_area(weighted_auroc, targets, scores)
+
+
+def average_precision(targets: np.ndarray, scores: np.ndarray) -> Measure:
+    """Mean average precision `(draws,)`; scores and absent classes as in `auroc`."""
+    return _macro_area(weighted_average_precision, targets, scores)
+
+
+def _macro_area(statistic: Statistic, targets: np.ndarray, scores: np.ndarray) -> Measure:
+    each = together(*(class_areas(statistic, targets, model) for model in _repeats(scores)))
+    return Measure(each.records, lambda weights: mean_finite(each.of(weights), axis=1).mean(axis=0))
+
+
+def class_areas(statistic: Statistic, targets: np.ndarray, scores: np.ndarray) -> Measure:
+    """`weighted_auroc` or `weighted_average_precision` of each class, `(classes, draws)`."""
+    rankings = rank_classes(targets, scores)
+    return Measure(
+        len(targets),
+        lambda weights: np.stack([statistic(ranking, weights) for ranking in rankings]),
+    )
+
+
+def f2(targets: np.ndarray, decisions: np.ndarray) -> Measure:
+    """Macro F2 `(draws,)` of decisions `(n, classes)` or `(repeats, n, classes)`, 1 for yes.
+
+    A class without a positive record in a draw, or for which nothing was decided (NaN), leaves the
+    mean of that draw or model.
+    """
+    targets, models = np.asarray(targets, np.float64), _repeats(decisions)
+    return Measure(
+        len(targets),
+        lambda weights: mean_finite(weighted_f2(targets, models, weights), axis=2).mean(axis=0),
+    )
+
+
+def calibration_error(targets: np.ndarray, probabilities: np.ndarray, bins: int = 15) -> Measure:
+    """Expected calibration error `(draws,)` of probabilities `(n, classes)` or `(repeats, n,
+    classes)`. Intervals of it need `Interval.basic`.
+    """
+    targets, models = np.asarray(targets, np.float64), _repeats(probabilities)
+    need_probabilities(models)
+    return Measure(
+        len(targets), lambda weights: weighted_calibration_error(targets, models, weights, bins)
+    )
+
+
+def mean(values: np.ndarray) -> Measure:
+    """Mean `(draws,)` of one number a record, `(n,)`."""
+    return Measure(len(values), lambda weights: values @ weights / weights.sum(axis=0))
+
+
+def _repeats(scores: np.ndarray) -> np.ndarray:
+    """Scores of one model as those of one repeat, `(repeats, n, classes)`."""
+    scores = np.asarray(scores, np.float64)
+    return scores if scores.ndim == 3 else scores[None]
+
+
+STATISTICS: dict[str, Callable[[np.ndarray, np.ndarray], Measure]] = {
+    "auroc": auroc,
+    "average_precision": average_precision,
+}
+
 
 def bootstrap_interval(
     targets: np.ndarray,
@@ -44,58 +211,16 @@ def bootstrap_interval(
     statistic: str = "auroc",
     classes: Sequence[str] | None = None,
 ) -> Interval:
-    """Macro statistic with its patient-cluster percentile bootstrap interval (2.5 to 97.5 % by
-    default).
+    """Macro statistic with its patient-bootstrap interval (2.5 to 97.5 % by default).
 
-    groups `(n,)` are patients, drawn with replacement, all records of one together. scores `(n,
-    classes)`, or `(repeats, n, classes)` for models of several seeds: their mean is measured on the
-    same draws. A class absent in a draw leaves that draw's mean; one absent in all records is named
-    in a warning. statistic: auroc, average_precision.
+    groups `(n,)` are patients, scores `(n, classes)`, or `(repeats, n, classes)` for models of
+    several seeds: their mean is measured on the same draws. A class absent in a draw leaves that
+    draw's mean; one absent in all records is named in a warning. statistic: auroc,
+    average_precision.
     """
-    value, drawn = _bootstrap(targets, [scores], groups, draws, seed, statistic, classes)
-    return _percentiles(value[0], drawn[0], level)
-
-
-def area_intervals(
-    targets: np.ndarray,
-    scores: np.ndarray,
-    groups: Sequence,
-    classes: Sequence[str],
-    draws: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> dict[str, Interval]:
-    """macro_auroc, mean_average_precision and auroc:<class> of each class present, of one model
-    `(n, classes)`.
-
-    The intervals are those of `bootstrap_interval`, all from one pass over the draws.
-    """
-    rankings = rank_classes(targets, scores)
-    _require_present(targets, classes)
-
-    def areas(weights: np.ndarray) -> np.ndarray:
-        return np.array(
-            [
-                [statistic(ranking, weights) for ranking in rankings]
-                for statistic in STATISTICS.values()
-            ]
-        )
-
-    value = areas(np.ones((len(targets), 1)))[..., 0]
-    drawn = np.concatenate(
-        [areas(weights) for weights in draw_weights(groups, len(targets), draws, seed)], axis=2
-    )
-    macro, macro_drawn = _mean_finite(value, axis=1), _mean_finite(drawn, axis=1)
-    names = ("macro_auroc", "mean_average_precision")
-    intervals = {
-        name: _percentiles(macro[place], macro_drawn[place], level)
-        for place, name in enumerate(names)
-    }
-    return intervals | {
-        f"auroc:{label}": _percentiles(value[0, column], drawn[0, column], level)
-        for column, label in enumerate(classes)
-        if not np.isnan(value[0, column])
-    }
+    measure = _known_statistic(statistic)(targets, scores)
+    warn_of_absent_classes(targets, classes)
+    return PatientDraws(groups, draws, seed, level).interval(measure)
 
 
 def paired_difference(
@@ -109,98 +234,51 @@ def paired_difference(
     statistic: str = "auroc",
     classes: Sequence[str] | None = None,
 ) -> Interval:
-    """Macro statistic of a minus that of b, both on the same patient draws; the rest as in
-    `bootstrap_interval`.
+    """Macro statistic of a minus that of b, both on the same patient draws.
+
+    The rest is as in `bootstrap_interval`.
     """
-    value, drawn = _bootstrap(
-        targets, [scores_a, scores_b], groups, draws, seed, statistic, classes
-    )
-    return _percentiles(value[0] - value[1], drawn[0] - drawn[1], level)
+    measure = _known_statistic(statistic)
+    sides = measure(targets, scores_a), measure(targets, scores_b)
+    warn_of_absent_classes(targets, classes)
+    return PatientDraws(groups, draws, seed, level).difference(*sides)
 
 
-def paired_f2(
+def _known_statistic(name: str) -> Callable[[np.ndarray, np.ndarray], Measure]:
+    if name not in STATISTICS:
+        raise DataError(
+            f"The statistic {name!r} is unknown; choose one of {', '.join(STATISTICS)}."
+        )
+    return STATISTICS[name]
+
+
+def area_intervals(
     targets: np.ndarray,
-    predicted_a: np.ndarray,
-    predicted_b: np.ndarray,
+    scores: np.ndarray,
     groups: Sequence,
+    classes: Sequence[str],
     draws: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> Interval:
-    """Macro F2 of a minus that of b on the same patient draws, for decisions `(repeats, n,
-    classes)`.
+) -> dict[str, Interval]:
+    """macro_auroc, mean_average_precision and auroc:<class> of each class present, of one model
+    `(n, classes)`.
 
-    Repeats are models of several seeds, whose F2 is averaged. A class without a positive record in
-    a draw, or for which nothing was decided (NaN), leaves the mean of that draw or model.
+    The intervals are those of `bootstrap_interval`, all from one pass over the draws.
     """
-    models = [np.asarray(predicted_a, dtype=np.float64), np.asarray(predicted_b, dtype=np.float64)]
-    targets = np.asarray(targets).astype(np.float64)
-
-    def macro(weights: np.ndarray) -> list[np.ndarray]:
-        return [
-            _mean_finite(_weighted_f2(targets, model, weights), axis=2).mean(axis=0)
-            for model in models
-        ]
-
-    return _drawn_difference(macro, groups, len(targets), draws, seed, level)
-
-
-def paired_calibration_error(
-    targets: np.ndarray,
-    probabilities_a: np.ndarray,
-    probabilities_b: np.ndarray,
-    groups: Sequence,
-    draws: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-    bins: int = 15,
-) -> Interval:
-    """Expected calibration error of a minus that of b on the same patient draws, for `(repeats, n,
-    classes)` each.
-
-    Repeats are models of several seeds, whose errors are averaged. On a draw errors are larger than
-    on the whole, for bins are noisier, and those of a well calibrated model more so. So this is the
-    basic bootstrap, which takes that shift off: 2 x value - the percentiles.
-    """
-    models = [
-        np.asarray(probabilities_a, dtype=np.float64),
-        np.asarray(probabilities_b, dtype=np.float64),
-    ]
-    targets = np.asarray(targets).astype(np.float64)
-    for model in models:
-        _require_probabilities(model)
-
-    def error(weights: np.ndarray) -> list[np.ndarray]:
-        return [_weighted_calibration(targets, model, weights, bins) for model in models]
-
-    value, low, high = _drawn_difference(error, groups, len(targets), draws, seed, level)
-    return Interval(value, 2 * value - high, 2 * value - low)
-
-
-def _drawn_difference(
-    measure: Callable[[np.ndarray], list[np.ndarray]],
-    groups: Sequence,
-    records: int,
-    draws: int,
-    seed: int,
-    level: float,
-) -> Interval:
-    """Difference of the two values that `measure(weights (n, draws))` gives, each `(draws,)`, with
-    its interval.
-    """
-    first, second = measure(np.ones((records, 1)))
-    drawn = np.concatenate(
-        [measure(weights) for weights in draw_weights(groups, records, draws, seed)], axis=1
+    measure = together(
+        class_areas(weighted_auroc, targets, scores),
+        class_areas(weighted_average_precision, targets, scores),
     )
-    return _percentiles(float(first[0] - second[0]), drawn[0] - drawn[1], level)
-
-
-def _weighted_f2(targets: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """F2 = 5 TP / (4 P + predicted) of each repeat, draw and class, `(repeats, draws, classes)`."""
-    hits = np.einsum("rnc,nd->rdc", predicted * targets, weights)
-    called = np.einsum("rnc,nd->rdc", predicted, weights)
-    positives = weights.T @ targets
-    return np.where(positives > 0, _divide(5 * hits, 4 * positives + called), np.nan)
+    warn_of_absent_classes(targets, classes)
+    value, drawn = PatientDraws(groups, draws).sample(measure)
+    macro, macro_drawn = mean_finite(value, axis=1), mean_finite(drawn, axis=1)
+    intervals = {
+        name: percentile_interval(macro[place], macro_drawn[place])
+        for place, name in enumerate(("macro_auroc", "mean_average_precision"))
+    }
+    for label, area, area_drawn in zip(classes, value[0], drawn[0], strict=True):
+        if not np.isnan(area):
+            intervals[f"auroc:{label}"] = percentile_interval(area, area_drawn)
+    return intervals
 
 
 def labels_needed(
@@ -209,12 +287,10 @@ def labels_needed(
     goal: np.ndarray,
     groups: Sequence,
     draws: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
     classes: Sequence[str] | None = None,
 ) -> Interval:
     """Smallest share of the labels with which a method reaches the macro AUROC of `goal`, with its
-    interval.
+    95 % interval.
 
     curve maps each label fraction to the method's scores, goal are those of the model to be
     reached, both `(n, classes)` or `(repeats, n, classes)`. Between fractions the curve is a
@@ -224,14 +300,15 @@ def labels_needed(
     """
     fractions = sorted(curve)
     models = [goal, *(curve[fraction] for fraction in fractions)]
-    value, drawn = _bootstrap(targets, models, groups, draws, seed, "auroc", classes)
-    every = np.concatenate([value[:, None], drawn], axis=1)
-    needed = [first_reached(fractions, column[1:], column[0]) for column in every.T]
-    low, high = np.quantile(needed[1:], [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
-    return Interval(needed[0], float(low), float(high))
+    measure = together(*(auroc(targets, scores) for scores in models))
+    warn_of_absent_classes(targets, classes)
+    value, drawn = PatientDraws(groups, draws).sample(measure)
+    needed = [first_reached(fractions, column[1:], column[0]) for column in drawn.T]
+    whole = first_reached(fractions, value[1:], value[0])
+    return percentile_interval(whole, needed, method="inverted_cdf")
 
 
-def first_reached(fractions: list[float], values: np.ndarray, goal: float) -> float:
+def first_reached(fractions: Sequence[float], values: np.ndarray, goal: float) -> float:
     """Where the line through (log fraction, value) first reaches `goal`; infinity where it does
     not.
     """
@@ -243,76 +320,6 @@ def first_reached(fractions: list[float], values: np.ndarray, goal: float) -> fl
             below, above = np.log(fractions[place - 1]), np.log(fractions[place])
             return float(np.exp(below + share * (above - below)))
     return float(np.inf)
-
-
-def _bootstrap(
-    targets: np.ndarray,
-    models: list[np.ndarray],
-    groups: Sequence,
-    draws: int,
-    seed: int,
-    statistic: str,
-    classes: Sequence[str] | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Macro statistic of each model `(models,)` and on each draw `(models, draws)`."""
-    if statistic not in STATISTICS:
-        raise DataError(
-            f"The statistic {statistic!r} is unknown; choose one of {', '.join(STATISTICS)}."
-        )
-    if draws < 1:
-        raise DataError(f"A bootstrap of {draws} draws gives no interval; ask for 1,000.")
-    models = [scores if np.ndim(scores) == 3 else np.asarray(scores)[None] for scores in models]
-    rankings = [[rank_classes(targets, scores) for scores in model] for model in models]
-    _require_present(targets, classes)
-
-    def macro(weights: np.ndarray) -> list[np.ndarray]:
-        return [_macro_of_repeats(STATISTICS[statistic], model, weights) for model in rankings]
-
-    whole = np.ones((len(targets), 1))
-    drawn = [macro(weights) for weights in draw_weights(groups, len(targets), draws, seed)]
-    return np.array(macro(whole))[:, 0], np.concatenate(drawn, axis=1)
-
-
-def _macro_of_repeats(
-    statistic: Statistic, repeats: list[list[Ranking]], weights: np.ndarray
-) -> np.ndarray:
-    """Mean over repeats of the mean over the classes present, for record weights `(n, draws)`:
-    `(draws,)`.
-    """
-    each = np.array([[statistic(ranking, weights) for ranking in classes] for classes in repeats])
-    return _mean_finite(each, axis=1).mean(axis=0)
-
-
-def draw_weights(groups: Sequence, records: int, draws: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each record was drawn, in chunks `(n, some draws)`; the draws do not depend on the
-    chunks.
-    """
-    codes, patients = pd.factorize(np.asarray(groups), sort=True)
-    if codes.shape != (records,) or (codes < 0).any():
-        raise DataError(
-            f"The bootstrap needs one patient for each of {records} records, {(codes >= 0).sum()} were given; "
-            "pass the table's patient_id."
-        )
-    generator, count = np.random.default_rng(seed), len(patients)
-    together = max(1, min(DRAWS_TOGETHER, CELLS_TOGETHER // records))
-    for start in range(0, draws, together):
-        size = min(together, draws - start)
-        chosen = generator.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
-        times = np.bincount(chosen.ravel(), minlength=size * count).reshape(size, count)
-        yield times.T[codes].astype(np.float64)
-
-
-def _percentiles(value: float, drawn: np.ndarray, level: float) -> Interval:
-    """The percentile interval; a draw without any measurable class has no say."""
-    if not 0 < level < 1:
-        raise DataError(
-            f"An interval of level {level} does not exist; give a share between 0 and 1, such as 0.95."
-        )
-    known = drawn[~np.isnan(drawn)]
-    low, high = (
-        np.quantile(known, [(1 - level) / 2, (1 + level) / 2]) if len(known) else (np.nan, np.nan)
-    )
-    return Interval(float(value), float(low), float(high))
 
 
 def score_rows(

@@ -93,26 +93,40 @@ def weighted_average_precision(ranking: Ranking, weights: np.ndarray) -> np.ndar
     return np.where(negatives > 0, _divide(total, positives), np.nan)
 
 
-STATISTICS: dict[str, Statistic] = {
-    "auroc": weighted_auroc,
-    "average_precision": weighted_average_precision,
-}
-
-
-def class_auroc(
-    targets: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None
-) -> np.ndarray:
-    """ROC area of each class `(classes,)`, NaN where absent; weights `(n,)`, or `(draws, n)` for
-    `(draws, classes)`.
+def weighted_f2(targets: np.ndarray, models: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """F2 = 5 TP / (4 P + predicted) of decisions `(models, n, classes)` for record weights `(n,
+    draws)`, `(models, draws, classes)`; NaN without a positive record or a decision.
     """
-    return _class_statistic(weighted_auroc, targets, scores, weights)
+    hits = np.einsum("rnc,nd->rdc", models * targets, weights)
+    predicted = np.einsum("rnc,nd->rdc", models, weights)
+    positives = weights.T @ targets
+    return np.where(positives > 0, _divide(5 * hits, 4 * positives + predicted), np.nan)
 
 
-def class_average_precision(
-    targets: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None
+def weighted_calibration_error(
+    targets: np.ndarray, models: np.ndarray, weights: np.ndarray, bins: int
 ) -> np.ndarray:
-    """Average precision of each class `(classes,)`, NaN where absent; weights as in `class_auroc`."""
-    return _class_statistic(weighted_average_precision, targets, scores, weights)
+    """Expected calibration error, mean over `models` `(models, n, classes)`, for record weights
+    `(n, draws)`: `(draws,)`.
+    """
+    errors = []
+    for probabilities in models:
+        places = np.minimum((probabilities * bins).astype(int), bins - 1)
+        for truth, stated, place in zip(targets.T, probabilities.T, places.T, strict=True):
+            gap = np.zeros((bins, len(truth)))
+            gap[place, np.arange(len(truth))] = truth - stated
+            errors.append(np.abs(gap @ weights).sum(axis=0))
+    return np.mean(errors, axis=0) / weights.sum(axis=0)
+
+
+def class_auroc(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """ROC area of each class `(classes,)`, NaN where absent."""
+    return _class_statistic(weighted_auroc, targets, scores)
+
+
+def class_average_precision(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Average precision of each class `(classes,)`, NaN where absent."""
+    return _class_statistic(weighted_average_precision, targets, scores)
 
 
 def absent_classes(targets: np.ndarray, classes: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -203,8 +217,8 @@ def ranking_report(
     return {
         "ranking_loss": float(label_ranking_loss(targets, scores)),
         "coverage": float(coverage_error(targets, scores)),
-        "macro_auroc": float(_mean_finite(class_auroc(targets, scores))),
-        "mean_average_precision": float(_mean_finite(class_average_precision(targets, scores))),
+        "macro_auroc": float(mean_finite(class_auroc(targets, scores))),
+        "mean_average_precision": float(mean_finite(class_average_precision(targets, scores))),
         "macro_f2": _macro_f(targets[:, both], predicted[:, both], beta=2),
         "macro_g2": _macro_g(targets[:, both], predicted[:, both], beta=2),
         "hamming_loss": float(hamming_loss(targets[:, decided], predicted[:, decided]))
@@ -234,7 +248,7 @@ def _macro_g(targets: np.ndarray, predicted: np.ndarray, beta: float) -> float:
         (a & b).sum(axis=0)
         for a, b in ((targets, predicted), (~targets, predicted), (targets, ~predicted))
     )
-    return float(_mean_finite(_divide(hits, hits + alarms + beta * missed)))
+    return float(mean_finite(_divide(hits, hits + alarms + beta * missed)))
 
 
 def expected_calibration_error(
@@ -244,49 +258,23 @@ def expected_calibration_error(
     b of [0, 1].
     """
     targets, probabilities = _check(targets, probabilities)
-    _require_probabilities(probabilities)
-    return float(
-        _weighted_calibration(targets, probabilities[None], np.ones((len(targets), 1)), bins)[0]
-    )
+    need_probabilities(probabilities)
+    whole = np.ones((len(targets), 1))
+    return float(weighted_calibration_error(targets, probabilities[None], whole, bins)[0])
 
 
-def _require_probabilities(values: np.ndarray) -> None:
+def need_probabilities(values: np.ndarray) -> None:
     """DataError where values do not lie between 0 and 1."""
     if not (values.min() >= 0 and values.max() <= 1):  # refuses a NaN, too
         raise DataError(
-            "Calibration is measured on probabilities between 0 and 1; apply the sigmoid to logits first."
+            "Calibration is measured on probabilities between 0 and 1; apply the sigmoid to logits "
+            "first."
         )
 
 
-def _weighted_calibration(
-    targets: np.ndarray, models: np.ndarray, weights: np.ndarray, bins: int
-) -> np.ndarray:
-    """Calibration error on each draw, mean over `models` `(repeats, n, classes)`; weights `(n,
-    draws)`: `(draws,)`.
-    """
-    errors = []
-    for probabilities in models:
-        place = np.minimum((probabilities * bins).astype(int), bins - 1)
-        for truth, told, bin_of in zip(targets.T, probabilities.T, place.T, strict=True):
-            gap = np.zeros((bins, len(truth)))
-            gap[bin_of, np.arange(len(truth))] = truth - told
-            errors.append(np.abs(gap @ weights).sum(axis=0))
-    return np.mean(errors, axis=0) / weights.sum(axis=0)
-
-
-def _class_statistic(
-    statistic: Statistic, targets: np.ndarray, scores: np.ndarray, weights: np.ndarray | None
-) -> np.ndarray:
-    """The statistic of each class; the leading shape is that of the weights without their records."""
-    rankings, count = rank_classes(targets, scores), len(targets)
-    weights = np.ones(count) if weights is None else np.asarray(weights, dtype=np.float64)
-    if weights.shape[-1:] != (count,):
-        raise DataError(
-            f"Weights {weights.shape} do not fit {count} records; give one weight a record."
-        )
-    columns = np.ascontiguousarray(np.atleast_2d(weights).T)
-    each = [statistic(ranking, columns) for ranking in rankings]
-    return np.stack(each, axis=1).reshape(*weights.shape[:-1], len(rankings))
+def _class_statistic(statistic: Statistic, targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    rankings, whole = rank_classes(targets, scores), np.ones((len(targets), 1))
+    return np.array([statistic(ranking, whole)[0] for ranking in rankings])
 
 
 def _check(targets: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -332,7 +320,7 @@ def _warn_absent(names: Sequence[str], consequence: str) -> None:
     )
 
 
-def _require_present(targets: np.ndarray, classes: Sequence[str] | None) -> None:
+def warn_of_absent_classes(targets: np.ndarray, classes: Sequence[str] | None) -> None:
     """Warn of absent classes; DataError where all are absent."""
     absent = absent_classes(targets, classes)
     if len(absent) == np.shape(targets)[1]:
@@ -347,11 +335,11 @@ def _mean_over_present(
     values: np.ndarray, targets: np.ndarray, classes: Sequence[str] | None
 ) -> float:
     """Mean of the class values over the classes that are present, the others named in a warning."""
-    _require_present(targets, classes)
-    return float(_mean_finite(values))
+    warn_of_absent_classes(targets, classes)
+    return float(mean_finite(values))
 
 
-def _mean_finite(values: np.ndarray, axis: int = 0) -> np.ndarray:
+def mean_finite(values: np.ndarray, axis: int = 0) -> np.ndarray:
     """Mean over the entries that are not NaN; NaN, without a warning, where there is none."""
     known = ~np.isnan(values)
     return _divide(np.where(known, values, 0).sum(axis=axis), known.sum(axis=axis))

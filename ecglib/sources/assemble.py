@@ -6,10 +6,11 @@ after the other and written to disk as counts, so memory does not grow with thei
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import TypeVar
+from functools import partial
+from itertools import islice
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,7 @@ from ecglib.records import (
     LIMB_FROM_I_AND_II,
     MICROVOLT,
     Records,
+    bridge_gaps,
     find_faults,
     limb_permutation,
     to_counts,
@@ -31,23 +33,28 @@ from ecglib.records import (
 
 REPAIRABLE_GAP = 0.1  # share of a lead's samples that may be missing and are then interpolated
 WRONG_GAIN = 5.0  # mV; median distance from the median beyond which the whole lead has a wrong gain
-ARTEFACT_SHARE = (
-    0.05  # share of a lead's samples beyond ABSURD_PEAK that is a wrong gain, not an artefact
-)
-FLUSH = 256  # recordings checked and written together
+# Share of a lead's samples beyond ABSURD_PEAK that is a wrong gain, not an artefact.
+ARTEFACT_SHARE = 0.05
+BATCH = 256  # recordings checked and written together
 
 # What is done about each fault; a caller may replace single entries by "drop", "keep" or "stop".
 RULES: Mapping[str, str] = {
-    "lead missing": "repair",  # a limb lead follows from two others; without a chest lead the recording is dropped
-    "missing samples": "repair",  # up to REPAIRABLE_GAP by linear interpolation, otherwise dropped
-    "flat lead": "repair",  # a limb lead follows from two others; with a flat chest lead the recording is dropped
-    "Einthoven's law broken": "repair",  # reordered where one order of the limb leads fits, otherwise dropped
-    "absurd amplitude": "repair",  # single artefacts are clipped to +-20 mV; a wrong gain is dropped
-    "saturated": "keep",  # counted and kept: clipped R peaks still carry the rhythm
-    "unreadable": "stop",  # file absent, truncated or damaged: a broken download should be mended, not analysed
+    # A limb lead follows from two others; without a chest lead the recording is dropped.
+    "lead missing": "repair",
+    # Up to REPAIRABLE_GAP by linear interpolation, otherwise dropped.
+    "missing samples": "repair",
+    # A limb lead follows from two others; with a flat chest lead the recording is dropped.
+    "flat lead": "repair",
+    # Reordered where one order of the limb leads fits, otherwise dropped.
+    "Einthoven's law broken": "repair",
+    # Single artefacts are clipped to +-20 mV; a wrong gain is dropped.
+    "absurd amplitude": "repair",
+    # Counted and kept: clipped R peaks still carry the rhythm.
+    "saturated": "keep",
+    # File absent, truncated or damaged: a broken download should be mended, not analysed.
+    "unreadable": "stop",
 }
 _LEAD_NAMES = {lead.upper(): lead for lead in LEADS}
-Listed = TypeVar("Listed")
 
 
 @dataclass
@@ -56,15 +63,17 @@ class Recording:
     rate in Hz.
 
     `row` goes to the table (record_id, patient_id, fold, source, ...), `target` `(classes,)` to the
-    targets, and `notes` (fault, action, detail) to the left-out table.
+    targets, and `notes` (fault, action, detail) to the left-out table; `comments` are the lines of
+    a WFDB header that the reader of a data set may understand.
     """
 
     leads: tuple[str, ...]
     millivolts: np.ndarray
     sampling_rate: float
-    row: dict
-    target: np.ndarray
+    row: dict = field(default_factory=dict)
+    target: np.ndarray | None = None
     notes: list[tuple[str, str, str]] = field(default_factory=list)
+    comments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,23 +84,39 @@ class Unreadable:
     reason: str
 
 
-def read_each(
-    items: Iterable[Listed],
-    read: Callable[[Listed], Recording],
-    name: Callable[[Listed], str],
-    rules: Mapping[str, str] | None = None,
+def merged_rules(rules: Mapping[str, str] | None) -> dict[str, str]:
+    """The default rules with the caller's replacements; DataError for a fault or action that does
+    not exist.
+    """
+    merged = {**RULES, **(rules or {})}
+    for fault, action in merged.items():
+        if fault not in RULES or action not in ("repair", "drop", "keep", "stop"):
+            raise DataError(
+                f"There is no rule {fault!r}: {action!r}; faults are {', '.join(RULES)}."
+            )
+    return merged
+
+
+def readable(
+    name: str, recordings: Iterable[Recording], rules: Mapping[str, str] | None
 ) -> Iterator[Recording | Unreadable]:
-    """Read one item after the other; a DataError stops, or becomes `Unreadable` under the rule
+    """The recordings up to the first DataError, which stops, or becomes `Unreadable` under the rule
     `unreadable: drop`.
     """
-    stop = {**RULES, **(rules or {})}["unreadable"] == "stop"
-    for item in items:
-        try:
-            yield read(item)
-        except DataError as error:
-            if stop:
-                raise
-            yield Unreadable(name(item), str(error))
+    try:
+        yield from recordings
+    except DataError as error:
+        if merged_rules(rules)["unreadable"] == "stop":
+            raise
+        yield Unreadable(name, str(error))
+
+
+def read_each(
+    names: Iterable[str], read: Callable[[int], Recording], rules: Mapping[str, str] | None
+) -> Iterator[Recording | Unreadable]:
+    """Read the recordings of these names by their positions, one after the other."""
+    for position, name in enumerate(names):
+        yield from readable(name, map(read, [position]), rules)
 
 
 def assemble(
@@ -105,194 +130,156 @@ def assemble(
     """`Records` of one rate (Hz) and length from a stream of recordings; DataError where a rule
     says stop.
     """
-    rules = _checked_rules(rules)
     length = round(sampling_rate * seconds)
-    work = _Assembly(length, rules)
-    for recording in recordings:
-        if isinstance(recording, Unreadable):
-            work.note(recording.record_id, "all", "unreadable", "dropped", recording.reason)
-            continue
-        recording = _one_form(recording, sampling_rate, length, work)
-        if recording is not None:
-            work.add(recording)
-    return work.finish(tuple(classes), sampling_rate, about)
-
-
-def _checked_rules(rules: Mapping[str, str] | None) -> dict[str, str]:
-    """The default rules with the caller's replacements."""
-    merged = {**RULES, **(rules or {})}
-    for fault, action in merged.items():
-        if fault not in RULES or action not in ("repair", "drop", "keep", "stop"):
-            raise DataError(
-                f"There is no rule {fault!r}: {action!r}; faults are {', '.join(RULES)}."
-            )
-    return merged
-
-
-class _Assembly:
-    """Buffers recordings, settles their faults a batch at a time, and writes counts to an unnamed
-    temporary file.
-    """
-
-    def __init__(self, length: int, rules: Mapping[str, str]) -> None:
-        self.length, self.rules = length, rules
-        self.rows: list[dict] = []
-        self.targets: list[np.ndarray] = []
-        self.left_out: list[tuple] = []
-        self.buffer: list[Recording] = []
+    ledger = _Ledger(merged_rules(rules))
+    formed = (_one_form(recording, sampling_rate, length, ledger) for recording in recordings)
+    usable = (recording for recording in formed if recording is not None)
+    rows: list[dict] = []
+    targets: list[np.ndarray] = []
+    with explain_storage(tempfile.gettempdir()):
+        file = tempfile.TemporaryFile()  # without a name; it vanishes with the records that map it
+    while batch := list(islice(usable, BATCH)):
+        signals = np.stack([recording.millivolts for recording in batch])
+        kept = _settle_faults(signals, [recording.row["record_id"] for recording in batch], ledger)
         with explain_storage(tempfile.gettempdir()):
-            self.file = tempfile.TemporaryFile()
+            file.write(to_counts(signals[kept]).tobytes())
+            file.flush()
+        rows += [batch[place].row for place in kept]
+        targets += [batch[place].target for place in kept]
+    left_out = pd.DataFrame(ledger.rows, columns=list(LEFT_OUT_COLUMNS))
+    if not rows:
+        why = f" ({left_out['fault'][0]}: {left_out['detail'][0]})" if len(left_out) else ""
+        raise DataError(
+            f"{about.get('folder', about.get('source'))}: no usable recording{why}; check the "
+            "folder."
+        )
+    return Records(
+        np.memmap(file, np.int16, "r", shape=(len(rows), len(LEADS), length)),
+        MICROVOLT,
+        sampling_rate,
+        pd.DataFrame(rows),
+        np.stack(targets),
+        tuple(classes),
+        left_out,
+        about,
+    )
 
-    def note(self, record_id: str, lead: str, fault: str, action: str, detail: str) -> None:
-        """Keep one line of what was repaired or left out; stop where the rule for this fault says
-        so.
-        """
-        if self.rules.get(fault) == "stop":
-            raise DataError(
-                f"Record {record_id}, {lead}: {fault} ({detail}); mend the file or allow another rule."
-            )
-        self.left_out.append((record_id, lead, fault, action, detail))
 
-    def add(self, recording: Recording) -> None:
-        self.buffer.append(recording)
-        if len(self.buffer) == FLUSH:
-            self.flush()
+class _Ledger:
+    """What was repaired or left out by the rules: rows (record_id, lead, fault, action, detail)."""
 
-    def flush(self) -> None:
-        """Check the buffered recordings together, settle what is wrong, write the rest."""
-        if not self.buffer:
-            return
-        signals = np.stack([recording.millivolts for recording in self.buffer])
-        faults: dict[int, list[tuple[str, str, str]]] = {}
-        for index, lead, fault, detail in find_faults(signals):
-            faults.setdefault(index, []).append((lead, fault, detail))
-        keep = [
-            self._settle(signals[i], self.buffer[i].row["record_id"], faults.get(i, []))
-            for i in range(len(signals))
-        ]
-        with explain_storage(tempfile.gettempdir()):
-            self.file.write(to_counts(signals[keep]).tobytes())
-        self.rows += [r.row for r, kept in zip(self.buffer, keep, strict=True) if kept]
-        self.targets += [r.target for r, kept in zip(self.buffer, keep, strict=True) if kept]
-        self.buffer.clear()
+    def __init__(self, rules: Mapping[str, str]) -> None:
+        self.rules = rules
+        self.rows: list[tuple[str, str, str, str, str]] = []
 
-    def _settle(
-        self, signal: np.ndarray, record_id: str, faults: list[tuple[str, str, str]]
+    def settle(
+        self,
+        record_id: str,
+        leads: Sequence[str],
+        fault: str,
+        detail: str,
+        repair: Callable[[], bool],
+        kept: str = "kept",
     ) -> bool:
-        """Apply the rules to one signal `(12, time)` in place; False where it is dropped."""
-        for fault in dict.fromkeys(name for _, name, _ in faults):
-            leads = [lead for lead, name, _ in faults if name == fault]
-            details = [detail for _, name, detail in faults if name == fault]
-            action = self.rules[fault]
-            if action == "repair":
-                action = "repaired" if _REPAIRS[fault](signal, leads) else "drop"
-            action = {"drop": "dropped", "keep": "kept"}.get(action, action)
-            self.note(record_id, ", ".join(leads), fault, action, "; ".join(dict.fromkeys(details)))
-            if action == "dropped":
-                return False
-        return True
+        """Do about a fault what its rule says and note it; False where the recording is dropped.
 
-    def finish(self, classes: tuple[str, ...], sampling_rate: float, about: dict) -> Records:
-        """The `Records`, their signals mapped from the temporary file, which vanishes with them."""
-        self.flush()
-        left_out = pd.DataFrame(self.left_out, columns=list(LEFT_OUT_COLUMNS))
-        if not self.rows:
-            why = (
-                f" ({left_out['fault'].iloc[0]}: {left_out['detail'].iloc[0]})"
-                if len(left_out)
-                else ""
-            )
+        `repair` says whether it succeeded; `kept` is the note where the rule is to keep. DataError
+        where the rule is to stop.
+        """
+        lead = ", ".join(leads)
+        rule = self.rules[fault]
+        if rule == "stop":
             raise DataError(
-                f"{about.get('folder', about.get('source'))}: no usable recording{why}; check the folder."
+                f"Record {record_id}, {lead}: {fault} ({detail}); mend the file or allow another "
+                "rule."
             )
-        with explain_storage(tempfile.gettempdir()):
-            self.file.flush()
-        signals = np.memmap(
-            self.file, np.int16, "r", shape=(len(self.rows), len(LEADS), self.length)
-        )
-        return Records(
-            signals,
-            MICROVOLT,
-            sampling_rate,
-            pd.DataFrame(self.rows),
-            np.stack(self.targets),
-            classes,
-            left_out,
-            about,
-        )
+        if rule == "repair":
+            action = "repaired" if repair() else "dropped"
+        else:
+            action = {"keep": kept, "drop": "dropped"}[rule]
+        self.rows.append((record_id, lead, fault, action, detail))
+        return action != "dropped"
+
+
+def _settle_faults(signals: np.ndarray, record_ids: Sequence[str], ledger: _Ledger) -> list[int]:
+    """Positions of the signals `(n, 12, time)` that are sound, repaired in place or kept."""
+    found: dict[tuple[int, str], list[tuple[str, str]]] = {}
+    for place, lead, fault, detail in find_faults(signals):
+        found.setdefault((place, fault), []).append((lead, detail))
+    dropped = set()
+    for place, fault in sorted(found, key=lambda key: key[0]):
+        leads, details = zip(*found[place, fault], strict=True)
+        detail = "; ".join(dict.fromkeys(details))
+        repair = partial(_REPAIRS[fault], signals[place], leads)
+        if place not in dropped and not ledger.settle(
+            record_ids[place], leads, fault, detail, repair
+        ):
+            dropped.add(place)
+    return [place for place in range(len(signals)) if place not in dropped]
 
 
 def _one_form(
-    recording: Recording, sampling_rate: float, length: int, work: _Assembly
+    recording: Recording | Unreadable, sampling_rate: float, length: int, ledger: _Ledger
 ) -> Recording | None:
     """The recording with the twelve leads in order, without gaps, at the wanted rate and length;
-    None if dropped.
+    None where it is dropped.
     """
+    if isinstance(recording, Unreadable):
+        ledger.rows.append((recording.record_id, "all", "unreadable", "dropped", recording.reason))
+        return None
     record_id = str(recording.row["record_id"])
-    for fault, action, detail in recording.notes:
-        work.note(record_id, "all", fault, action, detail)
-    signal = _ordered(recording, work)
-    if signal is None or not _fill_gaps(signal, record_id, work):
+    ledger.rows += [(record_id, "all", *note) for note in recording.notes]
+    signal = _in_order(recording, record_id, ledger)
+    if signal is None or not _without_gaps(signal, record_id, ledger):
         return None
     signal = resample(signal, recording.sampling_rate, sampling_rate)
-    if signal.shape[1] != length:
-        action = "cut" if signal.shape[1] > length else "padded with zeros"
-        work.note(record_id, "all", "length", action, f"{signal.shape[1] / sampling_rate:.2f} s")
-        padded = np.zeros((len(LEADS), length), dtype=np.float32)
-        shared = min(length, signal.shape[1])
-        padded[:, :shared] = signal[:, :shared]
-        signal = padded
-    return Recording(LEADS, signal, sampling_rate, recording.row, recording.target)
+    found = signal.shape[1]
+    if found != length:
+        action = "cut" if found > length else "padded with zeros"
+        ledger.rows.append((record_id, "all", "length", action, f"{found / sampling_rate:.2f} s"))
+        signal = np.pad(signal[:, :length], ((0, 0), (0, max(length - found, 0))))
+    return replace(recording, leads=LEADS, millivolts=signal, sampling_rate=sampling_rate)
 
 
-def _ordered(recording: Recording, work: _Assembly) -> np.ndarray | None:
-    """Signals `(12, time)` in the study's order; an absent limb lead is computed, an absent chest
-    lead drops.
+def _in_order(recording: Recording, record_id: str, ledger: _Ledger) -> np.ndarray | None:
+    """Signals `(12, time)` in the study's order, absent limb leads computed; None where the
+    recording is dropped.
     """
-    record_id = str(recording.row["record_id"])
     found = {
-        _LEAD_NAMES.get(name.upper().removeprefix("LEAD ")): row
-        for row, name in enumerate(recording.leads)
+        _LEAD_NAMES.get(name.upper().removeprefix("LEAD ")): signal
+        for name, signal in zip(recording.leads, recording.millivolts, strict=True)
     }
     absent = [lead for lead in LEADS if lead not in found]
-    signal = np.zeros((len(LEADS), recording.millivolts.shape[1]), dtype=np.float32)
-    for row, lead in enumerate(LEADS):
-        if lead in found:
-            signal[row] = recording.millivolts[found[lead]]
-    if absent:
-        action = work.rules["lead missing"]
-        if action == "repair":
-            action = "repaired" if rebuild_limb_leads(signal, absent) else "drop"
-        action = {"drop": "dropped", "keep": "kept as zeros"}.get(action, action)
-        work.note(
-            record_id, ", ".join(absent), "lead missing", action, f"{12 - len(absent)} of 12 leads"
-        )
-        return None if action == "dropped" else signal
+    nothing = np.zeros(recording.millivolts.shape[1])
+    signal = np.array([found.get(lead, nothing) for lead in LEADS], dtype=np.float32)
+    if absent and not ledger.settle(
+        record_id,
+        absent,
+        "lead missing",
+        f"{len(LEADS) - len(absent)} of 12 leads",
+        lambda: _rebuild_limb_leads(signal, absent),
+        kept="kept as zeros",
+    ):
+        return None
     return signal
 
 
-def _fill_gaps(signal: np.ndarray, record_id: str, work: _Assembly) -> bool:
-    """Interpolate short gaps (NaN) of `(12, time)` in place; False where the recording is dropped."""
+def _without_gaps(signal: np.ndarray, record_id: str, ledger: _Ledger) -> bool:
+    """Interpolate the gaps (NaN) of `(12, time)` in place; False where the recording is dropped."""
     missing = np.isnan(signal)
     if not missing.any():
         return True
-    leads = ", ".join(LEADS[row] for row in np.flatnonzero(missing.any(axis=1)))
-    share = missing.mean(axis=1).max()
-    action = work.rules["missing samples"]
-    if action == "repair" and share > REPAIRABLE_GAP:
-        action = "drop"
-    work.note(
+    share = missing.mean(axis=1)
+    kept = ledger.settle(
         record_id,
-        leads,
+        [lead for lead, part in zip(LEADS, share, strict=True) if part],
         "missing samples",
-        "dropped" if action == "drop" else "repaired",
-        f"up to {share:.1%}",
+        f"up to {share.max():.1%}",
+        lambda: share.max() <= REPAIRABLE_GAP,
+        kept="repaired",
     )
-    time = np.arange(signal.shape[1])
-    for row in np.flatnonzero(missing.any(axis=1)):
-        known = ~missing[row]
-        signal[row] = np.interp(time, time[known], signal[row, known]) if known.any() else 0.0
-    return action != "drop"
+    bridge_gaps(signal, missing)
+    return kept
 
 
 def resample(signal: np.ndarray, rate: float, wanted: float) -> np.ndarray:
@@ -302,14 +289,12 @@ def resample(signal: np.ndarray, rate: float, wanted: float) -> np.ndarray:
     if rate == wanted:
         return signal
     ratio = Fraction(wanted / rate).limit_denominator(1000)
-    # The ends are extended by their own value: zero padding would draw a step where the baseline is
-    # not zero.
-    return resample_poly(
-        signal, ratio.numerator, ratio.denominator, axis=-1, padtype="line"
-    ).astype(np.float32)
+    up, down = ratio.as_integer_ratio()
+    # The ends go on in a line: zero padding would draw a step where the baseline is not zero.
+    return resample_poly(signal, up, down, axis=-1, padtype="line").astype(np.float32)
 
 
-def rebuild_limb_leads(signal: np.ndarray, broken: list[str]) -> bool:
+def _rebuild_limb_leads(signal: np.ndarray, broken: Sequence[str]) -> bool:
     """Compute broken limb leads of `(12, time)` in place from two sound ones; False where that is
     not possible.
     """
@@ -323,7 +308,7 @@ def rebuild_limb_leads(signal: np.ndarray, broken: list[str]) -> bool:
     return bool((np.ptp(signal[rows], axis=1) >= FLAT_RANGE).all())
 
 
-def _reorder(signal: np.ndarray, leads: list[str]) -> bool:
+def _reorder(signal: np.ndarray, leads: Sequence[str]) -> bool:
     """Put permuted limb leads right where exactly one order obeys Einthoven's law."""
     order = limb_permutation(signal)
     if order is None:
@@ -332,9 +317,9 @@ def _reorder(signal: np.ndarray, leads: list[str]) -> bool:
     return True
 
 
-def _clip(signal: np.ndarray, leads: list[str]) -> bool:
+def _clip(signal: np.ndarray, leads: Sequence[str]) -> bool:
     """Clip single artefacts; False where a whole lead is absurd, which means a wrong gain."""
-    if leads == ["all"]:
+    if "all" in leads:
         return False
     spread = np.median(np.abs(signal - np.median(signal, axis=1, keepdims=True)), axis=1)
     beyond = (np.abs(signal) > ABSURD_PEAK).mean(axis=1)
@@ -344,8 +329,8 @@ def _clip(signal: np.ndarray, leads: list[str]) -> bool:
     return True
 
 
-_REPAIRS: dict[str, Callable[[np.ndarray, list[str]], bool]] = {
-    "flat lead": rebuild_limb_leads,
+_REPAIRS: dict[str, Callable[[np.ndarray, Sequence[str]], bool]] = {
+    "flat lead": _rebuild_limb_leads,
     "Einthoven's law broken": _reorder,
     "absurd amplitude": _clip,
     "saturated": lambda signal, leads: True,

@@ -8,7 +8,7 @@ challenge scores alike are merged.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +18,9 @@ from ecglib.errors import DataError
 from ecglib.files import inside
 from ecglib.records import Records
 from ecglib.sources.assemble import Recording, Unreadable, assemble, read_each
-from ecglib.sources.index_files import (
-    existing_folder,
-    nearest_checksums,
-    read_csv,
-    ten_folds,
-    whole_numbers,
-)
+from ecglib.sources.index_files import Checksums, class_counts, existing_folder, ten_folds
 from ecglib.sources.ptbxl import INDEX as PTBXL_INDEX
+from ecglib.sources.ptbxl import read_ptbxl_index
 from ecglib.sources.wfdb_files import read_wfdb
 
 SCORED = Path(__file__).with_name("cinc2021_classes.csv")
@@ -99,29 +94,26 @@ def read_cinc2021(
         existing_folder(folder, f"CinC 2021's {DATASETS[dataset].folders[0]}"), dataset
     )
     codes = class_codes(dataset, classes, merge_equivalent)
-    root, sums = (
-        nearest_checksums(listing[0].parent, levels=4) if verify else (listing[0].parent, {})
-    )
-    patients = _ptbxl_patients(ptbxl_index) if ptbxl_index is not None else {}
+    checksums = Checksums.of(listing[0].parent, verify, levels=4)
+    patients = _ptbxl_patients(Path(ptbxl_index)) if ptbxl_index is not None else {}
 
-    def read(path: Path) -> Recording:
-        header, millivolts = read_wfdb(path, root, sums, verify)
-        notes = [("header", "repaired", oddity) for oddity in header.oddities]
-        found = _diagnoses(path, header.comments)
-        target = np.array(
-            [not found.isdisjoint(wanted) for wanted in codes.values()], dtype=np.uint8
-        )
+    def read(position: int) -> Recording:
+        path = listing[position]
+        recording = read_wfdb(path, checksums)
+        found = _diagnoses(path, recording.comments)
+        target = [not found.isdisjoint(wanted) for wanted in codes.values()]
         patient, fold = _patient(path, patients)
+        sex = _field(recording.comments, "sex").lower()[:1]
         row = {
             "record_id": path.stem,
             "patient_id": patient,
             "fold": fold,
             "source": f"cinc2021 {dataset}",
-            "age": _age(header.comments),
-            "sex": _sex(header.comments),
+            "age": _age(recording.comments),
+            "sex": {"m": 0.0, "f": 1.0}.get(sex, np.nan),  # as in PTB-XL
             "codes": ";".join(sorted(found)),
         }
-        return Recording(header.leads, millivolts, header.sampling_rate, row, target, notes)
+        return replace(recording, row=row, target=np.array(target, dtype=np.uint8))
 
     about = {
         "source": "CinC 2021",
@@ -135,15 +127,12 @@ def read_cinc2021(
         "without_class": 0,
         "without_class_kept": keep_without_class,
     }
-    stream = read_each(listing, read, lambda path: path.stem, rules)
-    records = assemble(
-        _count_without_class(stream, about), list(codes), sampling_rate, seconds, about, rules
-    )
+    stream = read_each([path.stem for path in listing], read, rules)
+    stream = _count_without_class(stream, about)
+    records = assemble(stream, codes, sampling_rate, seconds, about, rules)
     if not patients:
         records.table["fold"] = ten_folds(records.table["record_id"], records.targets)
-    about["class_counts"] = dict(
-        zip(codes, records.targets.sum(axis=0, dtype=int).tolist(), strict=True)
-    )
+    about["class_counts"] = class_counts(records.classes, records.targets)
     return records
 
 
@@ -186,14 +175,16 @@ def _headers(folder: Path, dataset: str) -> list[Path]:
                     headers.setdefault(path.stem, path)
     if not headers:
         raise DataError(
-            f"{folder}: holds no record of {dataset} (names {part.names}...); give its folder, the training folder or "
-            "the root of the challenge."
+            f"{folder}: holds no record of {dataset} (names {part.names}...); give its folder, the "
+            "training folder or the root of the challenge."
         )
     return [headers[name] for name in sorted(headers)]
 
 
 def _listed(group: Path) -> Iterator[Path]:
-    """Headers of one folder: those in its RECORDS list, where it has one, else all that are there."""
+    """Headers of one folder: those in its RECORDS list, where it has one, else all that are
+    there.
+    """
     listing = group / "RECORDS"
     if not listing.is_file():
         yield from group.glob("*.hea")
@@ -240,25 +231,14 @@ def _age(comments: Sequence[str]) -> float:
     try:
         return float(_field(comments, "age"))
     except ValueError:
-        return float("nan")
+        return np.nan
 
 
-def _sex(comments: Sequence[str]) -> float:
-    """0 male, 1 female as in PTB-XL, NaN where unknown."""
-    return {"m": 0.0, "f": 1.0}.get(_field(comments, "sex").lower()[:1], float("nan"))
-
-
-def _ptbxl_patients(path: str | Path) -> dict[int, tuple[str, int]]:
+def _ptbxl_patients(path: Path) -> dict[int, tuple[str, int]]:
     """ecg_id -> (patient_id, fold) from PTB-XL's own index."""
-    path = Path(path) / PTBXL_INDEX if Path(path).is_dir() else Path(path)
-    index = read_csv(path, ("ecg_id", "patient_id", "strat_fold"))
-    columns = [
-        whole_numbers(path, index, column) for column in ("ecg_id", "patient_id", "strat_fold")
-    ]
-    return {
-        ecg: (str(patient), fold)
-        for ecg, patient, fold in zip(*(c.tolist() for c in columns), strict=True)
-    }
+    index = read_ptbxl_index(path / PTBXL_INDEX if path.is_dir() else path)
+    patients = zip(index["patient_id"].astype(str), index["strat_fold"], strict=True)
+    return dict(zip(index["ecg_id"], patients, strict=True))
 
 
 def _patient(path: Path, patients: Mapping[int, tuple[str, int]]) -> tuple[str, int]:
@@ -270,6 +250,7 @@ def _patient(path: Path, patients: Mapping[int, tuple[str, int]]) -> tuple[str, 
     number = re.fullmatch(r"HR(\d+)", path.stem)
     if number is None or int(number[1]) not in patients:
         raise DataError(
-            f"{path}: is not in PTB-XL's index; give the ptbxl_database.csv of version 1.0.1 or 1.0.2."
+            f"{path}: is not in PTB-XL's index; give the ptbxl_database.csv of version 1.0.1 or "
+            "1.0.2."
         )
     return patients[int(number[1])]

@@ -9,6 +9,7 @@ Challenge 2025 converts the set as millivolts, as does this reader; measured lea
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +17,20 @@ import pandas as pd
 
 from ecglib.errors import DataError
 from ecglib.records import LEADS, Records
-from ecglib.sources.assemble import RULES, Recording, Unreadable, assemble
+from ecglib.sources.assemble import Recording, assemble, readable
 from ecglib.sources.index_files import (
+    class_counts,
     existing_folder,
-    no_duplicates,
-    read_csv,
+    read_index,
+    refuse_rows,
     ten_folds,
-    where,
-    whole_numbers,
 )
 
 INDEX = "exams.csv"
 PARTS = "exams_part*.hdf5"
 CLASSES = ("1dAVb", "RBBB", "LBBB", "SB", "AF", "ST")
 RATE = 400  # Hz
+TRUTH = {"true": 1, "1": 1, "1.0": 1, "false": 0, "0": 0, "0.0": 0}
 STORED = 4096  # samples; shorter recordings stand in the middle, zeros on both sides
 ROWS = 64  # tracings read together: 12.6 MB
 
@@ -71,59 +72,38 @@ def read_code15(
         "not_in_index": 0,
     }
     rows = {exam: row for row, exam in enumerate(exams["exam_id"].tolist())}
-    stop = {**RULES, **(rules or {})}["unreadable"] == "stop"
 
-    def recordings() -> Iterator[Recording | Unreadable]:
-        for path in parts:
-            missing = set(exams["exam_id"][exams["trace_file"] == path.name].tolist())
-            try:
-                for exam, tracing in _tracings(path):
-                    missing.discard(exam)
-                    if exam in rows:
-                        yield _recording(
-                            exams.iloc[rows[exam]],
-                            strip_zeros(tracing) * np.float32(millivolts_per_unit),
-                        )
-                    else:
-                        about["filler_rows" if exam == 0 else "not_in_index"] += 1
-                if missing:
-                    raise DataError(
-                        f"{path}: {len(missing)} exams of {INDEX} are absent (the first is {min(missing)}); "
-                        "download this part again."
-                    )
-            except DataError as error:
-                if stop:
-                    raise
-                yield Unreadable(path.name, str(error))
+    def recordings_of(path: Path) -> Iterator[Recording]:
+        missing = set(exams["exam_id"][exams["trace_file"] == path.name].tolist())
+        for exam, tracing in _tracings(path):
+            missing.discard(exam)
+            if exam in rows:
+                millivolts = strip_zeros(tracing) * np.float32(millivolts_per_unit)
+                yield _recording(exams.iloc[rows[exam]], millivolts)
+            else:
+                about["filler_rows" if exam == 0 else "not_in_index"] += 1
+        if missing:
+            raise DataError(
+                f"{path}: {len(missing)} exams of {INDEX} are absent (the first is "
+                f"{min(missing)}); download this part again."
+            )
 
-    records = assemble(recordings(), CLASSES, sampling_rate, seconds, about, rules)
+    stream = chain.from_iterable(readable(path.name, recordings_of(path), rules) for path in parts)
+    records = assemble(stream, CLASSES, sampling_rate, seconds, about, rules)
     records.table["fold"] = ten_folds(records.table["patient_id"], records.targets)
-    about["class_counts"] = dict(
-        zip(CLASSES, records.targets.sum(axis=0, dtype=int).tolist(), strict=True)
-    )
+    about["class_counts"] = class_counts(CLASSES, records.targets)
     return records
 
 
 def _read_exams(folder: Path) -> pd.DataFrame:
     """`exams.csv` with numbers for ids and 0/1 for the classes, all checked."""
     path = folder / INDEX
-    exams = read_csv(
-        path, ("exam_id", "patient_id", "trace_file", *CLASSES), text=("trace_file", *CLASSES)
-    )
-    for column in ("exam_id", "patient_id"):
-        exams[column] = whole_numbers(path, exams, column)
-    no_duplicates(path, exams, "exam_id")
+    numbers = ("exam_id", "patient_id")
+    text = ("trace_file", *CLASSES)
+    exams = read_index(path, (*numbers, *text), numbers=numbers, text=text, unique="exam_id")
     for column in CLASSES:
-        values = (
-            exams[column]
-            .str.strip()
-            .str.lower()
-            .map({"true": 1, "1": 1, "1.0": 1, "false": 0, "0": 0, "0.0": 0})
-        )
-        if values.isna().any():
-            raise DataError(
-                f"{path}: {where(exams, column, values.isna())}, not True or False; correct it."
-            )
+        values = exams[column].str.strip().str.lower().map(TRUTH)
+        refuse_rows(path, exams, column, values.isna(), "not True or False; correct it.")
         exams[column] = values.astype(np.uint8)
     return exams
 
@@ -138,8 +118,8 @@ def _tracings(path: Path) -> Iterator[tuple[int, np.ndarray]]:
         exam_ids, tracings = file["exam_id"], file["tracings"]
         if exam_ids.ndim != 1 or tracings.shape != (len(exam_ids), STORED, len(LEADS)):
             raise DataError(
-                f"{path}: tracings {tracings.shape} for {exam_ids.shape} exams, not (exams, {STORED}, 12); download it "
-                "again."
+                f"{path}: tracings {tracings.shape} for {exam_ids.shape} exams, not (exams, "
+                f"{STORED}, 12); download it again."
             )
         for start in range(0, len(exam_ids), ROWS):
             block = np.asarray(tracings[start : start + ROWS], dtype=np.float32)
@@ -171,19 +151,12 @@ def strip_zeros(tracing: np.ndarray) -> np.ndarray:
 def _recording(entry: pd.Series, millivolts: np.ndarray) -> Recording:
     """One recording from its index row and its signal `(time, 12)`."""
     row = {
-        "record_id": str(int(entry["exam_id"])),
-        "patient_id": str(int(entry["patient_id"])),
+        "record_id": str(entry["exam_id"]),
+        "patient_id": str(entry["patient_id"]),
         "fold": 0,
         "source": "code-15",
         "age": pd.to_numeric(entry.get("age"), errors="coerce"),
-        "sex": _sex(entry.get("is_male")),
+        "sex": 1.0 - TRUTH.get(str(entry.get("is_male")).lower(), np.nan),  # 1 female, as in PTB-XL
     }
     target = entry[list(CLASSES)].to_numpy(dtype=np.uint8)
     return Recording(LEADS, np.ascontiguousarray(millivolts.T), RATE, row, target)
-
-
-def _sex(is_male: object) -> float:
-    """0 male, 1 female as in PTB-XL, NaN where unknown."""
-    return {"true": 0.0, "1": 0.0, "1.0": 0.0, "false": 1.0, "0": 1.0, "0.0": 1.0}.get(
-        str(is_male).lower(), np.nan
-    )

@@ -1,9 +1,10 @@
-"""Fetch a data set: resumed, checked, from its official address or a mirror.
+"""Fetch a data set: checked, resumed, from its official address or a mirror.
 
     python -m ecglib.sources.download ptb-xl data/ptb-xl --only "records100/*"
 
-pooch compares checksums and moves a finished file into place; what it lacks, resuming a broken
-transfer, is the downloader given to it here. A second call fetches only what is missing or wrong.
+pooch compares checksums, tries again after a failure and moves a finished file into place. The
+downloader given to it here adds two things: it continues a broken transfer, and it keeps its
+connections between thousands of small files. A second call fetches only what is missing or wrong.
 """
 
 import argparse
@@ -12,25 +13,27 @@ import os
 import re
 import shutil
 import sys
-import time
+import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
 from ecglib.errors import DataError, StorageError, explain_storage
-from ecglib.files import atomic_file, inside, read_json, write_json
+from ecglib.files import inside, read_json, write_json
 from ecglib.sources.index_files import SUMS
 
-ATTEMPTS = 4  # in a row without a single new byte, at each address
-BACKOFF = 1.0  # seconds before the second attempt, doubled each time
+RETRIES = 3  # of pooch for each file at each address, with growing pauses between them
+RETRIES_OF_LARGE_FILES = 20  # above a gigabyte; each goes on where the last one broke
 TIMEOUT = (10, 60)  # seconds to connect, and between two pieces of data
 PIECE = 1 << 16  # what a broken connection may lose
 WORKERS = 4  # files at a time: thousands of small files, and a polite number of connections
 GIGABYTE = 1e9
+REFUSED = (400, 401, 403, 404, 410)  # HTTP: the server will not give this file, however often asked
+BEYOND_THE_END = 416  # HTTP: the part is as long as the file or longer
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,12 @@ DATASETS: dict[str, DataSet] = {
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file to fetch: its path below the folder, its checksum as pooch writes it, and its size
-    where known.
+    """One file to fetch: its path below the folder, and its checksum as pooch writes it and its
+    size in bytes where they are known.
     """
 
     name: str
-    checksum: str
+    checksum: str | None = None
     size: int | None = None
 
 
@@ -96,11 +99,10 @@ def download(
     *,
     only: str = "*",
     addresses: Sequence[str] | None = None,
-    unpack: bool = True,
     progress: bool = True,
 ) -> Path:
     """Fetch the files of a data set (those that match `only`) that are missing or wrong below
-    `folder`; its path.
+    `folder`, and unpack zip files; returns the folder.
 
     `addresses` replaces the official ones, for a mirror of your own. Every file is checked against
     the data set's own SHA-256 (Zenodo: MD5) and appears under its name only when it is whole.
@@ -111,36 +113,34 @@ def download(
         raise DataError(
             f"There is no data set {name!r} to download; choose one of {', '.join(DATASETS)}."
         )
-    folder, data_set = Path(folder), DATASETS[name]
+    folder = Path(folder)
+    data_set = DATASETS[name]
     bases = [base.rstrip("/") + "/" for base in addresses or data_set.addresses]
     with explain_storage(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    listed = _index(folder, data_set, bases, bool(addresses))
+    listed = _read_index(folder, data_set, bases, official=not addresses)
     for file in listed:  # all of them before the first is fetched
         inside(folder, file.name, f"the index of {name}")
     chosen = [
         file
         for file in listed
-        if _matches(file.name, [only]) and _matches(file.name, data_set.only)
+        if fnmatch.fnmatchcase(file.name, only)
+        and any(fnmatch.fnmatchcase(file.name, pattern) for pattern in data_set.only)
     ]
     if not chosen:
         raise DataError(
-            f"{name}: no file of its index matches {only!r}; choose one for names like {listed[0].name}."
+            f"{name}: no file of its index matches {only!r}; choose one for names like "
+            f"{listed[0].name}."
         )
-    missing = [
-        file for file in _bar(chosen, f"checking {name}", progress) if not _is_here(folder, file)
-    ]
-    _check_space(folder, missing, data_set.gigabytes * GIGABYTE * len(missing) / len(chosen))
-    _fetch_all(name, folder, missing, bases, progress)
-    if unpack:
-        for file in chosen:
-            if file.name.endswith(".zip") and (folder / file.name).exists():
-                _unpack(folder, file)
+    wanted = [file for file in chosen if not _is_unpacked(folder, file)]
+    absent = [file for file in wanted if not (folder / file.name).is_file()]
+    _check_space(folder, absent, data_set.gigabytes * GIGABYTE * len(absent) / len(chosen))
+    _fetch_all(name, folder, wanted, bases, progress)
     return folder
 
 
-def _index(
-    folder: Path, data_set: DataSet, bases: Sequence[str], own_addresses: bool
+def _read_index(
+    folder: Path, data_set: DataSet, bases: Sequence[str], official: bool
 ) -> list[RemoteFile]:
     """The data set's files with their checksums, from the index in the folder or fetched to it."""
     from_zenodo = data_set.index != SUMS
@@ -150,39 +150,34 @@ def _index(
         try:
             return parse(path)
         except DataError:
-            pass  # damaged: fetch it again
-    urls = (
-        [base + path.name for base in bases]
-        if own_addresses or not from_zenodo
-        else [data_set.index]
-    )
+            path.unlink()  # damaged: fetch it again
+    urls = [base + path.name for base in bases]
+    if from_zenodo and official:
+        urls = [data_set.index]
     failures = []
-    fetched = path.with_name(f"{path.name}.new")
-    with explain_storage(path):
-        for url in urls:
-            try:
-                _Resume(path.with_name(f"{path.name}.part"), _session())(url, fetched)
-                files = parse(fetched)
-                os.replace(fetched, path)
-                return files
-            except (DataError, ConnectionError) as error:
-                failures.append(f"{url}: {error}")
-                fetched.unlink(missing_ok=True)
-    why = "; ".join(failures)
+    for url in urls:
+        failure = _failure(folder, RemoteFile(path.name), url, _Transfer())
+        try:
+            if failure is None:
+                return parse(path)
+        except DataError as error:
+            failure = str(error)
+            path.unlink()
+        failures.append(f"{url}: {failure}")
     raise DataError(
-        f"{path}: the list of files could not be fetched ({why}); check the network and start again."
+        f"{path}: the list of files could not be fetched ({'; '.join(failures)}); check the "
+        "network and start again."
     )
 
 
 def _summed_files(path: Path) -> list[RemoteFile]:
-    """Files of a SHA256SUMS.txt; a line of another form is a DataError, for instance an error page."""
+    """Files of a SHA256SUMS.txt; a line of another form, as in an error page, is a DataError."""
     files = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in filter(str.strip, path.read_text(errors="replace").splitlines()):
         match = re.fullmatch(r"([0-9a-fA-F]{64})\s+\*?(\S.*?)\s*", line)
-        if match is None and line.strip():
+        if match is None:
             raise DataError(f"{path.name}: the line {line[:60]!r} is not a checksum and a name")
-        if match is not None:
-            files.append(RemoteFile(match[2], f"sha256:{match[1].lower()}"))
+        files.append(RemoteFile(match[2], f"sha256:{match[1].lower()}"))
     if not files:
         raise DataError(f"{path.name}: lists no file")
     return files
@@ -192,237 +187,163 @@ def _zenodo_files(path: Path) -> list[RemoteFile]:
     """Files of a Zenodo record in its JSON form, which gives MD5 sums and sizes."""
     try:
         return [
-            RemoteFile(str(f["key"]), str(f["checksum"]), int(f["size"]))
-            for f in read_json(path)["files"]
+            RemoteFile(str(file["key"]), str(file["checksum"]), int(file["size"]))
+            for file in read_json(path)["files"]
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path.name}: not the description of a Zenodo record ({error})") from None
 
 
-def _is_here(folder: Path, file: RemoteFile) -> bool:
-    """Whether the file is there with the right checksum, or has been unpacked."""
-    import pooch
-
-    path = folder / file.name
-    if path.is_file():
-        return pooch.hashes.hash_matches(str(path), file.checksum)
-    note = path.with_name(f"{path.name}.unpacked")
-    if not note.exists():
-        return False
-    unpacked = read_json(note)
-    sizes = {
-        name: (folder / name).stat().st_size if (folder / name).is_file() else -1
-        for name in unpacked["members"]
-    }
-    return unpacked["checksum"] == file.checksum and sizes == unpacked["members"]
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a file name fits one of the shell patterns."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _bar(files: Sequence[RemoteFile], text: str, progress: bool) -> Iterable[RemoteFile]:
-    """The files, under a progress bar."""
-    from tqdm import tqdm
-
-    return tqdm(files, desc=text, unit="file", disable=not progress, leave=False)
-
-
-def _session() -> object:
-    """One requests session: connections are kept between the thousands of small files."""
-    import requests
-
-    return requests.Session()
-
-
-def _check_space(folder: Path, missing: Sequence[RemoteFile], estimate: float) -> None:
+def _check_space(folder: Path, absent: Sequence[RemoteFile], estimate: float) -> None:
     """StorageError where the files still to come do not fit on the disk."""
-    known = [file.size for file in missing]
+    known = [file.size or 0 for file in absent]
     # A zip file and what it holds lie side by side while it is unpacked.
-    needed = estimate if not known or None in known else max(estimate, sum(known)) + max(known)
+    needed = max(estimate, sum(known)) + max(known, default=0)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise StorageError(
-            f"{folder}: {needed / GIGABYTE:.1f} GB are needed and {free / GIGABYTE:.1f} GB free; free some space or "
-            "choose another folder. What is there stays."
+            f"{folder}: {needed / GIGABYTE:.1f} GB are needed and {free / GIGABYTE:.1f} GB free; "
+            "free some space or choose another folder. What is there stays."
         )
 
 
 def _fetch_all(
-    name: str, folder: Path, missing: Sequence[RemoteFile], bases: Sequence[str], progress: bool
+    name: str, folder: Path, wanted: Sequence[RemoteFile], bases: Sequence[str], progress: bool
 ) -> None:
     """Fetch files side by side; the first failure stops the rest, and finished files and parts
     stay.
     """
     from tqdm import tqdm
 
-    sizes = [file.size for file in missing]
-    total = None if None in sizes else sum(sizes)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=not progress) as bar:
-        pool, session = ThreadPoolExecutor(WORKERS), _session()
-        try:
-            jobs = [pool.submit(_fetch, folder, file, bases, session, bar) for file in missing]
-            for count, job in enumerate(jobs, 1):
-                job.result()
-                bar.set_postfix_str(f"{count:,} of {len(missing):,} files", refresh=False)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    size = sum(file.size or 0 for file in wanted) or None
+    with (
+        tqdm(total=size, unit="B", unit_scale=True, desc=name, disable=not progress) as bar,
+        ThreadPoolExecutor(WORKERS) as pool,
+    ):
+        transfer = _Transfer(bar.update)
+
+        def fetch(file: RemoteFile) -> None:
+            _fetch(folder, file, [base + quote(file.name) for base in bases], transfer)
+            if file.name.endswith(".zip"):
+                _unpack(folder, file)
+
+        for count, _ in enumerate(pool.map(fetch, wanted), 1):
+            bar.set_postfix_str(f"{count:,} of {len(wanted):,} files", refresh=False)
 
 
-def _fetch(
-    folder: Path, file: RemoteFile, bases: Sequence[str], session: object, bar: object
-) -> None:
-    """Fetch one file from the first address that has it whole and right."""
-    import pooch
-
-    pooch.get_logger().setLevel("ERROR")
-    target = inside(folder, file.name, "the index")
-    resume = _Resume(target.with_name(f"{target.name}.part"), session, bar)
+def _fetch(folder: Path, file: RemoteFile, urls: Sequence[str], transfer: "_Transfer") -> None:
+    """Fetch one file, unless it is there and right, from the first address that has it so."""
     failures = []
-    with explain_storage(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for base in bases:
-            for _ in range(
-                2
-            ):  # a wrong checksum may come from the part of an older version: once more from the start
-                try:
-                    url = base + quote(file.name)
-                    pooch.retrieve(
-                        url, file.checksum, target.name, target.parent, downloader=resume
-                    )
-                    return
-                except ConnectionError as error:
-                    failures.append(f"{base}: {error}")
-                    break
-                except ValueError:
-                    failures.append(f"{base}: wrong checksum")
+    for url in urls:
+        failure = _failure(folder, file, url, transfer)
+        if failure is None:
+            return
+        failures.append(f"{url}: {failure}")
     raise DataError(
-        f"{target}: could not be fetched ({'; '.join(failures)}); check the network and start again."
+        f"{folder / file.name}: could not be fetched ({'; '.join(failures)}); check the network "
+        "and start again."
     )
 
 
-class _Refused(ConnectionError):
-    """The server answers that it does not have or give the file: asking again would not help."""
+def _failure(folder: Path, file: RemoteFile, url: str, transfer: "_Transfer") -> str | None:
+    """Why a file could not be fetched from an address; None where it is now there and right."""
+    import pooch
+    import requests
+
+    pooch.get_logger().setLevel("ERROR")
+    target = folder / file.name
+    store = pooch.create(folder, "", registry={file.name: file.checksum}, urls={file.name: url})
+    store.retry_if_failed = RETRIES if (file.size or 0) < GIGABYTE else RETRIES_OF_LARGE_FILES
+    part = target.with_name(f"{target.name}.part")
+    with explain_storage(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.checksum is None:  # nothing would tell a stale part from a new one
+            part.unlink(missing_ok=True)
+        try:
+            store.fetch(file.name, downloader=partial(transfer, part))
+        except (ConnectionError, requests.HTTPError) as error:
+            return str(error)
+        except requests.RequestException as error:  # its text names objects in memory
+            return re.sub(r"(?<!^)(?=[A-Z])", " ", type(error).__name__).lower()
+        except ValueError:
+            return "wrong checksum"
+    return None
 
 
-class _Resume:
-    """A pooch downloader that continues `part` by HTTP Range, retries with growing pauses, and then
-    hands it over.
+class _Transfer:
+    """Brings files over kept connections, continues broken ones by HTTP Range, and reports the
+    bytes that arrive.
     """
 
-    def __init__(self, part: Path, session: object, bar: object = None) -> None:
-        self.part, self.session, self.bar = part, session, bar
+    def __init__(self, report: Callable[[int], object] = lambda size: None) -> None:
+        import requests
 
-    def __call__(self, url: str, output_file: str | Path, pooch: object = None) -> None:
-        """Bring `url` to `output_file`; ConnectionError after `ATTEMPTS` attempts that brought
-        nothing new.
-        """
-        idle, before = 0, self._size()
-        while True:
-            try:
-                self._continue(url)
-                break
-            except _Refused:
-                raise
-            except ConnectionError:
-                idle = 1 if self._size() > before else idle + 1
-                before = self._size()
-                if idle >= ATTEMPTS:
-                    raise
-                time.sleep(BACKOFF * 2 ** (idle - 1))
-        shutil.move(self.part, output_file)
+        self.session = requests.Session()
+        self.report = report
 
-    def _size(self) -> int:
-        return self.part.stat().st_size if self.part.exists() else 0
+    def __call__(self, part: Path, url: str, output_file: str, pooch: object = None) -> None:
+        """Bring `url` to `output_file` by way of `part`, which stays where the connection breaks.
 
-    def _continue(self, url: str) -> None:
-        """One request for what is missing; returns when the part is whole, else raises
-        ConnectionError.
+        pooch tries again after a requests.RequestException, not after the ConnectionError of a file
+        that the server refuses.
         """
         import requests
 
-        have = self._size()
-        headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
-        try:
-            with self.session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
-                if (
-                    answer.status_code == 416
-                ):  # nothing lies beyond what is here: whole already, or not this file
-                    whole = answer.headers.get("Content-Range", "").rpartition("/")[2]
-                    if whole == str(have):
-                        return
-                    self.part.unlink()
-                    raise ConnectionError("the part does not fit the file, starting anew")
-                if answer.status_code not in (200, 206):
-                    refused = 400 <= answer.status_code < 500 and answer.status_code not in (
-                        408,
-                        429,
-                    )
-                    raise (_Refused if refused else ConnectionError)(
-                        f"HTTP {answer.status_code} {answer.reason}"
-                    )
-                start = answer.headers.get("Content-Range", "")
-                resumed = answer.status_code == 206 and start.startswith(f"bytes {have}-")
-                if answer.status_code == 206 and not resumed:
-                    raise ConnectionError("the server sent another range than asked for")
-                self._receive(answer, have if resumed else 0)
-        except requests.RequestException as error:
-            raise ConnectionError(_in_short(error)) from error
-
-    def _receive(self, answer: object, have: int) -> None:
-        """Append the body of an answer at `have`; a body shorter than announced is a
-        ConnectionError.
-        """
-        announced = answer.headers.get("Content-Length")
-        with self.part.open("ab" if have else "wb") as file:
-            for piece in answer.iter_content(PIECE):
-                file.write(piece)
-                if self.bar is not None:
-                    self.bar.update(len(piece))
-        if announced is not None and self._size() != have + int(announced):
-            raise ConnectionError(
-                f"the connection broke after {self._size():,} of {have + int(announced):,} bytes"
-            )
+        have = part.stat().st_size if part.exists() else 0
+        headers = {"Accept-Encoding": "identity"}
+        if have:
+            headers["Range"] = f"bytes={have}-"
+        with self.session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
+            problem = f"HTTP {answer.status_code} {answer.reason}"
+            if answer.status_code in REFUSED:
+                raise ConnectionError(problem)
+            if answer.status_code != BEYOND_THE_END:  # then the checksum judges the part
+                if not answer.ok:
+                    raise requests.HTTPError(problem)
+                resumed = answer.status_code == requests.codes.partial_content
+                with part.open("ab" if resumed else "wb") as file:
+                    for piece in answer.iter_content(PIECE):
+                        self.report(file.write(piece))
+        shutil.move(part, output_file)
 
 
-def _in_short(error: Exception) -> str:
-    """The kind of a network error, without the addresses of objects in memory that its text
-    carries.
-    """
-    return re.sub(r"(?<!^)(?=[A-Z])", " ", type(error).__name__).lower()
+def _is_unpacked(folder: Path, file: RemoteFile) -> bool:
+    """Whether a zip file has been unpacked and removed, and what came out of it is still there."""
+    note = folder / f"{file.name}.unpacked"
+    if not note.exists() or (folder / file.name).exists():
+        return False
+    unpacked = read_json(note)
+    return unpacked["checksum"] == file.checksum and all(
+        (folder / name).is_file() and (folder / name).stat().st_size == size
+        for name, size in unpacked["members"].items()
+    )
 
 
 def _unpack(folder: Path, file: RemoteFile) -> None:
-    """Unpack a zip file beside itself, member by member, note what came out of it, and remove it."""
+    """Unpack a zip file beside itself, note what came out of it, and remove it; a damaged one is a
+    DataError.
+    """
     archive = folder / file.name
-    with _readable(archive) as opened:
-        members = {info.filename: info.file_size for info in opened.infolist() if not info.is_dir()}
-        for name in members:
-            inside(folder, name, str(archive))
-        for name, size in members.items():
-            target = folder / name
-            if not target.is_file() or target.stat().st_size != size:
-                with (
-                    atomic_file(target) as temporary,
-                    opened.open(name) as source,
-                    temporary.open("wb") as sink,
-                ):
-                    shutil.copyfileobj(source, sink, PIECE)
-    write_json(folder / f"{file.name}.unpacked", {"checksum": file.checksum, "members": members})
-    archive.unlink()
-
-
-@contextmanager
-def _readable(archive: Path) -> Iterator[zipfile.ZipFile]:
-    """An open zip file; a damaged one is a DataError."""
     try:
-        with zipfile.ZipFile(archive) as opened:
-            yield opened
+        with (
+            zipfile.ZipFile(archive) as opened,
+            explain_storage(archive),
+            tempfile.TemporaryDirectory(dir=folder) as unpacked,
+        ):
+            members = {
+                info.filename: info.file_size for info in opened.infolist() if not info.is_dir()
+            }
+            targets = {name: inside(folder, name, str(archive)) for name in members}
+            opened.extractall(unpacked)
+            for name, target in targets.items():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(Path(unpacked) / name, target)
     except (zipfile.BadZipFile, EOFError) as error:
         raise DataError(
             f"{archive}: not a whole zip file ({error}); delete it and download again."
         ) from None
+    write_json(folder / f"{file.name}.unpacked", {"checksum": file.checksum, "members": members})
+    archive.unlink()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,49 +1,108 @@
-"""What every source needs before it reads a signal: its folder, its CSV files, its checksums, and
-ten folds.
+"""What every source needs before it reads a signal: its folder, its index, its checksums, its
+targets and ten folds.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ecglib.errors import DataError
+from ecglib.errors import DataError, explain_reading
 
 SUMS = "SHA256SUMS.txt"
 FOLDS = 10
 
 
 def existing_folder(folder: str | Path, holds: str) -> Path:
-    """The folder as a path; a DataError saying what it should hold where there is no such folder."""
+    """The folder as a path; where there is none, a DataError that says what it should hold."""
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(
-            f"{folder}: there is no such folder; give the folder that holds {holds} or download it first."
+            f"{folder}: there is no such folder; give the folder that holds {holds} or download it "
+            "first."
         )
     return folder
 
 
-def read_csv(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> pd.DataFrame:
-    """A CSV file that has the given columns, those in `text` unparsed; otherwise a DataError."""
+@dataclass(frozen=True)
+class Checksums:
+    """What a reader compares files with: SHA-256 `sums` by path below `root`.
+
+    With `verify` the samples are compared with the sums in their WFDB header as well.
+    """
+
+    root: Path
+    sums: Mapping[str, str]
+    verify: bool
+
+    @classmethod
+    def of(cls, folder: Path, verify: bool, levels: int = 0) -> "Checksums":
+        """The SHA256SUMS.txt of a folder or of one up to `levels` above it; without any, or without
+        `verify`, no sums.
+        """
+        folder = folder.resolve()
+        for root in (folder, *folder.parents[:levels]):
+            path = root / SUMS
+            if verify and path.is_file():
+                with explain_reading(path):
+                    lines = path.read_text(errors="replace").splitlines()
+                pairs = [line.split(maxsplit=1) for line in lines]
+                sums = {pair[1].strip().lstrip("*"): pair[0] for pair in pairs if len(pair) == 2}
+                return cls(root, sums, verify)
+        return cls(folder, {}, verify)
+
+    def check(self, path: Path) -> None:
+        """Compare one file with its listed sum, if it has one and is there; a difference is a
+        DataError.
+        """
+        resolved = path.resolve()
+        if not self.sums or not resolved.is_relative_to(self.root) or not resolved.is_file():
+            return
+        expected = self.sums.get(resolved.relative_to(self.root).as_posix())
+        if expected is None:
+            return
+        with explain_reading(path), resolved.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected.lower():
+            raise DataError(f"{path}: its checksum differs from {SUMS}; download the file again.")
+
+
+def read_index(
+    path: Path,
+    columns: Sequence[str],
+    *,
+    numbers: Sequence[str] = (),
+    text: Sequence[str] = (),
+    unique: str | None = None,
+    checksums: Checksums | None = None,
+) -> pd.DataFrame:
+    """A CSV file that has the given columns: whole `numbers` as int64, `text` unparsed, no value of
+    `unique` twice; otherwise a DataError.
+    """
+    if checksums is not None:
+        checksums.check(path)
+    absent = "the file is missing; give the folder that holds it or download it"
     try:
-        table = pd.read_csv(path, low_memory=False, dtype=dict.fromkeys(text, str))
-    except FileNotFoundError:
-        raise DataError(
-            f"{path}: the file is missing; give the folder that holds it or download it."
-        ) from None
-    except (
-        ValueError,
-        OSError,
-        OverflowError,
-    ) as error:  # ParserError, EmptyDataError, UnicodeDecodeError too
+        with explain_reading(path, absent):
+            table = pd.read_csv(path, low_memory=False, dtype=dict.fromkeys(text, str))
+    except DataError:
+        raise
+    except (ValueError, OverflowError) as error:  # ParserError, UnicodeDecodeError and others
         raise DataError(f"{path}: cannot be read as CSV ({error}); download it again.") from None
     for column in columns:
         if column not in table:
             raise DataError(
-                f"{path}: the column {column!r} is missing; download the file again or add the column."
+                f"{path}: the column {column!r} is missing; download the file again or add the "
+                "column."
             )
+    for column in numbers:
+        table[column] = whole_numbers(path, table, column)
+    if unique is not None:
+        again = table[unique].duplicated()
+        refuse_rows(path, table, unique, again, "which stands there twice; keep one line.")
     return table
 
 
@@ -53,75 +112,29 @@ def whole_numbers(path: Path, table: pd.DataFrame, column: str) -> pd.Series:
     if numbers.dtype == bool or not pd.api.types.is_numeric_dtype(numbers):
         numbers = pd.Series(np.nan, index=table.index)
     wrong = ~(numbers.abs() < 2**53) | (numbers % 1 != 0)
-    if wrong.any():
-        raise DataError(f"{path}: {where(table, column, wrong)}, not a whole number; correct it.")
+    refuse_rows(path, table, column, wrong, "not a whole number; correct it.")
     return numbers.astype(np.int64)
 
 
-def where(table: pd.DataFrame, column: str, wrong: pd.Series) -> str:
-    """`line 3 has fold 'x'` for the first row of a CSV file that is wrong, to begin a message with."""
-    row = int(np.argmax(wrong.to_numpy()))
-    value = table[column].iloc[row]
-    return f"line {row + 2} has {column} {repr(value) if isinstance(value, str) else value}"
+def refuse_rows(
+    path: Path, table: pd.DataFrame, column: str, wrong: pd.Series, problem: str
+) -> None:
+    """A DataError that names the first line of a CSV file whose value in a column is wrong."""
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        value = table[column].iloc[row]
+        shown = repr(value) if isinstance(value, str) else value
+        raise DataError(f"{path}: line {row + 2} has {column} {shown}, {problem}")
 
 
-def no_duplicates(path: Path, table: pd.DataFrame, column: str) -> None:
-    """A DataError where a column that identifies the rows holds a value twice."""
-    again = table[column].duplicated()
-    if again.any():
-        raise DataError(
-            f"{path}: {where(table, column, again)}, which stands there twice; keep one line."
-        )
+def binary_targets(found: Sequence[Collection[str]], classes: Sequence[str]) -> np.ndarray:
+    """Targets 0/1 `(records, classes)` from the classes found for each record."""
+    return np.array([[name in names for name in classes] for names in found], dtype=np.uint8)
 
 
-def read_checksums(folder: Path) -> dict[str, str]:
-    """Relative path -> SHA-256 from SHA256SUMS.txt; empty where there is none."""
-    path = folder / SUMS
-    if not path.is_file():
-        return {}
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); check its permissions or delete it."
-        ) from None
-    pairs = (line.split(maxsplit=1) for line in lines if line.strip())
-    return {
-        name.strip().lstrip("*"): digest.lower()
-        for digest, name in (pair for pair in pairs if len(pair) == 2)
-    }
-
-
-def nearest_checksums(folder: Path, levels: int = 2) -> tuple[Path, dict[str, str]]:
-    """The folder, itself or up to `levels` above, that holds SHA256SUMS.txt, and its checksums;
-    else (folder, {}).
-    """
-    resolved = folder.resolve()
-    for root in (resolved, *resolved.parents[:levels]):
-        if (root / SUMS).is_file():
-            return root, read_checksums(root)
-    return resolved, {}
-
-
-def verify_file(folder: Path, path: Path, sums: Mapping[str, str]) -> None:
-    """Compare one file with its listed SHA-256, if it has one and is there; a difference is a
-    DataError.
-    """
-    resolved, root = path.resolve(), folder.resolve()
-    expected = (
-        sums.get(resolved.relative_to(root).as_posix()) if resolved.is_relative_to(root) else None
-    )
-    if expected is None or not resolved.is_file():
-        return
-    try:
-        with resolved.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); check the file and its permissions."
-        ) from None
-    if found != expected:
-        raise DataError(f"{path}: its checksum differs from {SUMS}; download the file again.")
+def class_counts(classes: Sequence[str], targets: np.ndarray) -> dict[str, int]:
+    """How many records have each class."""
+    return dict(zip(classes, targets.sum(axis=0, dtype=int).tolist(), strict=True))
 
 
 def ten_folds(patients: Sequence[str], targets: np.ndarray) -> np.ndarray:

@@ -7,27 +7,28 @@ count. Einthoven's law holds exactly on the counts, and read so the leads' media
 within 20 % of PTB-XL's (lead II: 0.98 mV against 0.92 mV).
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ecglib.errors import DataError
+from ecglib.errors import DataError, explain_reading
 from ecglib.files import inside
 from ecglib.records import LEADS, Records
 from ecglib.sources.assemble import Recording, assemble, read_each
 from ecglib.sources.index_files import (
+    Checksums,
+    binary_targets,
+    class_counts,
     existing_folder,
-    no_duplicates,
-    read_checksums,
-    read_csv,
+    read_index,
     ten_folds,
-    verify_file,
-    whole_numbers,
 )
-from ecglib.sources.wfdb_files import read_header, read_millivolts
+from ecglib.sources.wfdb_files import read_wfdb
 
 INDEX = "ludb.csv"
 RATE = 500  # Hz
@@ -103,26 +104,19 @@ def read_ludb(
     are in the table. Ages over 89 are 90.
     """
     folder = existing_folder(folder, f"LUDB's {INDEX}")
-    sums = read_checksums(folder) if verify else {}
-    index = _read_index(folder, sums)
+    checksums = Checksums.of(folder, verify)
+    index = _read_index(folder / INDEX, checksums)
+    names = index["ID"].astype(str).tolist()
     classes = tuple(dict.fromkeys(CLASSES.values()))
-    statements = [_statements(index.iloc[row]) for row in range(len(index))]
-    found = [{_class(statement) for statement in of_one} for of_one in statements]
-    targets = np.array([[name in of_one for name in classes] for of_one in found], dtype=np.uint8)
-    folds = ten_folds(index["ID"].astype(str).tolist(), targets)
+    statements = [_statements(entry) for _, entry in index.iterrows()]
+    targets = binary_targets([set(map(_class, stated)) for stated in statements], classes)
+    folds = ten_folds(names, targets)
 
     def read(position: int) -> Recording:
         entry = index.iloc[position]
-        path = _header_path(folder, entry["ID"])
-        verify_file(folder, path, sums)
-        verify_file(folder, path.with_suffix(".dat"), sums)
-        header = read_header(path)
-        channels = tuple(
-            replace(channel, gain=COUNTS_PER_MILLIVOLT, baseline=0) for channel in header.channels
-        )
         row = {
-            "record_id": str(entry["ID"]),
-            "patient_id": str(entry["ID"]),
+            "record_id": names[position],
+            "patient_id": names[position],
             "fold": int(folds[position]),
             "source": "ludb",
             "age": _age(entry["Age"]),
@@ -130,12 +124,11 @@ def read_ludb(
             "axis": _after_colon(entry[AXIS]),
             "statements": ";".join(statements[position]),
         }
-        millivolts = read_millivolts(replace(header, channels=channels), verify)
-        return Recording(header.leads, millivolts, header.sampling_rate, row, targets[position])
+        path = _header_path(folder, names[position])
+        recording = read_wfdb(path, checksums, COUNTS_PER_MILLIVOLT)
+        return replace(recording, row=row, target=targets[position])
 
-    without = [
-        statement for of_one in statements for statement in of_one if _class(statement) is None
-    ]
+    without = Counter(statement for statement in chain(*statements) if _class(statement) is None)
     about = {
         "source": "LUDB",
         "simulated": False,
@@ -143,20 +136,18 @@ def read_ludb(
         "folder": folder.name,
         "split": "by record, one patient each",
         "scale": "1 microvolt a count in all leads, not the headers' gains",
-        "class_counts": dict(zip(classes, targets.sum(axis=0, dtype=int).tolist(), strict=True)),
-        "statements_without_class": {name: without.count(name) for name in sorted(set(without))},
+        "class_counts": class_counts(classes, targets),
+        "statements_without_class": dict(without),
     }
-    stream = read_each(
-        range(len(index)), read, lambda position: str(index.iloc[position]["ID"]), rules
-    )
+    stream = read_each(names, read, rules)
     return assemble(stream, classes, sampling_rate, seconds, about, rules)
 
 
 def read_ludb_marks(
     folder: str | Path, record_ids: Iterable[str] | None = None, *, sampling_rate: float = RATE
 ) -> pd.DataFrame:
-    """Marks of the cardiologists: record_id, lead, wave (P, QRS, T), onset, peak, offset, one row a
-    wave and lead.
+    """Marks of the cardiologists: record_id, lead, wave (P, QRS, T), onset, peak, offset, one row
+    per wave and lead.
 
     Onset, peak and offset are samples at `sampling_rate`, rounded to the nearest, and missing
     (<NA>) where a border was not marked. All records, or those in `record_ids`; an absent or
@@ -164,21 +155,18 @@ def read_ludb_marks(
     """
     folder = existing_folder(folder, f"LUDB's {INDEX}")
     if record_ids is None:
-        record_ids = _read_index(folder, {})["ID"].tolist()
+        record_ids = _read_index(folder / INDEX)["ID"]
     rows = []
     for record in map(str, record_ids):
         path = _header_path(folder, record)
         for lead in LEADS:
-            rows += [
-                (record, lead, *wave)
-                for wave in _waves(read_annotations(path.with_suffix(f".{lead.lower()}")))
-            ]
-    marks = pd.DataFrame(rows, columns=["record_id", "lead", "wave", "onset", "peak", "offset"])
-    for column in ("onset", "peak", "offset"):
-        marks[column] = (
-            (marks[column].astype("Float64") * (sampling_rate / RATE)).round().astype("Int64")
-        )
-    return marks
+            marks = read_annotations(path.with_suffix(f".{lead.lower()}"))
+            rows += [(record, lead, *wave) for wave in _waves(marks)]
+    samples = ["onset", "peak", "offset"]
+    waves = pd.DataFrame(rows, columns=["record_id", "lead", "wave", *samples])
+    scaled = waves[samples].astype("Float64") * (sampling_rate / RATE)
+    waves[samples] = scaled.round().astype("Int64")
+    return waves
 
 
 def read_annotations(path: Path) -> list[tuple[int, int]]:
@@ -188,20 +176,14 @@ def read_annotations(path: Path) -> list[tuple[int, int]]:
     wfdb.rdann reads the same in 20 ms a file, which is 48 s for the 2,400 files of this set; a test
     compares the two.
     """
-    try:
-        words = np.frombuffer(path.read_bytes(), "<u2").tolist()
-    except FileNotFoundError:
-        raise DataError(
-            f"{path}: the wave marks of this lead are absent; download the file again."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); download the file again.") from None
-    marks, sample, place = [], 0, 0
+    with explain_reading(path, "the wave marks of this lead are absent; download the file again"):
+        content = path.read_bytes()
+    words = np.frombuffer(content, "<u2", len(content) // 2).tolist()
+    marks = []
+    sample = place = 0
     while place < len(words) and words[place]:
-        code, value = (
-            words[place] >> 10,
-            words[place] & 0x3FF,
-        )  # six bits of code, ten of time since the last mark
+        code = words[place] >> 10  # six bits of code, ten of time since the last mark
+        value = words[place] & 0x3FF
         place += 1
         if code == SKIP and place + 1 < len(words):  # a longer time: 32 bits, high word first
             long = (words[place] << 16) + words[place + 1]
@@ -246,14 +228,10 @@ def _waves(marks: Iterable[tuple[int, int]]) -> list[tuple[str, int | None, int,
     return [tuple(wave) for wave in waves]
 
 
-def _read_index(folder: Path, sums: Mapping[str, str]) -> pd.DataFrame:
+def _read_index(path: Path, checksums: Checksums | None = None) -> pd.DataFrame:
     """`ludb.csv`, its columns and record numbers checked."""
-    path = folder / INDEX
-    verify_file(folder, path, sums)
-    index = read_csv(path, ("ID", "Sex", "Age", AXIS, *STATEMENT_COLUMNS))
-    index["ID"] = whole_numbers(path, index, "ID")
-    no_duplicates(path, index, "ID")
-    return index
+    columns = ("ID", "Sex", "Age", AXIS, *STATEMENT_COLUMNS)
+    return read_index(path, columns, numbers=("ID",), unique="ID", checksums=checksums)
 
 
 def _header_path(folder: Path, record: str) -> Path:

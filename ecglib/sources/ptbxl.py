@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,11 @@ from ecglib.files import inside
 from ecglib.records import Records
 from ecglib.sources.assemble import Recording, assemble, read_each
 from ecglib.sources.index_files import (
+    FOLDS,
+    Checksums,
     existing_folder,
-    no_duplicates,
-    read_checksums,
-    read_csv,
-    verify_file,
-    whole_numbers,
+    read_index,
+    refuse_rows,
 )
 from ecglib.sources.wfdb_files import read_wfdb
 
@@ -26,6 +26,7 @@ VERSIONS = {21_837: "1.0.1 or 1.0.2", 21_799: "1.0.3"}  # told apart by the numb
 LIKELY = 50.0  # per cent; the optional rule for diagnostic statements
 INDEX, STATEMENTS = "ptbxl_database.csv", "scp_statements.csv"
 _NEEDED = ("ecg_id", "patient_id", "scp_codes", "strat_fold", "filename_lr", "filename_hr")
+_NUMBERS = ("ecg_id", "patient_id", "strat_fold")
 _KEPT = (
     "age",
     "sex",
@@ -63,35 +64,33 @@ def read_ptbxl(
             f"PTB-XL has recordings at 100 and 500 Hz, not at {sampling_rate}; choose one of them."
         )
     folder = existing_folder(folder, f"PTB-XL's {INDEX}")
-    sums = read_checksums(folder) if verify else {}
-    index = _read_index(folder, sums)
-    statements = _read_statements(folder, sums)
+    checksums = Checksums.of(folder, verify)
+    index = read_ptbxl_index(folder / INDEX, checksums)
+    statements = _read_statements(folder / STATEMENTS, checksums)
     code_to_class = _code_to_class(statements, task)
     classes = tuple(sorted(set(code_to_class.values())))
     diagnostic = set(_code_to_class(statements, "diagnostic"))
     any_statement, likely = _targets(folder, index, classes, code_to_class, diagnostic)
     column = "filename_lr" if sampling_rate == 100 else "filename_hr"
     present = np.ones(len(index), dtype=bool)
-    if (
-        sampling_rate == 500
-    ):  # the 500 Hz files are optional in a download; how many are not there is said in `about`
+    if sampling_rate == 500:  # optional in a download; `about` says how many are not there
         present = np.array(
             [inside(folder, f"{name}.hea", INDEX).exists() for name in index[column]]
         )
+    positions = np.flatnonzero(present)
     targets = likely if likely_only else any_statement
 
-    def read(position: int) -> Recording:
-        entry = index.iloc[position]
+    def read(place: int) -> Recording:
+        entry = index.iloc[positions[place]]
         path = inside(folder, f"{entry[column]}.hea", f"{folder / INDEX}, ecg_id {entry['ecg_id']}")
-        header, millivolts = read_wfdb(path, folder, sums, verify)
         row = {
             "record_id": str(entry["ecg_id"]),
-            "patient_id": str(int(entry["patient_id"])),
+            "patient_id": str(entry["patient_id"]),
             "fold": int(entry["strat_fold"]),
             "source": "ptb-xl",
-            **{c: entry[c] for c in _KEPT if c in entry},
+            **{name: entry[name] for name in _KEPT if name in entry},
         }
-        return Recording(header.leads, millivolts, header.sampling_rate, row, targets[position])
+        return replace(read_wfdb(path, checksums), row=row, target=targets[positions[place]])
 
     about = {
         "source": "PTB-XL",
@@ -103,26 +102,24 @@ def read_ptbxl(
         "not_downloaded": int((~present).sum()),
         "without_class": int((~targets.any(axis=1)).sum()),
         "class_counts": {
-            name: {"any statement": int(a), f"likelihood {LIKELY:.0f} or more": int(b)}
-            for name, a, b in zip(classes, any_statement.sum(0), likely.sum(0), strict=True)
+            name: {"any statement": count, f"likelihood {LIKELY:.0f} or more": count_likely}
+            for name, count, count_likely in zip(
+                classes,
+                any_statement.sum(axis=0, dtype=int).tolist(),
+                likely.sum(axis=0, dtype=int).tolist(),
+                strict=True,
+            )
         },
     }
-    stream = read_each(
-        np.flatnonzero(present), read, lambda position: str(index.iloc[position]["ecg_id"]), rules
-    )
+    stream = read_each(index["ecg_id"][present].astype(str), read, rules)
     return assemble(stream, classes, sampling_rate, 10.0, about, rules)
 
 
-def _read_index(folder: Path, sums: Mapping[str, str]) -> pd.DataFrame:
+def read_ptbxl_index(path: Path, checksums: Checksums | None = None) -> pd.DataFrame:
     """`ptbxl_database.csv`, its columns and values checked."""
-    path = folder / INDEX
-    verify_file(folder, path, sums)
-    index = read_csv(path, _NEEDED)
-    for column in ("ecg_id", "patient_id", "strat_fold"):
-        index[column] = whole_numbers(path, index, column)
-    no_duplicates(path, index, "ecg_id")
-    if not index["strat_fold"].between(1, 10).all():
-        raise DataError(f"{path}: strat_fold must be 1 to 10; download the file again.")
+    index = read_index(path, _NEEDED, numbers=_NUMBERS, unique="ecg_id", checksums=checksums)
+    outside = ~index["strat_fold"].between(1, FOLDS)
+    refuse_rows(path, index, "strat_fold", outside, "not 1 to 10; download the file again.")
     return index
 
 
@@ -140,28 +137,22 @@ def _version(folder: Path, index: pd.DataFrame) -> dict:
         unknown = set(index["filename_lr"]) ^ listed
         if listed and unknown:
             raise DataError(
-                f"{listing}: lists {len(listed)} recordings at 100 Hz where {INDEX} has {len(index)} (first difference "
-                f"{min(unknown, key=str)}); download both files of one version."
+                f"{listing}: lists {len(listed)} recordings at 100 Hz where {INDEX} has "
+                f"{len(index)} (first difference {min(unknown, key=str)}); download both files of "
+                "one version."
             )
     version = VERSIONS.get(len(index))
     return {"version": version or f"a subset of {len(index):,} records", "subset": version is None}
 
 
-def _read_statements(folder: Path, sums: Mapping[str, str]) -> pd.DataFrame:
-    """`scp_statements.csv`, one row a statement, its columns and names checked."""
-    path = folder / STATEMENTS
-    verify_file(folder, path, sums)
-    table = read_csv(
-        path, ("diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass")
-    )
-    blank = table.iloc[:, 0].isna()
-    if blank.any():
-        raise DataError(
-            f"{path}: line {int(blank.argmax()) + 2} names no statement; download the file again."
-        )
-    table = table.set_index(table.columns[0])
-    table.index = table.index.astype(str)
-    return table
+def _read_statements(path: Path, checksums: Checksums) -> pd.DataFrame:
+    """`scp_statements.csv`, one row per statement, its columns and names checked."""
+    columns = ("diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass")
+    table = read_index(path, columns, checksums=checksums)
+    name = table.columns[0]
+    blank = table[name].isna()
+    refuse_rows(path, table, name, blank, "which names no statement; download the file again.")
+    return table.set_index(table[name].astype(str))
 
 
 def _code_to_class(statements: pd.DataFrame, task: str) -> dict[str, str]:
@@ -204,15 +195,8 @@ def _parse_codes(folder: Path, ecg_id: int, text: object) -> dict[str, float]:
     """The statements of one record, `{"NORM": 100.0, ...}`."""
     try:
         return {str(code): float(value) for code, value in ast.literal_eval(str(text)).items()}
-    except (
-        ValueError,
-        SyntaxError,
-        AttributeError,
-        TypeError,
-        OverflowError,
-        RecursionError,
-        MemoryError,
-    ):
+    except Exception:  # a text that is no Python literal fails in many ways
         raise DataError(
-            f"{folder / INDEX}: ecg_id {ecg_id} has scp_codes {text!r}, not a list of statements; correct it."
+            f"{folder / INDEX}: ecg_id {ecg_id} has scp_codes {text!r}, not a list of statements; "
+            "correct it."
         ) from None

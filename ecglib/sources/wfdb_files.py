@@ -7,15 +7,15 @@ sources (16 bits, interleaved) are read here; every other format goes through th
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from ecglib.errors import DataError
+from ecglib.errors import DataError, explain_reading
 from ecglib.records import MISSING
-from ecglib.sources.index_files import verify_file
+from ecglib.sources.assemble import Recording
+from ecglib.sources.index_files import Checksums
 
 UNITS_PER_MILLIVOLT = {"mv": 1.0, "uv": 1000.0, "v": 0.001, "nv": 1e6}
 # The first release of the Georgia set gave 4880 counts per mV for counts of 1 microvolt; 1000 is
@@ -70,16 +70,8 @@ def read_header(path: str | Path) -> Header:
     the line.
     """
     path = Path(path)
-    try:
+    with explain_reading(path):
         text = path.read_bytes().decode("utf-8", errors="replace")
-    except FileNotFoundError:
-        raise DataError(
-            f"{path}: listed but absent; download it again or remove it from the list."
-        ) from None
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); check the file and its permissions."
-        ) from None
     lines = [line.strip() for line in text.splitlines()]
     comments = tuple(line.lstrip("#").strip() for line in lines if line.startswith("#"))
     content = [line for line in lines if line and not line.startswith("#")]
@@ -88,7 +80,8 @@ def read_header(path: str | Path) -> Header:
     channel_count, sampling_rate, length, oddities = _record_line(path, content[0])
     if len(content) - 1 < channel_count:
         raise DataError(
-            f"{path}: {channel_count} signals announced, {len(content) - 1} described; download it again."
+            f"{path}: {channel_count} signals announced, {len(content) - 1} described; download it "
+            "again."
         )
     channels = []
     for line in content[1 : 1 + channel_count]:
@@ -100,24 +93,21 @@ def read_header(path: str | Path) -> Header:
 
 def _record_line(path: Path, line: str) -> tuple[int, float, int | None, list[str]]:
     """Channel count, sampling rate, length and oddities of the first line."""
-    fields = line.split()
-    oddities = []
-    if "/" in fields[0]:
+    name, *fields = line.split()
+    if "/" in name:
         raise DataError(
-            f"{path}: a multi-segment record; join its segments first, for example with wfdb's tools."
+            f"{path}: a multi-segment record; join its segments first, for example with wfdb's "
+            "tools."
         )
-    if fields[0] != path.stem:
-        oddities.append(f"record line names {fields[0]}")
-    if len(fields) < 3:
+    if len(fields) < 2:
         raise DataError(
             f"{path}: the record line {line!r} lacks the sampling rate; download the header again."
         )
-    count = _number(path, fields[1], "number of signals", 1, 1000)
-    rate = _number(path, re.split(r"[/(]", fields[2])[0], "sampling rate", *SAMPLING_RATES)
-    length = (
-        int(_number(path, fields[3], "number of samples", 0, 1e12)) if len(fields) > 3 else None
-    )
-    return int(count), rate, length or None, oddities
+    count = _number(path, fields[0], "number of signals", 1, 1000)
+    rate = _number(path, re.split(r"[/(]", fields[1])[0], "sampling rate", *SAMPLING_RATES)
+    length = _number(path, fields[2], "number of samples", 0, 1e12) if len(fields) > 2 else 0
+    oddities = [f"record line names {name}"] if name != path.stem else []
+    return int(count), rate, int(length) or None, oddities
 
 
 def _signal_line(path: Path, line: str) -> tuple[Channel, str | None]:
@@ -129,11 +119,16 @@ def _signal_line(path: Path, line: str) -> tuple[Channel, str | None]:
         )
     part = match.groupdict()
     name = part["name"] or ""
-    if part["gain"] is None or _number(path, part["gain"], "gain", -1e9, 1e9) == 0:
+
+    def number(field: str, what: str, default: str = "0") -> float:
+        return _number(path, part[field] or default, what, -1e9, 1e9)
+
+    gain = number("gain", "gain")
+    if gain == 0:
         raise DataError(
-            f"{path}: lead {name or '?'} has gain zero or none, so its millivolts are unknown; correct it."
+            f"{path}: lead {name or '?'} has gain zero or none, so its millivolts are unknown; "
+            "correct it."
         )
-    gain = _number(path, part["gain"], "gain", -1e9, 1e9)
     if (part["per_frame"] or "1") != "1":
         raise DataError(
             f"{path}: lead {name} has several samples a frame; resample it to one rate first."
@@ -147,21 +142,16 @@ def _signal_line(path: Path, line: str) -> tuple[Channel, str | None]:
     if gain in OBSOLETE_GAINS:
         oddity = f"obsolete gain {gain:g}/mV read as {OBSOLETE_GAINS[gain]:g}/mV"
         gain = OBSOLETE_GAINS[gain]
-    zero = int(_number(path, part["zero"] or "0", "ADC zero", -1e9, 1e9))
-    baseline = (
-        int(_number(path, part["baseline"], "baseline", -1e9, 1e9)) if part["baseline"] else zero
-    )
-    checksum = (
-        int(_number(path, part["checksum"], "checksum", -1e9, 1e9)) if part["checksum"] else None
-    )
+    zero = number("zero", "ADC zero")
+    baseline = number("baseline", "baseline") if part["baseline"] else zero
     channel = Channel(
-        part["file"],
-        part["format"],
-        int(part["offset"] or 0),
-        gain * UNITS_PER_MILLIVOLT[units],
-        baseline,
-        checksum,
-        name,
+        file=part["file"],
+        format=part["format"],
+        offset=int(part["offset"] or 0),
+        gain=gain * UNITS_PER_MILLIVOLT[units],
+        baseline=int(baseline),
+        checksum=int(number("checksum", "checksum")) if part["checksum"] else None,
+        name=name,
     )
     return channel, oddity
 
@@ -174,47 +164,41 @@ def _number(path: Path, text: str, what: str, low: float, high: float) -> float:
         value = math.nan
     if not low <= value <= high:
         raise DataError(
-            f"{path}: the {what} {text!r} is not a number from {low:g} to {high:g}; correct the header."
+            f"{path}: the {what} {text!r} is not a number from {low:g} to {high:g}; correct the "
+            "header."
         )
     return value
 
 
 def read_counts(header: Header) -> np.ndarray:
-    """Raw counts `(channels, time)` int16; a missing, short or damaged signal file is a DataError."""
-    first = header.channels[0]
-    if any(
-        (c.file, c.format, c.offset) != (first.file, "16", first.offset) for c in header.channels
-    ):
+    """Raw counts `(channels, time)` int16; a missing, short or damaged signal file is a
+    DataError.
+    """
+    places = {(channel.file, channel.format, channel.offset) for channel in header.channels}
+    file, form, offset = places.pop()
+    if places or form != "16":
         return _counts_by_library(header)
-    path = _signal_path(header, first.file)
+    path = _signal_path(header, file)
     channels = len(header.channels)
-    try:
-        size = path.stat().st_size - first.offset
-        length = header.length or max(size, 0) // (2 * channels)
+    with explain_reading(path):
+        size = max(path.stat().st_size - offset, 0)
+        length = header.length or size // (2 * channels)
         if length < 1 or size < 2 * channels * length:
             raise DataError(
-                f"{path}: {max(size, 0)} bytes of signal where the header promises {2 * channels * length}; "
-                "the file is truncated, download it again."
+                f"{path}: {size} bytes of signal where the header promises "
+                f"{2 * channels * length}; the file is truncated, download it again."
             )
-        counts = np.fromfile(path, "<i2", channels * length, offset=first.offset)
-    except FileNotFoundError:
-        raise DataError(
-            f"{path}: listed but absent; download it again or remove it from the list."
-        ) from None
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); check the file and its permissions."
-        ) from None
+        counts = np.fromfile(path, "<i2", channels * length, offset=offset)
     return counts.reshape(length, channels).T
 
 
 def wrong_checksums(header: Header, counts: np.ndarray) -> list[str]:
     """Leads whose samples do not sum to the header's 16-bit checksum."""
-    sums = counts.astype(np.int64).sum(axis=1)
+    sums = counts.astype(np.int64).sum(axis=1).tolist()
     return [
-        c.name
-        for c, total in zip(header.channels, sums, strict=True)
-        if c.checksum is not None and (int(total) - c.checksum) % 65536
+        channel.name
+        for channel, total in zip(header.channels, sums, strict=True)
+        if channel.checksum is not None and (total - channel.checksum) % 65536
     ]
 
 
@@ -227,35 +211,47 @@ def read_millivolts(header: Header, verify: bool = False) -> np.ndarray:
     wrong = wrong_checksums(header, counts) if verify else []
     if wrong:
         raise DataError(
-            f"{header.path}: the samples of {', '.join(wrong)} do not sum to the checksum in the header; download the "
-            "record again, or read with verify=False."
+            f"{header.path}: the samples of {', '.join(wrong)} do not sum to the checksum in the "
+            "header; download the record again, or read with verify=False."
         )
-    gain = np.array([channel.gain for channel in header.channels], dtype=np.float32)[:, None]
-    baseline = np.array([channel.baseline for channel in header.channels], dtype=np.float32)[
-        :, None
-    ]
+    scales = [(channel.baseline, channel.gain) for channel in header.channels]
+    baseline, gain = np.array(scales, dtype=np.float32).T[..., None]
     values = (counts.astype(np.float32) - baseline) / gain
     values[counts == MISSING] = np.nan
     return values
 
 
 def read_wfdb(
-    path: Path, root: Path, sums: Mapping[str, str], verify: bool = True
-) -> tuple[Header, np.ndarray]:
-    """Header and signals in mV `(channels, time)` of one record below `root`.
+    path: Path, checksums: Checksums, counts_per_millivolt: float | None = None
+) -> Recording:
+    """One record, its files compared with `checksums`, still without row and target.
 
-    Its files are compared with the SHA-256 listed in `sums`, and with `verify` the samples with the
-    header's checksums.
+    `counts_per_millivolt` takes the place of the header's gains and baselines.
     """
-    verify_file(root, path, sums)
+    checksums.check(path)
     header = read_header(path)
     for name in {channel.file for channel in header.channels}:
-        verify_file(root, _signal_path(header, name), sums)
-    return header, read_millivolts(header, verify)
+        checksums.check(_signal_path(header, name))
+    notes = [("header", "repaired", oddity) for oddity in header.oddities]
+    if counts_per_millivolt is not None:
+        channels = [
+            replace(channel, gain=counts_per_millivolt, baseline=0) for channel in header.channels
+        ]
+        header = replace(header, channels=tuple(channels))
+        notes = []
+    return Recording(
+        header.leads,
+        read_millivolts(header, checksums.verify),
+        header.sampling_rate,
+        notes=notes,
+        comments=header.comments,
+    )
 
 
 def _signal_path(header: Header, name: str) -> Path:
-    """The signal file beside its header; a name that is a path could point anywhere and is refused."""
+    """The signal file beside its header; a name that is a path could point anywhere and is
+    refused.
+    """
     if name in {".", ".."} or Path(name).name != name or "\0" in name:
         raise DataError(
             f"{header.path}: the signal file {name!r} is not a plain file name; correct the header."
@@ -269,21 +265,19 @@ def _counts_by_library(header: Header) -> np.ndarray:
 
     for channel in header.channels:
         path = _signal_path(header, channel.file)
-        if not path.is_file():
-            raise DataError(
-                f"{path}: listed but absent; download it again or remove it from the list."
-            )
+        with explain_reading(path):
+            size = path.stat().st_size
         # The library would reserve the memory for all announced samples first.
-        if (header.length or 0) > MOST_SAMPLES_A_BYTE * path.stat().st_size:
+        if (header.length or 0) > MOST_SAMPLES_A_BYTE * size:
             raise DataError(
-                f"{path}: far too short for {header.length} samples; it is truncated, download it again."
+                f"{path}: far too short for {header.length} samples; it is truncated, download it "
+                "again."
             )
     try:
         record = wfdb.rdrecord(str(header.path.with_suffix("")), physical=False)
         counts = record.d_signal.T
-    except (
-        Exception
-    ) as error:  # whatever the library raises on a damaged file is one thing to our caller
+    # Whatever the library raises on a damaged file is one thing to our caller.
+    except Exception as error:
         raise DataError(
             f"{header.path}: wfdb cannot read this record ({error}); download it again."
         ) from error

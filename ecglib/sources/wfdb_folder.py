@@ -1,6 +1,7 @@
 """Any folder of WFDB records with a CSV file of labels."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ from ecglib.records import Records
 from ecglib.sources.assemble import Recording, assemble, read_each
 from ecglib.sources.index_files import (
     FOLDS,
+    Checksums,
+    binary_targets,
+    class_counts,
     existing_folder,
-    no_duplicates,
-    read_checksums,
-    read_csv,
+    read_index,
+    refuse_rows,
     ten_folds,
-    where,
     whole_numbers,
 )
 from ecglib.sources.wfdb_files import read_wfdb
@@ -49,22 +51,16 @@ def read_wfdb_folder(
     path = Path(labels_csv) if Path(labels_csv).is_file() else folder / labels_csv
     table = _read_labels(path)
     names, targets = _targets(path, table, classes)
-    sums = read_checksums(folder) if verify else {}
+    checksums = Checksums.of(folder, verify)
     by_patient, given_fold = "patient_id" in table, "fold" in table
     patients = table["patient_id" if by_patient else "record"].tolist()
     folds = _folds(path, table) if given_fold else ten_folds(patients, targets)
-    kept = table[
-        [
-            column
-            for column in table
-            if column not in (*NAMES, "patient_id", "fold", "source", *names)
-        ]
-    ]
+    used = {*NAMES, "patient_id", "fold", "source", *names}
+    kept = table[[column for column in table if column not in used]]
 
     def read(position: int) -> Recording:
         name = table["record"].iloc[position]
         file = inside(folder, f"{name}.hea", f"{path}, line {position + 2}")
-        header, millivolts = read_wfdb(file, folder, sums, verify)
         row = {
             "record_id": name,
             "patient_id": patients[position],
@@ -72,47 +68,45 @@ def read_wfdb_folder(
             "source": folder.name,
             **kept.iloc[position].to_dict(),
         }
-        notes = [("header", "repaired", oddity) for oddity in header.oddities]
-        return Recording(
-            header.leads, millivolts, header.sampling_rate, row, targets[position], notes
-        )
+        return replace(read_wfdb(file, checksums), row=row, target=targets[position])
 
+    split = "by patient" if by_patient else "by record, no patient_id is given"
     about = {
         "source": folder.name,
         "simulated": False,
         "task": path.stem,
         "folder": folder.name,
         "labels": path.name,
-        "split": "as given"
-        if given_fold
-        else "by patient"
-        if by_patient
-        else "by record, no patient_id is given",
+        "split": "as given" if given_fold else split,
         "not_classes": list(kept.columns),
         "without_class": int((~targets.any(axis=1)).sum()),
-        "class_counts": dict(zip(names, targets.sum(axis=0, dtype=int).tolist(), strict=True)),
+        "class_counts": class_counts(names, targets),
     }
-    stream = read_each(
-        range(len(table)), read, lambda position: table["record"].iloc[position], rules
-    )
+    stream = read_each(table["record"], read, rules)
     return assemble(stream, names, sampling_rate, seconds, about, rules)
 
 
 def _read_labels(path: Path) -> pd.DataFrame:
     """The labels with a column `record` of unique names, and patient_id as text."""
-    table = read_csv(path, (), text=(*NAMES, "patient_id", "labels"))
+    table = read_index(path, (), text=(*NAMES, "patient_id", "labels"))
     column = next((name for name in NAMES if name in table), None)
     if column is None:
         raise DataError(f"{path}: no column names the records; add one called 'record'.")
-    for needed in [column, *({"patient_id"} & set(table))]:
-        if table[needed].isna().any():
-            row = int(np.argmax(table[needed].isna().to_numpy()))
-            raise DataError(f"{path}: line {row + 2} has no {needed}; fill it in.")
-    table["record"] = table[column].str.strip().str.removesuffix(".hea")
-    no_duplicates(path, table, "record")
     if not len(table):
-        raise DataError(f"{path}: lists no record; add one line a record.")
+        raise DataError(f"{path}: lists no record; add one line per record.")
+    for needed in [column, *({"patient_id"} & set(table))]:
+        _refuse_blanks(path, table, needed, f"has no {needed}; fill it in")
+    table["record"] = table[column].str.strip().str.removesuffix(".hea")
+    again = table["record"].duplicated()
+    refuse_rows(path, table, "record", again, "which stands there twice; keep one line.")
     return table
+
+
+def _refuse_blanks(path: Path, table: pd.DataFrame, column: str, problem: str) -> None:
+    """A DataError that names the first line without a value in a column."""
+    blank = table[column].isna()
+    if blank.any():
+        raise DataError(f"{path}: line {int(np.argmax(blank)) + 2} {problem}.")
 
 
 def _targets(
@@ -125,26 +119,25 @@ def _targets(
             for cell in table["labels"].fillna("")
         ]
         names = tuple(classes or sorted(set().union(*sets)))
-        targets = np.array([[name in found for name in names] for found in sets], dtype=np.uint8)
+        targets = binary_targets(sets, names)
     else:
         names = tuple(classes or _class_columns(path, table))
         for name in names:
             if name not in table:
                 raise DataError(
-                    f"{path}: the column of the class {name!r} is missing; add it or leave the class out."
+                    f"{path}: the column of the class {name!r} is missing; add it or leave the "
+                    "class out."
                 )
             if not _is_binary(table[name]):
                 raise DataError(
-                    f"{path}: the class column {name!r} holds something else than 0 and 1; correct it."
+                    f"{path}: the class column {name!r} holds something else than 0 and 1; correct "
+                    "it."
                 )
-        targets = (
-            table[list(names)].to_numpy(dtype=np.uint8)
-            if names
-            else np.zeros((len(table), 0), np.uint8)
-        )
+        targets = table[list(names)].to_numpy(dtype=np.uint8)
     if not names:
         raise DataError(
-            f"{path}: no column is a class; add columns of 0 and 1, or one column 'labels' (AF;LBBB)."
+            f"{path}: no column is a class; add columns of 0 and 1, or one column 'labels' "
+            "(AF;LBBB)."
         )
     return names, targets
 
@@ -156,11 +149,9 @@ def _class_columns(path: Path, table: pd.DataFrame) -> list[str]:
     found = []
     for name in (column for column in table if column not in NOT_CLASSES):
         known = table[name].dropna()
-        if len(known) and len(known) < len(table) and _is_binary(known):
-            row = int(np.argmax(table[name].isna().to_numpy()))
-            raise DataError(
-                f"{path}: line {row + 2} has no value for the class {name!r}; write 0 or 1."
-            )
+        if len(known) and _is_binary(known):
+            problem = f"has no value for the class {name!r}; write 0 or 1"
+            _refuse_blanks(path, table, name, problem)
         if _is_binary(table[name]):
             found.append(name)
     return found
@@ -175,8 +166,5 @@ def _folds(path: Path, table: pd.DataFrame) -> np.ndarray:
     """The given folds, checked to lie between 1 and 10."""
     folds = whole_numbers(path, table, "fold").to_numpy()
     outside = (folds < 1) | (folds > FOLDS)
-    if outside.any():
-        raise DataError(
-            f"{path}: {where(table, 'fold', pd.Series(outside))}; use 1 to {FOLDS} (9 selects, 10 tests)."
-        )
+    refuse_rows(path, table, "fold", outside, f"use 1 to {FOLDS} (9 selects, 10 tests).")
     return folds

@@ -7,11 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ecglib.evaluate.draws import (
-    paired_calibration_error,
-    paired_difference,
-    paired_f2,
-)
+from ecglib.evaluate.draws import PatientDraws, calibration_error, f2, paired_difference
 from ecglib.evaluate.metrics import AbsentClassWarning, choose_thresholds
 from ecglib.records import Records
 from ecgstudy.analysis.figures import arm_label, method_label, plot_intervals, require_columns
@@ -156,7 +152,9 @@ def gains_over(
             )
             for measure, statistic in MEASURES.items()
         }
-        gains["macro_f2"] = paired_f2(targets, decisions[own], decisions[cell], patients)
+        gains["macro_f2"] = PatientDraws(patients).difference(
+            f2(targets, decisions[own]), f2(targets, decisions[cell])
+        )
         pair = {"method": method, "against": cell[2], "start": cell[0], "fraction": cell[1]}
         rows += [
             {**pair, "metric": measure, "gain": gain.value, "low": gain.low, "high": gain.high}
@@ -201,9 +199,11 @@ def stage_gains(
             "macro_auroc": paired_difference(
                 targets, sides[own], sides[other], patients, classes=records.classes
             ),
-            "expected_calibration_error": paired_calibration_error(
-                targets, sides[own], sides[other], patients
-            ),
+            "expected_calibration_error": PatientDraws(patients)
+            .difference(
+                calibration_error(targets, sides[own]), calibration_error(targets, sides[other])
+            )
+            .basic(),
         }
         rows += [
             {**names, "metric": metric, "gain": gain.value, "low": gain.low, "high": gain.high}

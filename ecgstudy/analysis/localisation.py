@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from ecglib.errors import DataError
-from ecglib.evaluate.draws import Interval, draw_weights
+from ecglib.evaluate.draws import Interval, PatientDraws, mean
 from ecglib.evaluate.windows import window_starts
 from ecglib.records import LEADS
 from ecglib.saliency import PATCH, bridged, find_r_peaks
@@ -553,16 +553,7 @@ def mean_interval(
     known = ~np.isnan(values)
     if not known.any():
         return Interval(np.nan, np.nan, np.nan)
-    values, patients = values[known], np.asarray(patients)[known]
-    drawn = np.concatenate(
-        [
-            values @ weights / weights.sum(axis=0)
-            for weights in draw_weights(patients, len(values), draws, seed)
-        ]
-    )
-    return Interval(
-        float(values.mean()), *(float(limit) for limit in np.quantile(drawn, [0.025, 0.975]))
-    )
+    return PatientDraws(np.asarray(patients)[known], draws, seed).interval(mean(values[known]))
 
 
 def _both(mask: np.ndarray, counted: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

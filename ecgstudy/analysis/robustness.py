@@ -16,6 +16,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from ecglib.evaluate.draws import percentile_interval
 from ecglib.noise import KINDS
 from ecglib.records import LEADS
 from ecgstudy.analysis.figures import MARKERS, arm_label, require_columns, share_label
@@ -190,15 +191,15 @@ def robustness_table(scores: NoiseScores) -> pd.DataFrame:
                 {**shared, "snr_db": CLEAN, "auroc": clean, "loss": 0.0, "low": 0.0, "high": 0.0}
             )
             for snr, loss, drawn in zip(*scores.losses(place, kind), strict=True):
-                low, high = _limits(drawn)
+                interval = percentile_interval(loss, drawn)
                 rows.append(
                     {
                         **shared,
                         "snr_db": snr,
                         "auroc": clean - loss,
                         "loss": loss,
-                        "low": low,
-                        "high": high,
+                        "low": interval.low,
+                        "high": interval.high,
                     }
                 )
     columns = [*ARM, "kind", "snr_db", "auroc", "loss", "low", "high", "n"]
@@ -220,7 +221,7 @@ def snr_where_lost(snr_db: Sequence[float], losses: Sequence[float], limit: floa
     return -math.inf
 
 
-def threshold_table(scores: NoiseScores, limit: float = LIMIT, level: float = 0.95) -> pd.DataFrame:
+def threshold_table(scores: NoiseScores, limit: float = LIMIT) -> pd.DataFrame:
     """A row an arm and kind: `snr_db` at which `limit` of the macro AUROC is lost, its interval,
     and both in words.
 
@@ -230,12 +231,12 @@ def threshold_table(scores: NoiseScores, limit: float = LIMIT, level: float = 0.
     for place, run in enumerate(scores.arms):
         for kind in scores.kinds:
             snr, losses, drawn = scores.losses(place, kind)
-            where = [snr_where_lost(snr, each, limit) for each in drawn.T]
             # An infinite answer is an answer, so no interpolation between draws.
-            low, high = np.quantile(
-                where, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf"
+            found, low, high = percentile_interval(
+                snr_where_lost(snr, losses, limit),
+                [snr_where_lost(snr, each, limit) for each in drawn.T],
+                method="inverted_cdf",
             )
-            found = snr_where_lost(snr, losses, limit)
             rows.append(
                 {
                     **arm_of(run),
@@ -332,21 +333,14 @@ def _difference_row(
     value: float,
     drawn: np.ndarray,
 ) -> dict:
-    low, high = _limits(drawn)
+    interval = percentile_interval(value, drawn)
     return {
         "family": family,
         "method": method,
         "protocol": protocol,
         "encoder": encoder,
         "fraction": fraction,
-        "difference": float(value),
-        "low": low,
-        "high": high,
+        "difference": interval.value,
+        "low": interval.low,
+        "high": interval.high,
     }
-
-
-def _limits(drawn: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of draws; a draw without any measurable class has no say."""
-    known = drawn[~np.isnan(drawn)]
-    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
-    return float(low), float(high)

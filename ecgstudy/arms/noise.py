@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from ecglib.batches import to_millivolts
 from ecglib.errors import DataError
-from ecglib.evaluate.draws import draw_weights
-from ecglib.evaluate.metrics import rank_classes, weighted_auroc
+from ecglib.evaluate.draws import PatientDraws, auroc, together
 from ecglib.evaluate.windows import window_starts
 from ecglib.noise import KINDS, FlatLeadWarning, prepare_noise, record_generator
 from ecglib.records import MISSING, Records
@@ -232,29 +231,6 @@ def score_conditions(
     return torch.stack(scores, dim=1).numpy()
 
 
-def drawn_auroc(
-    targets: np.ndarray, scores: np.ndarray, patients: Sequence, draws: int = 1000, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Macro AUROC of scores `(conditions, n, classes)`, `(conditions,)` and on each patient draw
-    `(conditions, draws)`.
-
-    The draws are those of `evaluate.bootstrap_interval`; a class absent in a draw leaves that
-    draw's mean.
-    """
-    rankings = [rank_classes(targets, each) for each in scores]
-
-    def macro(weights: np.ndarray) -> np.ndarray:
-        each = np.array(
-            [[weighted_auroc(ranking, weights) for ranking in classes] for classes in rankings]
-        )
-        known = ~np.isnan(each)
-        with np.errstate(invalid="ignore"):
-            return np.where(known, each, 0).sum(axis=1) / known.sum(axis=1)
-
-    drawn = [macro(weights) for weights in draw_weights(patients, len(targets), draws, seed)]
-    return macro(np.ones((len(targets), 1)))[:, 0], np.concatenate(drawn, axis=1)
-
-
 def score_under_noise(
     arms: Sequence[Run],
     records: Records,
@@ -327,7 +303,7 @@ def _noise_spec(group: Sequence[Run], settings: Mapping) -> RunSpec:
     first = group[0].spec
     own = {**settings, "protocol": "noise", "scored": [run.spec.key for run in group]}
     identity = (first.method, first.data, first.data_key, first.labels, first.fraction, first.seed)
-    return RunSpec(*identity, own, code_of(score_conditions, drawn_auroc))
+    return RunSpec(*identity, own, code_of(score_conditions, auroc))
 
 
 def _scoring(
@@ -350,7 +326,8 @@ def _scoring(
         targets, patients = records.split_truth("test")
         scores = score_conditions(networks, noisy, window, device, spec.settings["dtype"])
         for own, each in zip(groups[spec.key], scores, strict=True):
-            values, drawn = drawn_auroc(targets, each, patients, spec.settings["draws"])
+            measure = together(*(auroc(targets, condition) for condition in each))
+            values, drawn = PatientDraws(patients, spec.settings["draws"]).sample(measure)
             kept |= {
                 f"{own.spec.key}/probabilities": each,
                 f"{own.spec.key}/auroc": values,

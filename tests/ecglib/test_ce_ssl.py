@@ -15,7 +15,7 @@ from ecglib.batches import CropBatches, SemiBatch, SemiBatches, step_generator
 from ecglib.encoders import make_encoder
 from ecglib.encoders.conv_transformer import ConvTransformer
 from ecglib.errors import DataError
-from ecglib.evaluate.draws import paired_f2
+from ecglib.evaluate.draws import PatientDraws, f2
 from ecglib.labels import label_subsets
 from ecglib.lora import add_lora, low_rank_layers
 from ecglib.records import Records
@@ -300,7 +300,7 @@ def test_paired_f2_against_a_loop() -> None:
     b[1, :, 2] = np.nan  # one model has no threshold for a class
     groups = np.repeat(np.arange(30), 2)
 
-    def f2(chosen: np.ndarray, predicted: np.ndarray) -> float:
+    def slow(chosen: np.ndarray, predicted: np.ndarray) -> float:
         means = []
         for one in predicted:
             values = []
@@ -317,13 +317,13 @@ def test_paired_f2_against_a_loop() -> None:
         return float(np.mean(means))
 
     whole = np.arange(60)
-    interval = paired_f2(targets, a, b, groups, draws=200)
-    assert interval.value == pytest.approx(f2(whole, a) - f2(whole, b))
+    interval = PatientDraws(groups, 200).difference(f2(targets, a), f2(targets, b))
+    assert interval.value == pytest.approx(slow(whole, a) - slow(whole, b))
     draws = []
     for seed in range(400):
         patients = np.random.default_rng(seed).integers(30, size=30)
         chosen = np.concatenate([np.flatnonzero(groups == patient) for patient in patients])
-        draws.append(f2(chosen, a) - f2(chosen, b))
+        draws.append(slow(chosen, a) - slow(chosen, b))
     assert interval.low == pytest.approx(np.quantile(draws, 0.025), abs=0.05)
     assert interval.high == pytest.approx(np.quantile(draws, 0.975), abs=0.05)
 

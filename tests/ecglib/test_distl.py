@@ -16,7 +16,7 @@ from ecglib.ema import average_of
 from ecglib.encoders.transformer import DropPath, set_drop_path
 from ecglib.encoders.vit1d import ViT1d
 from ecglib.errors import DataError
-from ecglib.evaluate.draws import paired_calibration_error
+from ecglib.evaluate.draws import Interval, PatientDraws, calibration_error
 from ecglib.evaluate.metrics import expected_calibration_error
 from ecglib.records import Records
 from ecglib.selfsup.crops import encode_views, random_views
@@ -448,6 +448,11 @@ def test_gains_are_paired_with_the_start_and_with_each_arm(
         DataError, match="1 fixmatch 0.2 and 0 supervised 0.2 were not run with the same seeds"
     ):
         stage_gains(fewer, records)
+
+
+def paired_calibration_error(targets, first, second, patients, draws=1000, bins=15) -> Interval:
+    sides = calibration_error(targets, first, bins), calibration_error(targets, second, bins)
+    return PatientDraws(patients, draws).difference(*sides).basic()
 
 
 def test_paired_calibration_error_equals_a_slow_version():

@@ -46,27 +46,33 @@ def test_class_statistics_equal_scikit_learn_with_ties_and_weights(column):
     target, score, weight = (np.array(part) for part in zip(*column, strict=True))
     use = weight > 0
     pairs = [
-        (evaluate.class_auroc, roc_auc_score),
-        (evaluate.class_average_precision, average_precision_score),
+        (evaluate.class_auroc, evaluate.auroc, roc_auc_score),
+        (
+            evaluate.class_average_precision,
+            evaluate.average_precision,
+            average_precision_score,
+        ),
     ]
-    for ours, theirs in pairs:
+    for ours, measure, theirs in pairs:
+        weighted = measure(target[:, None], score[:, None]).of(weight[:, None])[0]
         if 0 < target.sum() < len(target):
             assert abs(ours(target[:, None], score[:, None])[0] - theirs(target, score)) < 1e-12
         if 0 < target[use].sum() < use.sum():
-            weighted = ours(target[:, None], score[:, None], weight)[0]
             assert (
                 abs(weighted - theirs(target[use], score[use], sample_weight=weight[use])) < 1e-12
             )
         else:
-            assert np.isnan(ours(target[:, None], score[:, None], weight)[0])
+            assert np.isnan(weighted)
 
 
-def test_draws_of_weights_give_one_row_each():
+def test_draws_of_weights_give_one_column_each():
     targets, scores = make_scores()
-    weights = np.random.default_rng(1).integers(0, 3, (5, len(targets)))
-    table = evaluate.class_auroc(targets, scores, weights)
-    assert table.shape == (5, 4)
-    assert np.array_equal(table[2], evaluate.class_auroc(targets, scores, weights[2]))
+    weights = np.random.default_rng(1).integers(0, 3, (len(targets), 5)).astype(float)
+    areas = evaluate.class_areas(evaluate.weighted_auroc, targets, scores)
+    table = areas.of(weights)
+    assert table.shape == (4, 5)
+    assert np.array_equal(table[:, 2], areas.of(weights[:, [2]])[:, 0])
+    assert np.array_equal(evaluate.class_auroc(targets, scores), areas.of(np.ones((300, 1)))[:, 0])
 
 
 def test_absent_classes_are_named_and_left_out():
@@ -209,6 +215,21 @@ def test_draws_do_not_depend_on_the_chunks(monkeypatch):
     assert bootstrap_interval(targets, scores, np.arange(120) // 2, draws=40) == first
 
 
+def test_measures_are_taken_together_on_the_same_draws():
+    targets, scores = make_scores(100)
+    draws, sides = evaluate.PatientDraws(np.arange(100) // 2, 40, seed=3), []
+    for model in (scores, scores[:, ::-1]):
+        sides.append(evaluate.auroc(targets, model))
+    values, drawn = draws.sample(evaluate.together(*sides))
+    assert values.shape == (2,) and drawn.shape == (2, 40)
+    assert draws.interval(sides[1]) == evaluate.percentile_interval(values[1], drawn[1])
+    assert draws.difference(*sides) == evaluate.percentile_interval(
+        values[0] - values[1], drawn[0] - drawn[1]
+    )
+    one, both = evaluate.f2(targets, scores > 0), evaluate.f2(targets, np.stack([scores > 0] * 2))
+    assert draws.interval(one) == pytest.approx(draws.interval(both), abs=1e-12)
+
+
 def test_a_class_of_one_patient_leaves_draws_but_not_the_interval():
     targets = np.zeros((12, 1), int)
     targets[0] = 1
@@ -265,7 +286,10 @@ def test_bad_input_is_one_sentence():
             lambda: evaluate.ranking_report(targets[:, :1], scores[:, :1], [0.5]),
             "two classes or more",
         ),
-        (lambda: evaluate.class_auroc(targets, scores, np.ones(3)), "one weight a record"),
+        (
+            lambda: evaluate.PatientDraws(np.arange(20)).interval(evaluate.mean(np.ones(3))),
+            "one patient for each of 3 records, 20 were given",
+        ),
         (lambda: evaluate.expected_calibration_error(targets, scores * 9), "between 0 and 1"),
     ]:
         with pytest.raises(DataError, match=message):

@@ -162,7 +162,8 @@ table = pd.DataFrame({"record_id": range(4000), "patient_id": "p", "fold": 1, "s
 while True:
     for value in (1, 2):
         signals = np.full((4000, 12, 500), value, np.int16)
-        records = Records(signals, 0.001, 100, table, np.full((4000, 1), value), ["A"], known_fingerprint=str(value))
+        targets = np.full((4000, 1), value)
+        records = Records(signals, 0.001, 100, table, targets, ["A"], known_fingerprint=str(value))
         records.save(FOLDER)
         print(value, flush=True)
 """

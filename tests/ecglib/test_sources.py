@@ -97,15 +97,25 @@ def test_real_ptbxl_counts() -> None:
 # CinC 2021
 
 PUBLISHED_COUNTS = {  # Table S1 of the CE-SSL paper
-    "georgia": "AF 570, IAVB 769, IRBBB 407, LAD 940, LBBB 231, LQRSV 374, NSIVCB 203, NSR 1752, PAC 639, LQT 1391, "
-    "QAb 464, RBBB 542, SA 455, SB 1677, STach 1261, TAb 2306, TInv 812, VPB 357",
-    "ptb-xl": "AF 1514, CRBBB 542, IAVB 797, IRBBB 1118, LAD 5146, LAnFB 1626, LBBB 536, NSIVCB 789, NSR 18092, "
-    "PAC 398, PR 296, LPR 340, QAb 548, RAD 343, SA 772, SB 637, STach 826, TAb 2345, TInv 294",
-    "ningbo": "AFL 7615, BBB 385, CLBBB 213, CRBBB 1096, IAVB 893, IRBBB 246, LAD 1163, LAnFB 380, LQRSV 794, "
-    "NSIVCB 536, NSR 6299, PAC 1054, PR 1182, PRWP 638, PVC 1091, LQT 337, QAb 828, RAD 638, SA 2550, SB 12670, "
-    "STach 5687, TAb 5167, TInv 2720",
-    "chapman": "AF 1780, AFL 445, IAVB 247, LAD 382, LBBB 205, LQRSV 249, NSIVCB 235, NSR 1826, PAC 258, QAb 235, "
-    "RAD 215, RBBB 454, SB 3889, STach 1568, TAb 1876, VPB 294",
+    "georgia": (
+        "AF 570, IAVB 769, IRBBB 407, LAD 940, LBBB 231, LQRSV 374, NSIVCB 203, NSR 1752, "
+        "PAC 639, LQT 1391, QAb 464, RBBB 542, SA 455, SB 1677, STach 1261, TAb 2306, "
+        "TInv 812, VPB 357"
+    ),
+    "ptb-xl": (
+        "AF 1514, CRBBB 542, IAVB 797, IRBBB 1118, LAD 5146, LAnFB 1626, LBBB 536, NSIVCB "
+        "789, NSR 18092, PAC 398, PR 296, LPR 340, QAb 548, RAD 343, SA 772, SB 637, "
+        "STach 826, TAb 2345, TInv 294"
+    ),
+    "ningbo": (
+        "AFL 7615, BBB 385, CLBBB 213, CRBBB 1096, IAVB 893, IRBBB 246, LAD 1163, LAnFB "
+        "380, LQRSV 794, NSIVCB 536, NSR 6299, PAC 1054, PR 1182, PRWP 638, PVC 1091, LQT "
+        "337, QAb 828, RAD 638, SA 2550, SB 12670, STach 5687, TAb 5167, TInv 2720"
+    ),
+    "chapman": (
+        "AF 1780, AFL 445, IAVB 247, LAD 382, LBBB 205, LQRSV 249, NSIVCB 235, NSR 1826, "
+        "PAC 258, QAb 235, RAD 215, RBBB 454, SB 3889, STach 1568, TAb 1876, VPB 294"
+    ),
 }
 
 
@@ -482,7 +492,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(downloads, "BACKOFF", 0.01)
+    monkeypatch.setattr("pooch.core.time.sleep", lambda seconds: None)
     started = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     body = np.random.default_rng(0).bytes(600_000)
     started.files = {

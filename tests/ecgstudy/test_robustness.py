@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from ecglib.errors import DataError
-from ecglib.evaluate.draws import bootstrap_interval, paired_difference
+from ecglib.evaluate.draws import (
+    PatientDraws,
+    auroc,
+    bootstrap_interval,
+    paired_difference,
+    together,
+)
 from ecglib.evaluate.windows import encode_windows, predict_windows
 from ecglib.noise import add_noise, measured_snr, record_generator
 from ecglib.records import Records
@@ -28,7 +34,6 @@ from ecgstudy.arms import noise
 from ecgstudy.arms.noise import (
     NoiseScores,
     arm_of,
-    drawn_auroc,
     make_noisy,
     noise_arms,
     score_conditions,
@@ -177,7 +182,8 @@ def test_macro_auroc_and_its_draws_are_those_of_evaluate(records, scores, folder
     generator = np.random.default_rng(0)
     clean = generator.normal(size=targets.shape) + targets
     noisy = clean + generator.normal(size=targets.shape)
-    values, drawn = drawn_auroc(targets, np.stack([clean, noisy]), patients, 200)
+    measure = together(auroc(targets, clean), auroc(targets, noisy))
+    values, drawn = PatientDraws(patients, 200).sample(measure)
     expected = bootstrap_interval(targets, clean, patients, 200)
     assert math.isclose(values[0], expected.value) and np.allclose(
         np.quantile(drawn[0], [0.025, 0.975]), expected[1:]
