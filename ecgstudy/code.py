@@ -9,13 +9,13 @@ import inspect
 import io
 import re
 import sys
+import sysconfig
 import textwrap
 import time
 import tokenize
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 
@@ -62,16 +62,18 @@ def code_of(*objects: object) -> str:
     return short_hash([fingerprint(modules), sorted(texts.items())])
 
 
-def imported_modules(source: str) -> tuple[str, ...]:
-    """Names of the study's modules that a Python source imports anywhere, in order."""
+def imported_modules(source: str, packages: Sequence[str] = PACKAGES) -> tuple[str, ...]:
+    """Names of the modules of some packages that a Python source imports anywhere, in order."""
     found: dict[str, None] = {}
     for node in _nodes(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name: None for alias in node.names if _is_own(alias.name)}
-        elif isinstance(node, ast.ImportFrom) and node.module and _is_own(node.module):
-            found[node.module] = None
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
             inner = [f"{node.module}.{alias.name}" for alias in node.names]
-            found |= {name: None for name in inner if _source_file(name)}
+            names = [node.module, *(name for name in inner if _own_file(name))]
+        else:
+            continue
+        found |= {name: None for name in names if name.partition(".")[0] in packages}
     return tuple(found)
 
 
@@ -130,18 +132,18 @@ def _is_own(name: str) -> bool:
 
 
 @cache
+def _own_file(name: str) -> Path | None:
+    """The source file of a module of this repository, None where it has none."""
+    path = ROOT.joinpath(*name.split("."))
+    candidates = (path.with_suffix(".py"), path / "__init__.py")
+    return next((file for file in candidates if file.is_file()), None)
+
+
 def _source_file(name: str) -> Path | None:
-    """The source file of a module, None where it has none."""
+    """The source file of any module, None where it has none."""
     if _is_own(name):
-        path = ROOT.joinpath(*name.split("."))
-        candidates = (path.with_suffix(".py"), path / "__init__.py")
-        return next((file for file in candidates if file.is_file()), None)
-    loaded = sys.modules.get(name)
-    if loaded is not None:
-        origin = getattr(loaded, "__file__", None)
-    else:
-        found = find_spec(name)
-        origin = found.origin if found else None
+        return _own_file(name)
+    origin = getattr(sys.modules.get(name), "__file__", None)
     return Path(origin) if origin and origin.endswith(".py") else None
 
 
@@ -196,10 +198,9 @@ def _add_definition(
 ) -> None:
     """Add the module of a function or class, or its own text where it was written in a notebook."""
     name = definition.__module__
-    if _is_own(name) or (name != "__main__" and name not in sys.stdlib_module_names):
-        if _is_own(name) or _is_users(name):
-            modules.add(name)
-            texts[f"{name}:{definition.__qualname__}"] = ""
+    if _is_own(name) or _is_users(name):
+        modules.add(name)
+        texts[f"{name}:{definition.__qualname__}"] = ""
     elif name == "__main__":
         texts[definition.__qualname__] = without_comments(textwrap.dedent(_text(definition)))
         for function in _functions(definition):
@@ -209,9 +210,11 @@ def _add_definition(
 
 
 def _is_users(name: str) -> bool:
-    """Whether a module is a file of the user's own rather than an installed package."""
+    """Whether a module is a file of the user's own rather than one that is installed."""
     path = _source_file(name)
-    return path is not None and not {"site-packages", "dist-packages"} & set(path.parts)
+    if name == "__main__" or path is None:
+        return False
+    return not any(path.is_relative_to(folder) for folder in sysconfig.get_paths().values())
 
 
 def _text(definition: FunctionType | type) -> str:
