@@ -280,9 +280,9 @@ arms.rename(columns="{:.0%}".format).style.set_caption(f"Macro AUROC, mean over 
 # scratch, and each frozen arm also with the same encoder never trained.
 
 # %%
-from ecgstudy.analysis.gains import paired_gains
+from ecgstudy.analysis.gains import transfer_gains
 
-gains = paired_gains(runs, records)
+gains = transfer_gains(runs, records)
 save_table(gains, "label_efficiency_gains", results)
 few = gains[gains["fraction"].isin([min(fractions), 0.1, max(fractions)])]
 few.style.format(precision=3).hide(axis="index").set_caption(f"Gain in macro AUROC, paired: {note}")

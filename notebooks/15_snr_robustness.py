@@ -286,7 +286,7 @@ told.sort_values("clean", ascending=False)[kinds].reset_index().style.hide(axis=
 # hiding a stretch, which the augmentation does too, resembles them, and where all is lost, who knew more loses more.
 
 # %%
-from ecgstudy.analysis.robustness import loss_differences, taught_kinds
+from ecgstudy.analysis.robustness import loss_gains, taught_kinds
 
 family = taught_kinds(
     [run for run in arms if run.spec.value("protocol") in ("frozen", "fine-tuned", "supervised")],
@@ -294,12 +294,10 @@ family = taught_kinds(
 )
 outside = [kind for kind in kinds if kind not in (*family, "lead_loss")]
 families = {"in the family": family, "outside": outside} | {kind: [kind] for kind in kinds}
-differences = loss_differences(scores, families)
+differences = loss_gains(scores, families)
 save_table(differences, "robustness_differences", results)
 print(f"In the family: {', '.join(family) or 'none'}; outside: {', '.join(outside)}")
-cells = [
-    f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in differences.itertuples()
-]
+cells = [f"{row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in differences.itertuples()]
 cells = differences.assign(cell=cells).pivot(
     index=["protocol", "method", "encoder"], columns="family", values="cell"
 )
@@ -319,11 +317,11 @@ for row in pooled[pooled["family"].isin(["in the family", "outside"])].itertuple
         else "makes no difference that can be shown"
     )
     answers.append(
-        f"{row.protocol} encoders, noise {row.family}: pretraining {word}, loss {row.difference:+.3f} "
+        f"{row.protocol} encoders, noise {row.family}: pretraining {word}, loss {row.gain:+.3f} "
         f"[{row.low:+.3f}, {row.high:+.3f}]"
     )
 print("\n".join(answers))
-pooled.pivot(index="family", columns="protocol", values=["difference", "low", "high"]).round(3)
+pooled.pivot(index="family", columns="protocol", values=["gain", "low", "high"]).round(3)
 
 # %% [markdown]
 # ## Exercise

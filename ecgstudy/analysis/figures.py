@@ -40,7 +40,7 @@ def percent_label(fraction: float) -> str:
 
 
 def method_colours(methods: Iterable[str]) -> dict[str, object]:
-    """Each method's colour: the controls black and grey, every other one with a colour of its own."""
+    """Each colour: the controls black and grey, every other method with one of its own."""
     methods = [name for name in dict.fromkeys(methods) if name not in CONTROLS]
     many = len(methods) > len(PALETTE)
     palette = sns.husl_palette(len(methods), l=0.5) if many else PALETTE

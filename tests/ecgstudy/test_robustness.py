@@ -21,7 +21,7 @@ from ecglib.evaluate.windows import encode_windows, predict_windows
 from ecglib.noise import add_noise, measured_snr, record_generator
 from ecglib.records import Records
 from ecgstudy.analysis.robustness import (
-    loss_differences,
+    loss_gains,
     plot_noise_kinds,
     plot_robustness,
     robustness_table,
@@ -294,13 +294,13 @@ def test_thresholds_in_words_and_with_intervals():
 
 
 def test_differences_are_paired_with_the_control_of_the_same_encoder():
-    table = loss_differences(
+    table = loss_gains(
         made_scores(ARMS, AUROC), {"white": ["white"], "both": ["white", "muscle"], "none": []}
     )
     assert (
         list(table["method"]) == ["simclr", "all"] * 2
     )  # cpc has no control, random is not pretrained
-    own = table.set_index(["family", "method"])["difference"]
+    own = table.set_index(["family", "method"])["gain"]
     assert own["white", "simclr"] == pytest.approx((0.0 + 0.05) / 2 - (0.0 + 0.1) / 2)
     assert own["both", "all"] == pytest.approx((0.05 + 0.15 + 0.2) / 4 - (0.1 + 0.02 + 0.2) / 4)
     assert (table["high"] - table["low"] < 0.02).all()  # what all arms share on a draw has gone

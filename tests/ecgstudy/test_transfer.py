@@ -19,7 +19,7 @@ from ecglib.probe import probe_layer, probe_subsets
 from ecglib.records import Records
 from ecglib.supervised import Classifier
 from ecglib.train import fit
-from ecgstudy.analysis.gains import paired_gains
+from ecgstudy.analysis.gains import transfer_gains
 from ecgstudy.analysis.label_curve import frozen_validation, labels_needed_table, transfer_runs
 from ecgstudy.analysis.summary import seed_summary
 from ecgstudy.arms.pretrain import encode_run, pretraining_spec
@@ -173,7 +173,7 @@ def test_rows_tell_encoder_and_protocol(runs, records):
 
 
 def test_gains_are_paired_differences_to_the_right_control(runs, records):
-    gains = paired_gains(runs, records)
+    gains = transfer_gains(runs, records)
     assert {(row.method, row.protocol, row.over) for row in gains.itertuples()} == {
         ("simclr", "frozen", "supervised"),
         ("simclr", "frozen", "random"),
