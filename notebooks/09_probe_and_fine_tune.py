@@ -171,7 +171,7 @@ classifier = start_classifier(
 )
 weights, bias = probe_layer(raw, records.targets, subset, split)
 window = pretrained[method].spec.settings["crop_seconds"]
-logits = encode_windows(classifier, records, split["validation"][:32], window, window / 2)
+logits = encode_windows(classifier, records, split["validation"][:32], window)
 by_probe = raw[split["validation"][:32]] @ weights.T.numpy() + bias.numpy()
 assert np.allclose(logits, by_probe, atol=1e-2), np.abs(logits - by_probe).max()
 print(f"largest difference of a logit: {np.abs(logits - by_probe).max():.1e}")

@@ -46,14 +46,7 @@ def classifier_result(
     """The result of a trained classifier: its scores on folds 9 and 10, its weights, its history."""
     split, started = records.split, time.perf_counter()
     probabilities = {
-        name: predict_windows(
-            classifier,
-            records,
-            split[name],
-            settings["crop_seconds"],
-            settings["crop_seconds"] / 2,
-            device=device,
-        )
+        name: predict_windows(classifier, records, split[name], settings["crop_seconds"], device)
         for name in ("validation", "test")
     }
     result = scored_result(records, probabilities, labelled)

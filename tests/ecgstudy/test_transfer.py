@@ -130,7 +130,7 @@ def test_fine_tuning_starts_as_the_probe(records, simclr):
     weights, bias = probe_layer(
         simclr.predictions()["features"], records.targets, labelled, records.split
     )
-    logits = encode_windows(classifier, records, np.arange(len(records)), 1.0, 0.5)
+    logits = encode_windows(classifier, records, np.arange(len(records)), 1.0)
     expected = simclr.predictions()["features"] @ weights.T.numpy() + bias.numpy()
     np.testing.assert_allclose(logits, expected, atol=1e-3)
 
