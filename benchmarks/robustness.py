@@ -18,26 +18,25 @@ from pathlib import Path
 
 import torch
 
+from ecglib.evaluate.windows import WINDOWS_TOGETHER, record_windows
 from ecglib.records import Records
-from ecglib.train import autocast, precision
 from ecgstudy.arms import noise
 from ecgstudy.arms.trained import trained_classifier
 from ecgstudy.runs import Run, machine
 
 
-def seconds_a_window(run: Run, records: Records, results: Path, dtype: str) -> tuple[float, int]:
+def seconds_a_window(run: Run, records: Records, results: Path) -> tuple[float, int]:
     """Seconds of the bare network for one window, and the windows of a record."""
     network, seconds = trained_classifier(run, records, results)
-    window = round(seconds * records.sampling_rate)
-    count = -(-records.signals.shape[2] // window)
-    signals = torch.randn(max(1, noise.WINDOWS // 4) * count, 12, window)
-    with torch.inference_mode(), autocast("cpu", dtype):
+    starts, window = record_windows(records.signals.shape[2], records.sampling_rate, seconds)
+    signals = torch.randn(WINDOWS_TOGETHER // len(starts) * len(starts), 12, window)
+    with torch.inference_mode():
         network(signals)
         started, times = time.process_time(), 0
         while time.process_time() - started < 0.5:
             network(signals)
             times += 1
-    return (time.process_time() - started) / times / len(signals), count
+    return (time.process_time() - started) / times / len(signals), len(starts)
 
 
 def main() -> None:
@@ -53,14 +52,15 @@ def main() -> None:
     everything = Records.load(options.results / "records")
     records = everything.labelled
     arms = noise.noise_arms(options.results, records, 1.0, options.studies, options.methods)
-    dtype, test = precision("cpu"), len(records.split["test"])
+    test = len(records.split["test"])
     conditions = len(noise.conditions_of(noise.KINDS, noise.SNRS))
     print(
-        f"{machine()}, {options.workers} worker(s) of one thread, {dtype}; {len(arms)} classifiers, {test} records"
+        f"{machine()}, {options.workers} worker(s) of one thread; {len(arms)} classifiers, "
+        f"{test} records"
     )
     floor = 0.0
     for run in arms:
-        seconds, windows = seconds_a_window(run, records, options.results, dtype)
+        seconds, windows = seconds_a_window(run, records, options.results)
         floor += seconds * windows * test * conditions / options.workers
         print(
             f"{run.spec.name:60.60s} {1e3 * seconds:6.3f} ms a window, {windows} windows a record",
@@ -72,11 +72,12 @@ def main() -> None:
             if "-noise-" not in path.name:
                 os.symlink(path.resolve(), Path(folder) / "runs" / path.name)
         before, started = os.times(), time.perf_counter()
-        noise.score_under_noise(arms, records, folder, dtype=dtype, workers=options.workers)
+        noise.score_under_noise(arms, records, folder, workers=options.workers)
         wall, after = time.perf_counter() - started, os.times()
     own = after.user + after.system - before.user - before.system
     print(
-        f"grid {wall:.1f} s wall ({own:.1f} s processor in this process), floor {floor:.1f} s, ratio {wall / floor:.2f}"
+        f"grid {wall:.1f} s wall ({own:.1f} s processor in this process), floor {floor:.1f} s, "
+        f"ratio {wall / floor:.2f}"
     )
 
 

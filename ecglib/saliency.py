@@ -7,8 +7,7 @@ signed where the method is: positive speaks for the class. What is said of them 
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -19,19 +18,23 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from ecglib.batches import to_millivolts
 from ecglib.encoders.conv_transformer import ConvBlock
 from ecglib.encoders.transformer import TransformerBlock
 from ecglib.encoders.xresnet1d import Bottleneck
 from ecglib.errors import DataError
-from ecglib.evaluate.windows import window_starts
+from ecglib.evaluate.windows import (
+    WINDOWS_TOGETHER,
+    cut_windows,
+    device_millivolts,
+    evaluation,
+    record_windows,
+)
 from ecglib.records import Records
 
 STEPS = 16  # points of the path of integrated gradients
 PATCH = 20  # samples of one lead that are occluded together
 COARSEST = 16  # samples that a step of a Grad-CAM map may stand for: about a QRS at 100 Hz
 BEFORE, AFTER = 0.4, 0.6  # seconds of a beat about its R peak
-ROWS_TOGETHER = 512  # windows that go through the network at once
 
 
 def attribute(
@@ -60,7 +63,7 @@ def attribute(
         )
     place = next(iter(model.parameters()), signals).device
     with (
-        _evaluation(model),
+        evaluation(model),
         torch.backends.cudnn.flags(enabled=False),
     ):  # cuDNN's LSTM has no gradient in evaluation
         inputs = signals.detach().to(place, torch.float32)
@@ -111,39 +114,31 @@ def attribute_records(
     indices = np.arange(len(records))[indices]  # a mask will do as well
     if not len(indices):
         raise DataError("There is no record to attribute; choose a class or a split that has some.")
-    window, stride = (
-        max(1, round(seconds * records.sampling_rate))
-        for seconds in (window_seconds, stride_seconds or window_seconds / 2)
-    )
-    starts = window_starts(records.signals.shape[2], window, stride)
-    together = max(1, ROWS_TOGETHER // len(starts))
+    time = records.signals.shape[2]
+    starts, window = record_windows(time, records.sampling_rate, window_seconds, stride_seconds)
+    together = max(1, WINDOWS_TOGETHER // len(starts))
     parts = []
     for first in range(0, len(indices), together):
-        counts = torch.from_numpy(
-            np.ascontiguousarray(records.signals[indices[first : first + together]])
-        )
-        signals = to_millivolts(counts, records.scale)
-        windows = torch.cat([signals[:, :, start : start + window] for start in starts])
+        signals = device_millivolts(records, indices[first : first + together])
         if baseline is not None:
             part = torch.from_numpy(np.asarray(baseline[first : first + together], np.float32))
-            options["baseline"] = torch.cat(
-                [part[:, :, start : start + window] for start in starts]
-            )
-        found = attribute(network, windows, class_index, method, **options).unflatten(
-            0, (len(starts), len(counts))
-        )
-        parts.append(_mean_over_windows(found, starts, signals.shape[2]))
+            options["baseline"] = cut_windows(part, starts, window).flatten(0, 1)
+        windows = cut_windows(signals, starts, window)
+        found = attribute(network, windows.flatten(0, 1), class_index, method, **options)
+        parts.append(_back_in_place(found.view_as(windows), starts, time))
     return torch.cat(parts).numpy()
 
 
-def _mean_over_windows(found: Tensor, starts: Sequence[int], time: int) -> Tensor:
-    """Windows `(windows, n, leads, window)` back in their places, `(n, leads, time)`: the mean
+def _back_in_place(found: Tensor, starts: Sequence[int], time: int) -> Tensor:
+    """Windows `(n, windows, leads, window)` back in their places, `(n, leads, time)`: the mean
     where they overlap.
     """
-    total, times = torch.zeros(*found.shape[1:3], time), torch.zeros(time)
-    for each, start in zip(found, starts, strict=True):
-        total[:, :, start : start + found.shape[3]] += each
-        times[start : start + found.shape[3]] += 1
+    total = torch.zeros(found.shape[0], found.shape[2], time)
+    times = torch.zeros(time)
+    for place, start in enumerate(starts):
+        here = slice(start, start + found.shape[3])
+        total[:, :, here] += found[:, place]
+        times[here] += 1
     return total / times.clamp(min=1)
 
 
@@ -308,7 +303,7 @@ def integrated_gradients(
             start,
             class_index,
             n_steps=steps,
-            internal_batch_size=max(ROWS_TOGETHER, len(signals)),
+            internal_batch_size=max(WINDOWS_TOGETHER, len(signals)),
         )
     )
 
@@ -365,7 +360,7 @@ def occlusion(model: nn.Module, signals: Tensor, class_index: int, patch: int = 
                 (1, patch),
                 bridged(signals, patch),
                 class_index,
-                perturbations_per_eval=max(1, ROWS_TOGETHER // len(signals)),
+                perturbations_per_eval=max(1, WINDOWS_TOGETHER // len(signals)),
             )
         )
 
@@ -514,18 +509,6 @@ def _transformer(model: nn.Module) -> nn.Module:
 def _encoder_name(model: nn.Module) -> str:
     """What a message calls the network."""
     return type(getattr(model, "encoder", model)).__name__
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each module's own mode again."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 class _Guided(torch.autograd.Function):

@@ -189,7 +189,7 @@ settings = training(name, min(fractions), fine_tuned=True)
 classifier = start_classifier(records, subset, pretrained[method], settings, 0)
 weights, bias = probe_layer(raw, records.targets, subset, split)
 window = pretrained[method].spec.settings["crop_seconds"]
-logits = encode_windows(classifier, records, split["validation"][:32], window, window / 2)
+logits = encode_windows(classifier, records, split["validation"][:32], window)
 by_probe = raw[split["validation"][:32]] @ weights.T.numpy() + bias.numpy()
 assert np.allclose(logits, by_probe, atol=1e-2), np.abs(logits - by_probe).max()
 print(f"largest difference of a logit: {np.abs(logits - by_probe).max():.1e}")
@@ -249,9 +249,9 @@ arms.rename(columns="{:.0%}".format).style.set_caption(f"Macro AUROC, mean over 
 # scratch, and each frozen arm also with the same encoder never trained.
 
 # %%
-from ecgstudy.analysis.gains import paired_gains
+from ecgstudy.analysis.gains import transfer_gains
 
-gains = paired_gains(runs, records)
+gains = transfer_gains(runs, records)
 save_table(gains, "label_efficiency_gains", results)
 few = gains[gains["fraction"].isin([min(fractions), 0.1, max(fractions)])]
 few.style.format(precision=3).hide(axis="index").set_caption(f"Gain in macro AUROC, paired: {note}")

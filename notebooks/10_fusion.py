@@ -213,12 +213,11 @@ shown.style.set_caption(f"Macro AUROC, frozen encoders, mean over label subsets:
 # best single encoder **and** above one logistic regression on everything, both with an interval that excludes zero.
 
 # %%
-from ecgstudy.analysis.gains import fusion_gains
-from ecgstudy.analysis.gains import plot_fusion_gains
+from ecgstudy.analysis.gains import fusion_gains, plot_gains
 from ecgstudy.results import save_figure
 
 gains = fusion_gains([run for run in runs if run.spec.method != "alone"], records)
-figure = plot_fusion_gains(gains, f"What DVME gains in macro AUROC: {note}")
+figure = plot_gains(gains, title=f"What DVME gains in macro AUROC: {note}")
 save_figure(figure, "fusion_gains", results)
 figure
 
@@ -306,7 +305,9 @@ for name in members:
         data, "dvme", settings, results, [other for other in members if other != name], left
     )
 missing = fusion_gains([run for run in runs if run.spec.method == "dvme"] + fewer, records)
-missing["without"] = ["".join(set(members) - set(names.split("+"))) for names in missing["members"]]
+missing["without"] = [
+    "".join(set(members) - set(names.split("+"))) for names in missing["over_members"]
+]
 missing["difference"] = [
     f"{row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in missing.itertuples()
 ]

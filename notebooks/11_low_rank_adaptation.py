@@ -460,7 +460,7 @@ from ecglib.evaluate.windows import predict_windows
 
 def answers_on_fold_9() -> np.ndarray:
     """Probabilities of `network` as it is now."""
-    return predict_windows(network, records, asked, crop_seconds, crop_seconds, device=device)
+    return predict_windows(network, records, asked, crop_seconds, device)
 
 
 network.to(device)

@@ -268,13 +268,12 @@ arms.rename(columns="{:.0%}".format).style.set_caption(
 # The same labels and the same patients on both sides. A bar that crosses zero is no finding.
 
 # %%
-from ecgstudy.analysis.gains import plot_method_gains
+from ecgstudy.analysis.gains import plot_gains, semi_supervised_gains
 from ecgstudy.results import save_figure
-from ecgstudy.analysis.gains import gains_over
 
-gains = gains_over(runs, records)
+gains = semi_supervised_gains(runs, records)
 save_table(gains, "semi_supervised_gains", results)
-figure = plot_method_gains(gains, f"What CE-SSL gains: {note}")
+figure = plot_gains(gains, panel="metric", colour="fraction", title=f"What CE-SSL gains: {note}")
 save_figure(figure, "semi_supervised_gains", results)
 figure
 
@@ -282,7 +281,7 @@ figure
 for row in gains[gains["metric"] == "macro_auroc"].itertuples():
     word = "gains" if row.low > 0 else "loses" if row.high < 0 else "no finding"
     print(
-        f"{row.fraction:4.0%}, against {row.against}: {row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}] {word}"
+        f"{row.fraction:4.0%}, over {row.over}: {row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}] {word}"
     )
 
 # %% [markdown]
@@ -387,7 +386,7 @@ costs.drop(columns=["backbone", "machine"]).style.format(precision=3, thousands=
 # ## Exercise
 #
 # CE-SSL has three parts. Which one can be left out at least cost in macro F2 with the fewest labels? The cost is what
-# CE-SSL gains over the network without it. Put the name in the column `against` into `part`, the cost into `cost`, and
+# CE-SSL gains over the network without it. Put the name in the column `over` into `part`, the cost into `cost`, and
 # whether its interval excludes zero into `sure`.
 
 # %% tags=["given"]
@@ -396,23 +395,23 @@ fewest = compared["fraction"].min()
 
 # %% tags=["solution"]
 parts = compared[
-    compared["against"].str.startswith("ce_ssl_without") & (compared["metric"] == "macro_f2")
+    compared["over"].str.startswith("ce_ssl_without") & (compared["metric"] == "macro_f2")
 ]
 parts = parts[parts["fraction"] == fewest].sort_values("gain")
-part, cost = parts.iloc[0][["against", "gain"]]
+part, cost = parts.iloc[0][["over", "gain"]]
 sure = bool(parts["low"].iloc[0] > 0 or parts["high"].iloc[0] < 0)
-parts[["against", "gain", "low", "high"]].round(3)
+parts[["over", "gain", "low", "high"]].round(3)
 
 # %% tags=["check"]
 from ecgtools.exercises import number
 
 lines = {
-    line.against: line
+    line.over: line
     for line in compared.itertuples()
     if (line.fraction, line.metric) == (fewest, "macro_f2")
 }
 costs = {name: line.gain for name, line in lines.items() if name.startswith("ce_ssl_without")}
-assert part in list(costs), "`part` is none of CE-SSL's parts: name it as the column `against` does"
+assert part in list(costs), "`part` is none of CE-SSL's parts: name it as the column `over` does"
 assert all(costs[part] <= other for other in costs.values()), "another part costs less in macro F2"
 assert abs(number(cost) - costs[part]) < 1e-9, (
     "`cost` is not what CE-SSL gains over the network without this part"

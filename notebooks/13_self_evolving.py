@@ -218,11 +218,11 @@ from ecgstudy.results import save_table
 from ecgstudy.analysis.self_evolving import plot_stages
 from ecgstudy.results import save_figure
 from ecgstudy.runs import keep_runs, tidy
-from ecgstudy.analysis.gains import stage_gains
+from ecgstudy.analysis.gains import self_evolving_gains
 from ecgstudy.analysis.self_evolving import stage_summary
 
 keep_runs(runs, "self_evolving", results)  # for the notebooks that follow
-summary, gains = stage_summary(runs, records), stage_gains(runs, records)
+summary, gains = stage_summary(runs, records), self_evolving_gains(runs, records)
 rows = tidy((row for run in runs for row in run.rows()), extra=("network", "stage"))
 for name, frame in {"": rows, "_summary": summary, "_gains": gains}.items():
     save_table(frame, f"self_evolving{name}", results)
@@ -247,10 +247,8 @@ figure
 # DISTL ends above FixMatch. Differences are paired, patient by patient.
 
 # %%
-pairs = gains[gains["against_network"] == "student"]
-keyed = pairs.set_index(
-    ["method", "network", "stage", "against", "against_stage", "metric"]
-).sort_index()
+pairs = gains[gains["over_network"] == "student"]
+keyed = pairs.set_index(["method", "network", "stage", "over", "over_stage", "metric"]).sort_index()
 assert keyed.index.is_unique
 claims = {}
 for network_name in ("student", "teacher"):
@@ -270,23 +268,21 @@ for network_name in ("student", "teacher"):
         f"{network_name}: calibration error rises by no more than its interval ({error['gain']:+.3f} "
         f"[{error['low']:+.3f}, {error['high']:+.3f}])": error["low"] <= 0,
     }
-against = keyed.loc["distl", "student", stages, "fixmatch", stages, "macro_auroc"]
-claims[f"student: above FixMatch at the end, beyond the interval ({against['gain']:+.3f})"] = (
-    against["low"] > 0
-)
+over_fixmatch = keyed.loc["distl", "student", stages, "fixmatch", stages, "macro_auroc"]
+claims[
+    f"student: above FixMatch at the end, beyond the interval ({over_fixmatch['gain']:+.3f})"
+] = over_fixmatch["low"] > 0
 for claim, held in claims.items():
     print(f"{'holds' if held else 'DOES NOT HOLD'}: {claim}")
 
 # %%
 others = pairs[
-    (pairs["method"] == "distl")
-    & (pairs["network"] == "student")
-    & (pairs["against_stage"] == stages)
+    (pairs["method"] == "distl") & (pairs["network"] == "student") & (pairs["over_stage"] == stages)
 ]
 for row in others[others["metric"] == "macro_auroc"].itertuples():
     word = "above" if row.low > 0 else "below" if row.high < 0 else "no finding"
     print(
-        f"T = {stages}, DISTL against {row.against}: {row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}] {word}"
+        f"T = {stages}, DISTL over {row.over}: {row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}] {word}"
     )
 
 # %% [markdown]
@@ -297,7 +293,7 @@ for row in others[others["metric"] == "macro_auroc"].itertuples():
 
 # %%
 from_start = pairs[
-    (pairs["against_stage"] == 0) & (pairs["metric"] == "macro_auroc") & (pairs["stage"] == stages)
+    (pairs["over_stage"] == 0) & (pairs["metric"] == "macro_auroc") & (pairs["stage"] == stages)
 ]
 from_start = from_start[from_start["network"] == "student"].set_index("method")["gain"]
 print(
@@ -317,23 +313,23 @@ if from_start["oracle"] > 0:
 # %% tags=["given"]
 ended = pd.read_csv(Path(results) / "tables" / "self_evolving_gains.csv")
 ended = ended[
-    (ended["stage"] == ended["stage"].max()) & (ended["against_stage"] == ended["stage"].max())
+    (ended["stage"] == ended["stage"].max()) & (ended["over_stage"] == ended["stage"].max())
 ]
 ended = ended[
     (ended["method"] == "distl")
     & (ended["network"] == "student")
-    & (ended["against_network"] == "student")
+    & (ended["over_network"] == "student")
 ]
 
 # %% tags=["solution"]
-by_arm = ended.pivot(index="against", columns="metric", values=["gain", "high"])
+by_arm = ended.pivot(index="over", columns="metric", values=["gain", "high"])
 ranked = list(by_arm["gain", "macro_auroc"].sort_values(ascending=False).index)
 worse_stated = list(by_arm.index[by_arm["high", "expected_calibration_error"] < 0])
 print(f"worse probabilities than DISTL: {', '.join(worse_stated) or 'none'}")
 by_arm["gain"].loc[ranked].round(3)
 
 # %% tags=["check"]
-told = {(line.against, line.metric): line for line in ended.itertuples()}
+told = {(line.over, line.metric): line for line in ended.itertuples()}
 names = sorted({name for name, _ in told})
 assert isinstance(ranked, list) and sorted(map(str, ranked)) == names, (
     "`ranked` is not a list of all arms, each once"

@@ -102,7 +102,10 @@ from ecgstudy.analysis.gains import plot_gains
 
 gains = pd.read_csv(Path(results) / "tables" / "label_efficiency_gains.csv")
 figure = plot_gains(
-    gains[gains["over"] == "supervised"], f"Gain over supervised training from scratch: {note}"
+    gains[gains["over"] == "supervised"],
+    row="arm",
+    colour="protocol",
+    title=f"Gain over supervised training from scratch: {note}",
 )
 save_figure(figure, "label_efficiency_gains", results)
 figure

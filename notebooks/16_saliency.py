@@ -271,7 +271,7 @@ thresholds = choose_thresholds(
 )
 test = truth.split["test"]
 probabilities = np.full((len(truth.records), len(records.classes)), np.nan)
-probabilities[test] = predict_windows(network, truth.records, test, window, window / 2)
+probabilities[test] = predict_windows(network, truth.records, test, window)
 patients = truth.records.table["patient_id"].to_numpy()
 cases, scores = {}, []
 for group in groups:

@@ -179,7 +179,7 @@ needed.style.format(precision=3).hide(axis="index").set_caption(
 # %%
 fused = tables["fusion_gains"]
 fused = fused[
-    (fused["protocol"] == "frozen") & fused["over"].isin(["best_single", "concatenation"])
+    (fused["over_protocol"] == "frozen") & fused["over"].isin(["best_single", "concatenation"])
 ]
 fused["cell"] = [f"{row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in fused.itertuples()]
 for fraction, rows in fused.groupby("fraction"):

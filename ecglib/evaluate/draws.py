@@ -312,13 +312,20 @@ def first_reached(fractions: Sequence[float], values: np.ndarray, goal: float) -
     """Where the line through (log fraction, value) first reaches `goal`; infinity where it does
     not.
     """
+    place = first_crossing(values, goal)
+    if place in (0, np.inf):
+        return float(fractions[0]) if place == 0 else place
+    return float(np.exp(np.interp(place, range(len(fractions)), np.log(fractions))))
+
+
+def first_crossing(values: np.ndarray, goal: float) -> float:
+    """The place, counted from 0, at which the straight lines through the values first reach `goal`;
+    infinity where they do not.
+    """
     for place, value in enumerate(values):
         if value >= goal:
-            if place == 0:
-                return float(fractions[0])
-            share = (goal - values[place - 1]) / (value - values[place - 1])
-            below, above = np.log(fractions[place - 1]), np.log(fractions[place])
-            return float(np.exp(below + share * (above - below)))
+            before = values[max(place - 1, 0)]
+            return place - (value - goal) / (value - before) if place else 0.0
     return float(np.inf)
 
 

@@ -215,9 +215,9 @@ def _semi_supervised(gains: pd.DataFrame, printed: pd.DataFrame) -> list[dict]:
     ]
     rows = []
     for row in ours.to_dict("records"):
-        claim = f"above {row['against'].replace('_', ' ')}"
-        if row["against"] in names:
-            table, other = names[row["against"]]
+        claim = f"above {row['over'].replace('_', ' ')}"
+        if row["over"] in names:
+            table, other = names[row["over"]]
             own = means[table, "CE-SSL r=16" if table == "S8" else "CE-SSL"]
             rows.append(
                 _row(
@@ -235,7 +235,7 @@ def _semi_supervised(gains: pd.DataFrame, printed: pd.DataFrame) -> list[dict]:
 
 def _self_evolving(gains: pd.DataFrame, printed: pd.DataFrame) -> list[dict]:
     """DISTL's student at the last T against its start and against every other arm at the same T."""
-    students = (gains["network"] == "student") & (gains["against_network"] == "student")
+    students = (gains["network"] == "student") & (gains["over_network"] == "student")
     last = gains[students & (gains["method"] == "distl") & (gains["metric"] == "macro_auroc")]
     last = last[last["stage"] == last["stage"].max()]
     figures = printed[(printed["paper"] == "DISTL") & (printed["metric"] == "AUROC")]
@@ -243,16 +243,14 @@ def _self_evolving(gains: pd.DataFrame, printed: pd.DataFrame) -> list[dict]:
     figures = figures[figures["task"] == task].set_index("setting")["value"]
     rows = []
     for row in last.to_dict("records"):
-        if row["against_stage"] == 0:
+        if row["over_stage"] == 0:
             gain = figures["T=3"] - figures["T=0"]
             rows.append(
                 _row("distl", f"at T = {row['stage']} above T = 0", row, gain, f"DISTL, {task}")
             )
-        elif row["against_stage"] == row["stage"] and row["against"] != "oracle":
+        elif row["over_stage"] == row["stage"] and row["over"] != "oracle":
             rows.append(
-                _row(
-                    "distl", f"at T = {row['stage']} above {row['against'].replace('_', ' ')}", row
-                )
+                _row("distl", f"at T = {row['stage']} above {row['over'].replace('_', ' ')}", row)
             )
     return rows
 
@@ -266,7 +264,7 @@ def _fusion(gains: pd.DataFrame) -> list[dict]:
         "concatenation": "one logistic regression on all features",
     }
     frozen = looked_at(gains)
-    frozen = frozen[(frozen["protocol"] == "frozen") & frozen["over"].isin(names)]
+    frozen = frozen[(frozen["over_protocol"] == "frozen") & frozen["over"].isin(names)]
     return [_row("dvme", f"above {names[row['over']]}", row) for row in frozen.to_dict("records")]
 
 
@@ -282,7 +280,7 @@ def _robustness(differences: pd.DataFrame) -> list[dict]:
     for row in pooled.to_dict("records"):
         ours = {
             "fraction": np.nan,
-            "gain": -row["difference"],
+            "gain": -row["gain"],
             "low": -row["high"],
             "high": -row["low"],
         }

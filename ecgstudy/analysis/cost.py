@@ -3,15 +3,13 @@
 import resource
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 from torch import nn
@@ -21,7 +19,17 @@ from ecglib.checkpoints import save_tensors
 from ecglib.lora import low_rank_layers, save_adapter, trainable_parameters
 from ecglib.records import LEADS, Records
 from ecglib.train import autocast, fit, linear_schedule
-from ecgstudy.analysis.figures import method_label, method_looks, require_columns
+from ecgstudy.analysis.figures import (
+    MARKERS,
+    PALETTE,
+    draw_line,
+    finish,
+    legend_line,
+    looks,
+    method_label,
+    panels,
+    require_columns,
+)
 from ecgstudy.arms.semi_supervised import adapt, batches_for, make_network, make_objective
 from ecgstudy.runs import machine
 
@@ -176,44 +184,37 @@ COSTS = {
 
 
 def plot_cost(costs: pd.DataFrame, summary: pd.DataFrame, title: str | None = None) -> Figure:
-    """Macro AUROC over time, memory and storage: a point a method, a colour a way of training, a
-    marker a method.
+    """Macro AUROC over time, memory and storage: a point per method, whose colour tells the way of
+    training.
 
-    costs has method and the columns of `COSTS` (see `semisup.cost.measure`), summary method, value,
-    low, high.
+    costs has method and the columns of `COSTS` (see `measure`), summary method, value, low, high.
     """
     require_columns(costs, ("method", *COSTS), "table of costs")
     require_columns(summary, ("method", "value", "low", "high"), "summary")
     table = costs.merge(summary[["method", "value", "low", "high"]], on="method")
-    figure, panels = plt.subplots(
-        1, len(COSTS), figsize=(13.5, 4.6), sharey=True, layout="constrained"
-    )
-    looks = method_looks(table["method"])
-    for axes, (column, (name, unit)) in zip(panels, COSTS.items(), strict=True):
-        for row in table.itertuples():
-            colour, marker = looks[row.method]
-            x = getattr(row, column) / unit
-            axes.errorbar(
-                x,
-                row.value,
-                [[row.value - row.low], [row.high - row.value]],
-                color=colour,
-                marker=marker,
-                linestyle="none",
-                elinewidth=0.5,
-                markersize=7,
-                label=method_label(row.method),
-            )
+    looks_of = method_looks(table["method"])
+    figure, grid = panels(len(COSTS), (13.5, 4.6), sharey=True)
+    for axes, (column, (name, unit)) in zip(grid[0], COSTS.items(), strict=True):
+        for method, rows in table.groupby("method", sort=False):
+            colour, marker = looks_of[method]
+            look = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 7}
+            draw_line(axes, rows[column] / unit, rows, **look, label=method_label(method))
         axes.set_xlabel(name)
         axes.set_xscale("log") if column == "stored_bytes" else axes.set_xlim(left=0)
-        axes.grid(color="0.92")
-    panels[0].set_ylabel("Macro AUROC (95 % interval)")
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, frameon=False, loc="outside right center", fontsize=9)
-    figure.suptitle(title)
-    sns.despine(figure)
-    plt.close(figure)
-    return figure
+    grid[0, 0].set_ylabel("Macro AUROC (95 % interval)")
+    return finish(figure, title, grid[0, 0].get_legend_handles_labels()[0])
+
+
+def method_looks(methods: Iterable[str]) -> dict[str, tuple]:
+    """Colour by what is trained (CE-SSL, low-rank pairs, every weight), marker by method."""
+    families = {
+        name: 0 if name.startswith("ce_ssl") else 1 if "lora" in name else 2 for name in methods
+    }
+    found = {}
+    for family, colour in enumerate(PALETTE[:3]):
+        members = [name for name in families if families[name] == family]
+        found |= {name: (colour, marker) for name, marker in looks(members, MARKERS).items()}
+    return found
 
 
 def plot_ranks(scores: pd.DataFrame, ranks: pd.DataFrame, title: str | None = None) -> Figure:
@@ -225,51 +226,20 @@ def plot_ranks(scores: pd.DataFrame, ranks: pd.DataFrame, title: str | None = No
     """
     require_columns(scores, (), "table of scores")
     require_columns(ranks, scores.columns, "table of ranks")
-    layers, parts = list(scores.index), [name.split(".")[0] for name in scores.index]
-    colours = dict(zip(pd.unique(pd.Series(parts)), sns.color_palette("colorblind")))
-    figure, panels = plt.subplots(
-        1,
-        len(scores.columns),
-        figsize=(9.5, 1.6 + 0.26 * len(layers)),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes, score in zip(panels[0], scores.columns, strict=True):
-        full = ranks[score].max()
-        for height, (name, part) in enumerate(zip(layers, parts, strict=True)):
-            colour = colours[part]
-            axes.plot(
-                scores[score][name],
-                height,
-                "o",
-                color=colour,
-                markersize=7,
-                markeredgewidth=1.4,
-                markerfacecolor=colour if ranks[score][name] == full else "white",
-            )
+    parts = [name.split(".")[0] for name in scores.index]
+    colours = looks(parts, PALETTE)
+    figure, grid = panels(len(scores.columns), (9.5, 1.6 + 0.26 * len(parts)), sharey=True)
+    dot = {"marker": "o", "linestyle": "", "markersize": 7}
+    for axes, score in zip(grid[0], scores.columns, strict=True):
+        full = ranks[score] == ranks[score].max()
+        for height, (x, part, filled) in enumerate(zip(scores[score], parts, full, strict=True)):
+            face = colours[part] if filled else "white"
+            axes.plot(x, height, color=colours[part], markerfacecolor=face, **dot)
         axes.set(title=score, xlabel="Importance", xscale="log")
-        axes.grid(color="0.9")
-    panels[0, 0].set_yticks(range(len(layers)), layers)
-    panels[0, 0].set_ylim(len(layers) - 0.4, -0.6)  # the first layer on top
-    handles = [
-        plt.Line2D([], [], color=colour, marker="o", linestyle="", label=part)
-        for part, colour in colours.items()
-    ]
-    for place, value in enumerate(sorted(pd.unique(ranks.to_numpy().ravel()), reverse=True)):
-        handles.append(
-            plt.Line2D(
-                [],
-                [],
-                color="0.2",
-                marker="o",
-                linestyle="",
-                label=f"rank {value}",
-                markerfacecolor="0.2" if place == 0 else "white",
-            )
-        )
-    figure.legend(handles=handles, frameon=False, ncols=len(handles), loc="outside lower center")
-    figure.suptitle(title)
-    sns.despine(figure)
-    plt.close(figure)
-    return figure
+    grid[0, 0].set_yticks(range(len(parts)), scores.index)
+    grid[0, 0].set_ylim(len(parts) - 0.4, -0.6)  # the first layer on top
+    legend = [legend_line(part, colour, **dot) for part, colour in colours.items()]
+    for place, rank in enumerate(sorted(set(ranks.to_numpy().ravel()), reverse=True)):
+        face = "white" if place else "0.2"
+        legend.append(legend_line(f"rank {rank}", "0.2", markerfacecolor=face, **dot))
+    return finish(figure, title, legend)

@@ -1,32 +1,32 @@
-"""What the figures of the study share: names, markers, axes, and how a figure is kept."""
+"""The one look of the study's figures: panels, lines and dots with intervals, names and colours."""
 
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from ecglib.errors import DataError
 
 MARKERS = "osD^vPXhp*"
+LINE_STYLES = ("-", "--", ":", "-.", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
+CONTROLS = {"supervised": "black", "random": "0.6", "oracle": "0.6"}
+LABELS = {"best_single": "best single encoder"}
+PALETTE = [colour for place, colour in enumerate(sns.color_palette("colorblind")) if place != 7]
 
 
-def label_axis(axes: Axes, fractions: list[float], training_records: int | None) -> None:
-    """A logarithmic x-axis with a tick at each fraction, in percent and in records."""
-    names = [f"{100 * fraction:g} %" for fraction in fractions]
-    label = "Labelled share of the training records"
-    if training_records:
-        names = [
-            f"{100 * fraction:g} %\n{round(fraction * training_records):,}"
-            for fraction in fractions
-        ]
-        label += "\n(below: number of labelled records)"
-    axes.set_xscale("log")
-    axes.set_xticks(fractions, names)
-    axes.minorticks_off()
-    axes.set_xlabel(label)
+def method_label(method: str) -> str:
+    """A method's name in a figure."""
+    for name, written in (("ce_ssl", "CE-SSL"), ("distl", "DISTL"), ("dvme", "DVME")):
+        method = method.replace(name, written)
+    return LABELS.get(method, method.replace("_", " "))
 
 
 def arm_label(method: str, encoder: str) -> str:
@@ -34,80 +34,83 @@ def arm_label(method: str, encoder: str) -> str:
     return f"{method_label(method)}, {encoder}"
 
 
-def method_label(method: str) -> str:
-    """A method's name in a figure."""
-    return (
-        method.replace("ce_ssl", "CE-SSL")
-        .replace("distl", "DISTL")
-        .replace("dvme", "DVME")
-        .replace("_", " ")
+def percent_label(fraction: float) -> str:
+    """A share of the labels in a figure."""
+    return f"{100 * fraction:g} % of the labels"
+
+
+def method_colours(methods: Iterable[str]) -> dict[str, object]:
+    """Each colour: the controls black and grey, every other method with one of its own."""
+    methods = [name for name in dict.fromkeys(methods) if name not in CONTROLS]
+    many = len(methods) > len(PALETTE)
+    palette = sns.husl_palette(len(methods), l=0.5) if many else PALETTE
+    return CONTROLS | dict(zip(methods, palette))
+
+
+def looks(names: Iterable, choices: Sequence) -> dict:
+    """A marker, line style or colour for each name, begun anew where there are more names."""
+    return dict(zip(dict.fromkeys(names), cycle(choices)))
+
+
+def panels(
+    columns: int, size: tuple[float, float], rows: int = 1, grid: str = "both", **options
+) -> tuple[Figure, np.ndarray]:
+    """A figure of `size` inches and its panels `(rows, columns)`; options of `pyplot.subplots`."""
+    figure, axes = plt.subplots(
+        rows, columns, figsize=size, squeeze=False, layout="constrained", **options
     )
+    for each in axes.flat:
+        each.grid(axis=grid, color="0.9")
+        each.title.set_size(10)
+    return figure, axes
 
 
-def plot_intervals(
-    table: pd.DataFrame,
-    colours: Sequence[str],
-    width: float,
-    title: str | None,
-    one_scale: bool = True,
-) -> Figure:
-    """gain with low and high of each panel, row and colour, in the order in which panels and rows
-    come in `table`.
+def finish(figure: Figure, title: str | None = None, legend: Sequence[Artist] = ()) -> Figure:
+    """The figure with its title, a legend below where one is given, and open frames.
 
-    A point is filled where its interval lies on one side of zero; `width` is that of a panel in
-    inches, `one_scale` says whether the panels show the same measure.
+    It is closed, so that a notebook shows it once.
     """
-    panels, rows = pd.unique(table["panel"]), list(pd.unique(table["row"]))[::-1]
-    palette = dict(zip(colours, sns.color_palette("colorblind", len(colours))))
-    figure, grid = plt.subplots(
-        1,
-        len(panels),
-        figsize=(2.6 + width * len(panels), 1.2 + 0.42 * len(rows)),
-        sharex=one_scale,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes, panel in zip(grid[0], panels, strict=True):
-        axes.axvline(0, color="0.5", linewidth=1)
-        for row in table[table["panel"] == panel].itertuples():
-            height = rows.index(row.row) + 0.6 * (
-                0.5 - (colours.index(row.colour) + 0.5) / len(colours)
-            )
-            colour, sure = palette[row.colour], row.low > 0 or row.high < 0
-            axes.plot([row.low, row.high], [height, height], color=colour, linewidth=1.4)
-            axes.plot(
-                row.gain,
-                height,
-                "o",
-                color=colour,
-                markerfacecolor=colour if sure else "white",
-                markersize=5,
-            )
-        axes.set(title=panel, xlabel="Gain")
-        axes.title.set_size(10)
-        axes.grid(axis="x", color="0.9")
-        axes.locator_params(axis="x", nbins=3 if width < 2 else 5)
-    grid[0, 0].set_yticks(range(len(rows)), rows)
-    handles = [
-        plt.Line2D([], [], color=colour, marker="o", label=name) for name, colour in palette.items()
-    ]
-    figure.legend(handles=handles, frameon=False, ncols=len(handles), loc="outside lower center")
-    figure.suptitle(title)
+    if legend:
+        columns = min(len(legend), 5)
+        figure.legend(
+            handles=legend, frameon=False, ncols=columns, loc="outside lower center", fontsize=9
+        )
+    figure.suptitle("\n".join(textwrap.wrap(title or "", 100)), fontsize=11)
     sns.despine(figure)
     plt.close(figure)
     return figure
 
 
-def method_looks(methods: Iterable[str]) -> dict[str, tuple]:
-    """Colour by what is trained (CE-SSL, low-rank pairs, every weight), marker by method."""
-    seen: dict[int, int] = {}
-    looks = {}
-    for method in methods:
-        family = 0 if method.startswith("ce_ssl") else 1 if "lora" in method else 2
-        looks[method] = (sns.color_palette("colorblind")[family], "osD^vP"[seen.get(family, 0) % 6])
-        seen[family] = seen.get(family, 0) + 1
-    return looks
+def legend_line(label: str, colour: object, **look) -> Line2D:
+    """An entry of a legend."""
+    return Line2D([], [], label=label, color=colour, **look)
+
+
+def draw_line(axes: Axes, x: pd.Series, rows: pd.DataFrame, **look) -> None:
+    """A line through `value` with bars from `low` to `high`."""
+    bars = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None)
+    axes.errorbar(x, rows["value"], bars, elinewidth=0.8, capsize=2, **look)
+
+
+def draw_dot(axes: Axes, height: float, row: Mapping, colour: object, filled: bool = True) -> None:
+    """A dot at `value` on a bar from `low` to `high`."""
+    axes.plot([row["low"], row["high"]], [height, height], color=colour, linewidth=1.5)
+    face = colour if filled else "white"
+    axes.plot(row["value"], height, "o", color=colour, markerfacecolor=face, markersize=5)
+
+
+def label_axis(axes: Axes, fractions: list[float], training_records: int | None) -> None:
+    """A logarithmic x-axis with a tick at each fraction, in percent and in records."""
+    names = [f"{100 * fraction:g} %" for fraction in fractions]
+    label = "Labelled share of the training records"
+    if training_records:
+        counts = [f"{round(fraction * training_records):,}" for fraction in fractions]
+        names = [f"{name}\n{count}" for name, count in zip(names, counts)]
+        label += "\n(below: number of labelled records)"
+    axes.set_xscale("log")
+    axes.set_xticks(fractions, names)
+    axes.minorticks_off()
+    axes.set_xlabel(label)
 
 
 def require_columns(table: pd.DataFrame, columns: Iterable[str], what: str) -> None:
@@ -121,8 +124,3 @@ def require_columns(table: pd.DataFrame, columns: Iterable[str], what: str) -> N
         raise DataError(
             f"The {what} has no row, so there is nothing to draw; run the earlier notebooks first."
         )
-
-
-def share_label(protocol: str, fraction: float) -> str:
-    """How an arm was trained, and with which share of the labels, in a legend."""
-    return f"{protocol}, {100 * fraction:g} %"

@@ -1,12 +1,19 @@
 """What fused encoders know in common, and which of them the fusion listens to."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from ecgstudy.analysis.figures import method_label, require_columns
+from ecgstudy.analysis.figures import (
+    PALETTE,
+    finish,
+    legend_line,
+    looks,
+    method_label,
+    panels,
+    require_columns,
+)
 
 
 def plot_similarity(similarity: pd.DataFrame, title: str | None = None) -> Figure:
@@ -14,66 +21,35 @@ def plot_similarity(similarity: pd.DataFrame, title: str | None = None) -> Figur
     its numbers.
     """
     require_columns(similarity, similarity.index, "table of similarities")
-    names, size = [method_label(name) for name in similarity], 2.2 + 0.6 * len(similarity)
-    figure, axes = plt.subplots(figsize=(size + 0.9, size), layout="constrained")
-    sns.heatmap(
-        similarity.to_numpy(),
-        vmin=0,
-        vmax=1,
-        cmap="viridis",
-        annot=True,
-        fmt=".2f",
-        square=True,
-        ax=axes,
-        xticklabels=names,
-        yticklabels=names,
-        cbar_kws={"label": "Linear CKA"},
-    )
+    names = [method_label(name) for name in similarity]
+    size = 2.2 + 0.6 * len(similarity)
+    figure, grid = panels(1, (size + 0.9, size))
+    look = {"vmin": 0, "vmax": 1, "cmap": "viridis", "annot": True, "fmt": ".2f", "square": True}
+    ticks = {"xticklabels": names, "yticklabels": names, "cbar_kws": {"label": "Linear CKA"}}
+    axes = sns.heatmap(similarity.to_numpy(), ax=grid[0, 0], **look, **ticks)
     axes.tick_params(axis="x", rotation=45)
     axes.tick_params(axis="y", rotation=0)
-    figure.suptitle(title, fontsize=10)
-    plt.close(figure)
-    return figure
+    return finish(figure, title)
 
 
 def plot_token_weights(weights: pd.DataFrame, title: str | None = None) -> Figure:
-    """Share of each member for each class, a panel a measure; the dotted line is an equal share.
+    """Share of each member for each class, a panel per measure; the dotted line is an equal share.
 
     weights has measure, class, member and share, see `fusion.token_weights`.
     """
     require_columns(weights, ("measure", "class", "member", "share"), "table of token weights")
     measures, members = pd.unique(weights["measure"]), list(pd.unique(weights["member"]))
-    classes = list(pd.unique(weights["class"]))
-    figure, panels = plt.subplots(
-        1,
-        len(measures),
-        figsize=(1.5 + 4.5 * len(measures), 1.6 + 0.42 * len(members)),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes, measure in zip(panels[0], measures, strict=True):
-        table = weights[weights["measure"] == measure].pivot(
-            index="member", columns="class", values="share"
-        )
-        for place, (name, colour) in enumerate(
-            zip(classes, sns.color_palette("colorblind", len(classes)))
-        ):
-            heights = np.arange(len(members))[::-1] + 0.5 * (0.5 - (place + 0.5) / len(classes))
-            axes.plot(
-                table.loc[members, name], heights, "o", color=colour, markersize=5, label=name
-            )
+    colours = looks(weights["class"], PALETTE)
+    size = 1.5 + 4.5 * len(measures), 1.6 + 0.42 * len(members)
+    figure, grid = panels(len(measures), size, grid="x", sharey=True)
+    for axes, measure in zip(grid[0], measures):
+        rows = weights[weights["measure"] == measure]
+        table = rows.pivot(index="member", columns="class", values="share").loc[members]
+        for place, (name, colour) in enumerate(colours.items()):
+            heights = np.arange(len(members))[::-1] + 0.5 * (0.5 - (place + 0.5) / len(colours))
+            axes.plot(table[name], heights, "o", color=colour, markersize=5)
         axes.axvline(1 / len(members), color="0.5", linestyle=":", linewidth=1)
         axes.set(title=measure, xlabel="Share", xlim=(0, None))
-        axes.grid(axis="x", color="0.9")
-    panels[0, 0].set_yticks(range(len(members)), [method_label(name) for name in members[::-1]])
-    figure.legend(
-        *panels[0, 0].get_legend_handles_labels(),
-        frameon=False,
-        ncols=len(classes),
-        loc="outside lower center",
-    )
-    figure.suptitle(title)
-    sns.despine(figure)
-    plt.close(figure)
-    return figure
+    grid[0, 0].set_yticks(range(len(members)), [method_label(name) for name in members[::-1]])
+    legend = [legend_line(name, colour, marker="o") for name, colour in colours.items()]
+    return finish(figure, title, legend)

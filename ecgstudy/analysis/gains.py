@@ -1,272 +1,243 @@
-"""What one arm gains over another on the same labels, patients and seeds."""
+"""What one arm gains over another on the same labels, patients and seeds.
+
+All comparisons of the study make one kind of table. A comparison is a list of pairs of cells, the
+own one and the one that it is compared with; a cell is the runs that differ in the seed alone.
+"""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ecglib.evaluate.draws import PatientDraws, calibration_error, f2, paired_difference
-from ecglib.evaluate.metrics import AbsentClassWarning, choose_thresholds
+from ecglib.evaluate.draws import (
+    Interval,
+    PatientDraws,
+    auroc,
+    average_precision,
+    calibration_error,
+    f2,
+    percentile_interval,
+)
+from ecglib.evaluate.metrics import (
+    AbsentClassWarning,
+    choose_thresholds,
+    warn_of_absent_classes,
+)
 from ecglib.records import Records
-from ecgstudy.analysis.figures import arm_label, method_label, plot_intervals, require_columns
-from ecgstudy.analysis.self_evolving import with_teacher
-from ecgstudy.analysis.summary import need_same_seeds, seed_scores
+from ecgstudy.analysis.figures import (
+    PALETTE,
+    arm_label,
+    draw_dot,
+    finish,
+    legend_line,
+    looks,
+    method_label,
+    panels,
+    percent_label,
+    require_columns,
+)
+from ecgstudy.analysis.summary import STUDENT, Members, group_runs, need_same_seeds, stack_scores
 from ecgstudy.runs import Run
 
-
-def plot_gains(gains: pd.DataFrame, title: str | None = None) -> Figure:
-    """Gain in macro AUROC with its paired interval, a panel a fraction, a row an arm; hollow where
-    it spans zero.
-
-    gains has method, encoder, protocol, fraction, gain, low, high (see `transfer.paired_gains`).
-    """
-    require_columns(
-        gains,
-        ("method", "encoder", "protocol", "fraction", "gain", "low", "high"),
-        "table of gains",
-    )
-    arms = [arm_label(row.method, row.encoder) for row in gains.itertuples()]
-    panels = [f"{100 * fraction:g} % of the labels" for fraction in gains["fraction"]]
-    table = gains.assign(row=arms, panel=panels, colour=gains["protocol"]).sort_values(
-        ["fraction", "row"]
-    )
-    return plot_intervals(table, ("frozen", "fine-tuned"), 1.75, title)
-
-
-def plot_method_gains(gains: pd.DataFrame, title: str | None = None) -> Figure:
-    """What one method gains over the others: a panel a measure, a row a comparator, a colour a
-    label fraction.
-
-    gains has against, fraction, metric, gain, low, high (see `semisup.compare.gains_over`); hollow
-    where the interval spans zero.
-    """
-    require_columns(
-        gains, ("against", "fraction", "metric", "gain", "low", "high"), "table of gains"
-    )
-    colours = {
-        fraction: f"{100 * fraction:g} % of the labels"
-        for fraction in sorted(gains["fraction"].unique())
-    }
-    table = gains.assign(
-        row=gains["against"].map(method_label),
-        panel=gains["metric"].str.replace("_", " "),
-        colour=gains["fraction"].map(colours),
-    )
-    return plot_intervals(table, tuple(colours.values()), 3.2, title, one_scale=False)
-
-
-FUSION_NAMES = {
-    "dvme": "DVME",
-    "dvme_random_start": "DVME from random weights",
-    "best_single": "best single encoder",
-    "concatenation": "concatenation + logistic",
-    "perceptron": "matched perceptron",
+Pairs = Iterable[tuple[tuple, tuple]]
+METRICS = {
+    "macro_auroc": auroc,
+    "mean_average_precision": average_precision,
+    "macro_f2": f2,
+    "expected_calibration_error": calibration_error,
 }
 
 
-def plot_fusion_gains(gains: pd.DataFrame, title: str | None = None) -> Figure:
-    """What DVME gains over other fusions: a panel a fraction, a row a comparator; hollow where it
-    spans zero.
+NAMES = {  # how the values of a column are written in a figure
+    "over": method_label,
+    "fraction": percent_label,
+    "metric": lambda name: name.replace("_", " "),
+}
 
-    gains has over, fraction, gain, low, high (see `fusion_runs.fusion_gains`).
+
+def plot_gains(
+    gains: pd.DataFrame,
+    row: str = "over",
+    panel: str = "fraction",
+    colour: str | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Gains with their paired intervals, hollow where the interval holds zero.
+
+    `row`, `panel` and `colour` name the columns of a gain table that rows, panels and colours tell
+    apart; the row "arm" is method and encoder. Panels of several metrics have a scale each.
     """
-    require_columns(gains, ("over", "fraction", "gain", "low", "high"), "table of fusion gains")
-    rows = [FUSION_NAMES.get(name, name.replace("_", " ")) for name in gains["over"]]
-    panels = [f"{100 * fraction:g} % of the labels" for fraction in gains["fraction"]]
-    table = gains.assign(row=rows, panel=panels, colour="gain of DVME").sort_values(
-        "fraction", kind="stable"
+    if row == "arm":
+        require_columns(gains, ("method", "encoder"), "table of gains")
+        gains = gains.assign(arm=[*map(arm_label, gains["method"], gains["encoder"])])
+    require_columns(gains, (row, panel, colour or row, "gain", "low", "high"), "table of gains")
+    rows = list(dict.fromkeys(gains[row]))[::-1]
+    columns = (
+        sorted(set(gains[panel])) if panel == "fraction" else list(dict.fromkeys(gains[panel]))
     )
-    return plot_intervals(table, ("gain of DVME",), 1.75, title)
+    groups = sorted(set(gains[colour])) if colour else [None]
+    palette = looks(groups, PALETTE)
+    width = 1.75 if panel == "fraction" else 3.2
+    size = 2.6 + width * len(columns), 1.2 + 0.42 * len(rows)
+    figure, grid = panels(len(columns), size, grid="x", sharex=panel != "metric", sharey=True)
+    for axes, name in zip(grid[0], columns):
+        axes.axvline(0, color="0.5", linewidth=1)
+        for cell in gains[gains[panel] == name].to_dict("records"):
+            place = groups.index(cell[colour]) if colour else 0
+            height = rows.index(cell[row]) + 0.6 * (0.5 - (place + 0.5) / len(groups))
+            sure = cell["low"] > 0 or cell["high"] < 0
+            draw_dot(axes, height, {**cell, "value": cell["gain"]}, palette[groups[place]], sure)
+        axes.set(title=NAMES.get(panel, str)(name), xlabel="Gain")
+        axes.locator_params(axis="x", nbins=3 if width < 2 else 5)
+    grid[0, 0].set_yticks(range(len(rows)), [NAMES.get(row, str)(name) for name in rows])
+    write = NAMES.get(colour, str)
+    legend = [legend_line(write(name), palette[name], marker="o") for name in groups if colour]
+    return finish(figure, title, legend)
 
 
-def paired_gains(runs: Sequence[Run], records: Records, split: str = "test") -> pd.DataFrame:
-    """How much each arm gains in macro AUROC over its controls with the same encoder, labels and
-    patients.
-
-    A row an arm, fraction and control (`over`: supervised, or random for frozen arms): gain with
-    its paired patient-bootstrap interval, both sides as means over seeds.
+def gain_row(own: Mapping, other: Mapping, metric: str, gain: Interval) -> dict:
+    """One row of a gain table: the arm's own names, those of the other side as `over` (its method)
+    and `over_NAME`, metric, gain, low and high.
     """
+    over = {"over" if name == "method" else f"over_{name}": value for name, value in other.items()}
+    limits = {"gain": gain.value, "low": gain.low, "high": gain.high}
+    return {**own, **over, "metric": metric, **limits}
+
+
+def gain_table(
+    runs: Sequence[Run],
+    records: Records,
+    cell: Sequence[str],
+    pairs: Callable[[list[tuple]], Pairs],
+    beside: Sequence[str] = ("method",),
+    metrics: Sequence[str] = ("macro_auroc",),
+    split: str = "test",
+) -> pd.DataFrame:
+    """One row per pair of cells and metric: gain with its paired interval, see `gain_row`.
+
+    `pairs` chooses from the cells, in the order of their runs, those that are compared; `beside`
+    are the parts of `cell` in which the two sides of a pair may differ. Both sides are means over
+    the same seeds, on the same patient draws. DataError where two sides have other seeds.
+    """
+    cells = group_runs(runs, cell)
     targets, patients = records.split_truth(split)
-    cells, rows = seed_scores(runs, split, ("method", "encoder", "protocol", "fraction")), []
-    for (method, encoder, protocol, fraction), scores in sorted(cells.items()):
-        controls = {"supervised": ("supervised", encoder, "supervised", fraction)}
-        if protocol == "frozen":
-            controls["random"] = ("random", encoder, "frozen", fraction)
-        for over, control in controls.items():
-            if control in cells and method != over:
-                gain = paired_difference(
-                    targets, scores, cells[control], patients, classes=records.classes
-                )
-                rows.append(
-                    {
-                        "method": method,
-                        "encoder": encoder,
-                        "protocol": protocol,
-                        "fraction": fraction,
-                        "over": over,
-                        "gain": gain.value,
-                        "low": gain.low,
-                        "high": gain.high,
-                    }
-                )
+    warn_of_absent_classes(targets, records.classes)
+    draws = PatientDraws(patients)
+
+    @cache
+    def sample(metric: str, values: tuple) -> tuple[np.ndarray, np.ndarray]:
+        members = cells[values]
+        decided = metric == "macro_f2"
+        answers = decide(members, records, split) if decided else stack_scores(members, split)
+        return draws.sample(METRICS[metric](targets, answers))
+
+    rows = []
+    for own, other in pairs(list(cells)):
+        need_same_seeds(cells, own, other)
+        names = dict(zip(cell, own, strict=True))
+        over = {name: value for name, value in zip(cell, other) if name in beside}
+        for metric in metrics:
+            value, drawn = sample(metric, own)
+            other_value, other_drawn = sample(metric, other)
+            gain = percentile_interval(value - other_value, drawn - other_drawn)
+            if metric == "expected_calibration_error":
+                gain = gain.basic()
+            rows.append(gain_row(names, over, metric, gain))
     return pd.DataFrame(rows)
 
 
-MEASURES = {"macro_auroc": "auroc", "mean_average_precision": "average_precision"}
-FUSION_CELL = ("method", "members", "protocol", "fraction")
-CELL = ("start", "fraction", "method")
-STAGE = ("stage", "method", "fraction")
+def decide(members: Members, records: Records, split: str) -> np.ndarray:
+    """1 where a model says yes, 0 where it says no, `(seeds, n, classes)`.
 
-
-def gains_over(
-    runs: Sequence[Run], records: Records, method: str = "ce_ssl", split: str = "test"
-) -> pd.DataFrame:
-    """What `method` gains over every other method with the same start and fraction, in three
-    measures.
-
-    A row a start, comparator, fraction and measure (macro_auroc, mean_average_precision, macro_f2):
-    gain, with its paired patient-bootstrap interval; both sides are means over the same seeds.
-    Thresholds of F2 come from validation, one for each model and class; a class without a positive
-    record there has none and is left out of F2. DataError where two methods do not have the same
-    seeds.
-    """
-    targets, patients = records.split_truth(split)
-    scores, known = seed_scores(runs, split, CELL), seed_scores(runs, "validation", CELL)
-    decisions = {cell: _decisions(known[cell], scores[cell], records) for cell in scores}
-    rows = []
-    for cell in scores:
-        own = (*cell[:2], method)
-        if cell == own or own not in scores:
-            continue
-        need_same_seeds(runs, CELL, own, cell)
-        gains = {
-            measure: paired_difference(
-                targets,
-                scores[own],
-                scores[cell],
-                patients,
-                statistic=statistic,
-                classes=records.classes,
-            )
-            for measure, statistic in MEASURES.items()
-        }
-        gains["macro_f2"] = PatientDraws(patients).difference(
-            f2(targets, decisions[own]), f2(targets, decisions[cell])
-        )
-        pair = {"method": method, "against": cell[2], "start": cell[0], "fraction": cell[1]}
-        rows += [
-            {**pair, "metric": measure, "gain": gain.value, "low": gain.low, "high": gain.high}
-            for measure, gain in gains.items()
-        ]
-    # The order in which the runs came, within each start and fraction.
-    return pd.DataFrame(rows).sort_values(["start", "fraction"], kind="stable", ignore_index=True)
-
-
-def stage_gains(
-    runs: Sequence[Run], records: Records, method: str = "distl", split: str = "test"
-) -> pd.DataFrame:
-    """What each method gained since T = 0, and what `method` gains over every other one at the same
-    T.
-
-    A row a pair and metric (macro_auroc, expected_calibration_error), with method, network (student
-    or teacher), stage and fraction of the one side, `against`, `against_network` and
-    `against_stage` of the other: gain with its paired patient-bootstrap interval, both sides as
-    means over the same seeds. A calibration error that falls is a gain below zero. DataError where
-    two sides do not have the same seeds.
-    """
-    taught = with_teacher(runs)
-    sides = {("student", *cell): scores for cell, scores in seed_scores(runs, split, STAGE).items()}
-    sides |= {
-        ("teacher", *cell): scores
-        for cell, scores in seed_scores(taught, split, STAGE, "teacher").items()
-    }
-    targets, patients = records.split_truth(split)
-    rows = []
-    for own, other in _stage_pairs(list(sides), method):
-        need_same_seeds(runs, STAGE, own[1:], other[1:])
-        names = {
-            "method": own[2],
-            "network": own[0],
-            "stage": own[1],
-            "fraction": own[3],
-            "against": other[2],
-            "against_network": other[0],
-            "against_stage": other[1],
-        }
-        gains = {
-            "macro_auroc": paired_difference(
-                targets, sides[own], sides[other], patients, classes=records.classes
-            ),
-            "expected_calibration_error": PatientDraws(patients)
-            .difference(
-                calibration_error(targets, sides[own]), calibration_error(targets, sides[other])
-            )
-            .basic(),
-        }
-        rows += [
-            {**names, "metric": metric, "gain": gain.value, "low": gain.low, "high": gain.high}
-            for metric, gain in gains.items()
-        ]
-    return pd.DataFrame(rows)
-
-
-def _stage_pairs(sides: Sequence[tuple], method: str) -> list[tuple[tuple, tuple]]:
-    """Which (network, stage, method, fraction) are compared: all with their common start, `method`
-    with the others.
-    """
-    pairs = [(side, ("student", 0, "supervised", side[3])) for side in sides if side[1] > 0]
-    own = [side for side in sides if side[0] == "student" and side[2] == method]
-    return pairs + [
-        (one, other) for one in own for other in sides if other != one and other[1::2] == one[1::2]
-    ]
-
-
-def _decisions(known: np.ndarray, scores: np.ndarray, records: Records) -> np.ndarray:
-    """1 where a model says yes, 0 where it says no, NaN where it has no threshold, `(seeds, n,
-    classes)`.
-
-    known are its probabilities for validation, from which its thresholds come, scores those that
-    are decided.
+    Thresholds come from validation, one for each model and class; a class without a positive record
+    there has none and its decisions are NaN.
     """
     truth, _ = records.split_truth("validation")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AbsentClassWarning)  # named once, when the run was scored
-        thresholds = np.stack([choose_thresholds(truth, one) for one in known])[:, None]
-    return np.where(np.isnan(thresholds), np.nan, scores > thresholds)
+        known = stack_scores(members, "validation")
+        thresholds = np.stack([choose_thresholds(truth, seed) for seed in known])[:, None]
+    return np.where(np.isnan(thresholds), np.nan, stack_scores(members, split) > thresholds)
 
 
-def fusion_gains(runs: Sequence[Run], records: Records, split: str = "test") -> pd.DataFrame:
-    """Gain of DVME in macro AUROC over every other method, fraction by fraction, with its paired
-    interval.
-
-    `over` is the other one's method and `members` its members; DVME itself has the members of the
-    first of its runs. Both sides are means over the same seeds; DVME without a member or with other
-    members is a control like any other. DataError where the seeds differ.
+def transfer_gains(runs: Sequence[Run], records: Records) -> pd.DataFrame:
+    """What each arm gains over the same encoder trained from scratch, and a frozen one also over
+    the same encoder never trained, with the same labels.
     """
-    targets, patients = records.split_truth(split)
-    ours = next(run.spec.settings["members"] for run in runs if run.spec.method == "dvme")
-    cells, rows = seed_scores(runs, split, FUSION_CELL), []
-    for (method, members, protocol, fraction), scores in sorted(cells.items()):
-        own = cells.get(("dvme", ours, "frozen", fraction))
-        if own is not None and (method, members, protocol) != ("dvme", ours, "frozen"):
-            need_same_seeds(
-                runs,
-                FUSION_CELL,
-                ("dvme", ours, "frozen", fraction),
-                (method, members, protocol, fraction),
-            )
-            gain = paired_difference(targets, own, scores, patients, classes=records.classes)
-            rows.append(
-                {
-                    "over": method,
-                    "members": members,
-                    "protocol": protocol,
-                    "fraction": fraction,
-                    "gain": gain.value,
-                    "low": gain.low,
-                    "high": gain.high,
-                }
-            )
-    return pd.DataFrame(rows)
+
+    def pairs(cells: list[tuple]) -> Pairs:
+        for cell in sorted(cells):
+            method, encoder, protocol, fraction = cell
+            controls = [("supervised", encoder, "supervised", fraction)]
+            if protocol == "frozen":
+                controls.append(("random", encoder, "frozen", fraction))
+            for control in controls:
+                if control in cells and control[0] != method:
+                    yield cell, control
+
+    return gain_table(runs, records, ("method", "encoder", "protocol", "fraction"), pairs)
+
+
+def semi_supervised_gains(
+    runs: Sequence[Run], records: Records, method: str = "ce_ssl"
+) -> pd.DataFrame:
+    """What `method` gains over every other method with the same start and fraction, in macro AUROC,
+    mean average precision and macro F2.
+    """
+
+    def pairs(cells: list[tuple]) -> Pairs:
+        for cell in sorted(cells, key=lambda cell: cell[1:]):
+            own = (method, *cell[1:])
+            if own in cells and cell != own:
+                yield own, cell
+
+    metrics = ("macro_auroc", "mean_average_precision", "macro_f2")
+    return gain_table(runs, records, ("method", "start", "fraction"), pairs, metrics=metrics)
+
+
+def self_evolving_gains(
+    runs: Sequence[Run], records: Records, method: str = "distl"
+) -> pd.DataFrame:
+    """What each method gained since T = 0, and what `method` gains over every other one at the same
+    T, in macro AUROC and calibration error, where a fall is a gain below zero.
+
+    The other side has a method, a network (student or teacher) and a stage of its own.
+    """
+
+    def pairs(cells: list[tuple]) -> Pairs:
+        cells = sorted(cells, key=lambda cell: cell[1])  # students first
+        for cell in cells:
+            if cell[2] > 0:
+                yield cell, ("supervised", STUDENT, 0, cell[3])
+        for own in [cell for cell in cells if cell[:2] == (method, STUDENT)]:
+            yield from ((own, cell) for cell in cells if cell != own and cell[2:] == own[2:])
+
+    return gain_table(
+        runs,
+        records,
+        ("method", "network", "stage", "fraction"),
+        pairs,
+        beside=("method", "network", "stage"),
+        metrics=("macro_auroc", "expected_calibration_error"),
+    )
+
+
+def fusion_gains(runs: Sequence[Run], records: Records) -> pd.DataFrame:
+    """What DVME gains in macro AUROC over every other method, fraction by fraction.
+
+    DVME has the members of the first of its runs; without one of them, or with others, it is a
+    control like any other.
+    """
+    members = next(run.spec.settings["members"] for run in runs if run.spec.method == "dvme")
+
+    def pairs(cells: list[tuple]) -> Pairs:
+        for cell in sorted(cells):
+            own = ("dvme", members, "frozen", cell[3])
+            if own in cells and cell != own:
+                yield own, cell
+
+    cell = ("method", "members", "protocol", "fraction")
+    return gain_table(runs, records, cell, pairs, beside=cell[:3])

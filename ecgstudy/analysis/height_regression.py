@@ -133,7 +133,7 @@ def height_regressor(
 
     fit(objective, batches, steps, learning_rate=learning_rate, seed=seed)
     network = objective.network.eval()
-    said = encode_windows(network, records, asked, seconds, seconds / 2)
+    said = encode_windows(network, records, asked, seconds)
     said = said * objective.deviation.numpy() + objective.mean.numpy()
     r2 = 1 - ((said - heights[asked]) ** 2).mean(axis=0) / heights[asked].var(axis=0)
     return network, asked, pd.Series(r2, index=list(HEIGHTS))

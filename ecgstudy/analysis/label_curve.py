@@ -2,17 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
 from ecglib.evaluate.draws import labels_needed
 from ecglib.evaluate.metrics import macro_auroc
 from ecglib.probe import probe_subsets
 from ecglib.records import Records
-from ecgstudy.analysis.figures import MARKERS, arm_label, label_axis, require_columns
+from ecgstudy.analysis.figures import (
+    LINE_STYLES,
+    MARKERS,
+    PALETTE,
+    arm_label,
+    draw_line,
+    finish,
+    label_axis,
+    looks,
+    method_colours,
+    panels,
+    require_columns,
+)
 from ecgstudy.analysis.summary import seed_scores
 from ecgstudy.runs import Run
 from ecgstudy.study import label_grid
@@ -24,8 +34,8 @@ def plot_label_curve(
     metric: str = "Macro AUROC",
     title: str | None = None,
 ) -> Figure:
-    """Mean over seeds of `value` against the share of labels, one line a method; small dots are the
-    seeds.
+    """Mean over seeds of `value` against the share of labels, one line per method; small dots are
+    the seeds.
 
     table has the columns method, fraction, seed, value, low, high; the bars are the means of low
     and of high. training_records is the number of records at fraction 1: with it, each tick also
@@ -33,101 +43,55 @@ def plot_label_curve(
     """
     require_columns(table, ("method", "fraction", "seed", "value", "low", "high"), "label curve")
     methods = list(pd.unique(table["method"]))
-    colours = sns.color_palette("colorblind", len(methods))
-    figure, axes = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
-    for place, method in enumerate(methods):
+    colours, markers = looks(methods, PALETTE), looks(methods, MARKERS)
+    figure, grid = panels(1, (8.5, 4.8), grid="y")
+    axes = grid[0, 0]
+    for method, shift in zip(methods, _shifts(len(methods), 1.035)):
         rows = table[table["method"] == method]
-        shift = 1.035 ** (
-            place - (len(methods) - 1) / 2
-        )  # beside each other, so that no bar hides another
         mean = rows.groupby("fraction")[["value", "low", "high"]].mean()
-        bars = np.clip([mean["value"] - mean["low"], mean["high"] - mean["value"]], 0, None)
-        axes.plot(
-            rows["fraction"] * shift,
-            rows["value"],
-            ".",
-            color=colours[place],
-            alpha=0.35,
-            markersize=4,
-        )
-        axes.errorbar(
-            mean.index * shift,
-            mean["value"],
-            bars,
-            color=colours[place],
-            marker=MARKERS[place % len(MARKERS)],
-            markersize=5,
-            linewidth=1.6,
-            elinewidth=1,
-            capsize=2,
-            label=method,
-            linestyle="-" if place < 10 else "--",
-        )
+        colour, marker = colours[method], markers[method]
+        x = rows["fraction"] * shift
+        axes.plot(x, rows["value"], ".", color=colour, alpha=0.35, markersize=4)
+        draw_line(axes, mean.index * shift, mean, color=colour, marker=marker, label=method)
     label_axis(axes, sorted(table["fraction"].unique()), training_records)
-    axes.set(ylabel=f"{metric} (mean, 95 % interval)", title=title)
-    axes.grid(axis="y", color="0.9")
-    sns.despine(figure)
+    axes.set_ylabel(f"{metric} (mean, 95 % interval)")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    plt.close(figure)
-    return figure
+    return finish(figure, title)
 
 
 def plot_label_efficiency(
     summary: pd.DataFrame, training_records: int, title: str | None = None
 ) -> Figure:
     """Macro AUROC against the share of labels, frozen on the left and fine-tuned on the right, a
-    line an arm.
+    line per arm.
 
-    summary has method, encoder, protocol, fraction, value, low, high (see `runs.seed_summary`). The
-    controls stand in both panels: trained from scratch black, random filters (frozen only) grey,
-    another line style for each encoder.
+    summary has method, encoder, protocol, fraction, value, low, high (see `summary.seed_summary`).
+    The controls stand in both panels: trained from scratch black, random filters (frozen only)
+    grey, another line style for each encoder.
     """
-    require_columns(
-        summary,
-        ("method", "encoder", "protocol", "fraction", "value", "low", "high"),
-        "label summary",
-    )
-    arms = summary.groupby(["protocol", "method", "encoder"], sort=False)
-    methods = [
-        name for name in pd.unique(summary["method"]) if name not in ("supervised", "random")
-    ]
-    colours = dict(zip(methods, sns.color_palette("colorblind", len(methods)))) | {
-        "supervised": "black",
-        "random": "0.6",
-    }
-    styles = dict(zip(sorted(pd.unique(summary["encoder"])), ("-", "--", ":", "-.")))
-    figure, panels = plt.subplots(1, 2, figsize=(13, 5.2), sharey=True, layout="constrained")
-    for axes, protocol in zip(panels, ("frozen", "fine-tuned"), strict=True):
-        shown = [
-            (key, rows.sort_values("fraction"))
-            for key, rows in arms
-            if key[0] in (protocol, "supervised")
-        ]
-        for place, ((_, method, encoder), rows) in enumerate(shown):
-            x = rows["fraction"] * 1.02 ** (place - (len(shown) - 1) / 2)
-            bars = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None)
-            axes.errorbar(
-                x,
-                rows["value"],
-                bars,
-                color=colours[method],
-                linestyle=styles[encoder],
-                marker="o",
-                label=arm_label(method, encoder),
-                markersize=3.5,
-                linewidth=1.4,
-                elinewidth=0.7,
-                capsize=1.5,
-            )
+    columns = ("method", "encoder", "protocol", "fraction", "value", "low", "high")
+    require_columns(summary, columns, "label summary")
+    colours = method_colours(summary["method"])
+    styles = looks(sorted(pd.unique(summary["encoder"])), LINE_STYLES)
+    figure, grid = panels(2, (13, 5.2), grid="y", sharey=True)
+    for axes, protocol in zip(grid[0], ("frozen", "fine-tuned"), strict=True):
+        shown = summary[summary["protocol"].isin((protocol, "supervised"))]
+        arms = shown.groupby(["protocol", "method", "encoder"], sort=False)
+        for ((_, method, encoder), rows), shift in zip(arms, _shifts(arms.ngroups, 1.02)):
+            rows = rows.sort_values("fraction")
+            look = {"color": colours[method], "linestyle": styles[encoder], "marker": "o"}
+            name = arm_label(method, encoder)
+            draw_line(axes, rows["fraction"] * shift, rows, label=name, markersize=3.5, **look)
         label_axis(axes, sorted(summary["fraction"].unique()), training_records)
         axes.set_title(f"{protocol} encoders")
-        axes.grid(axis="y", color="0.9")
         axes.legend(frameon=False, fontsize=8, loc="lower right")
-    panels[0].set_ylabel("Macro AUROC (mean over subsets, 95 % interval)")
-    figure.suptitle(title)
-    sns.despine(figure)
-    plt.close(figure)
-    return figure
+    grid[0, 0].set_ylabel("Macro AUROC (mean over subsets, 95 % interval)")
+    return finish(figure, title)
+
+
+def _shifts(count: int, factor: float) -> np.ndarray:
+    """Factors that put `count` lines beside each other, so that no bar hides another."""
+    return factor ** (np.arange(count) - (count - 1) / 2)
 
 
 def frozen_validation(

@@ -22,7 +22,7 @@ from torch import nn
 
 from ecglib.errors import DataError
 from ecglib.evaluate.draws import Interval, PatientDraws, mean
-from ecglib.evaluate.windows import window_starts
+from ecglib.evaluate.windows import score_signals
 from ecglib.records import LEADS
 from ecglib.saliency import PATCH, bridged, find_r_peaks
 from ecgstudy.analysis.figures import MARKERS, require_columns
@@ -382,24 +382,14 @@ def record_probabilities(
     sampling_rate: float,
     window_seconds: float,
 ) -> np.ndarray:
-    """Mean over windows, one after the other, of the class's probability `(n,)`."""
-    window = max(1, round(window_seconds * sampling_rate))
-    starts = window_starts(millivolts.shape[2], window, window)
-    signals, device = (
-        torch.from_numpy(np.nan_to_num(millivolts).astype(np.float32)),
-        _device(network),
-    )
-    with torch.inference_mode():
-        parts = [
-            network(part.to(device))[:, class_index]
-            .sigmoid()
-            .unflatten(0, (len(starts), -1))
-            .mean(dim=0)
-            .cpu()
-            for chunk in signals.split(64)
-            for part in [torch.cat([chunk[:, :, start : start + window] for start in starts])]
-        ]
-    return torch.cat(parts).numpy()
+    """The class's probability of signals `(n, 12, time)` in mV, as in `score_signals`, `(n,)`."""
+    device = next(iter(network.parameters())).device
+    signals = torch.from_numpy(np.nan_to_num(millivolts).astype(np.float32))
+    parts = [
+        score_signals([network], part.to(device), sampling_rate, window_seconds)[0, :, class_index]
+        for part in signals.split(256)
+    ]
+    return torch.cat(parts).cpu().numpy()
 
 
 def deletion_area(
@@ -575,8 +565,3 @@ def _quotient(part: np.ndarray, whole: np.ndarray, mask: np.ndarray) -> np.ndarr
 def _or_nan(values: np.ndarray) -> np.ndarray:
     """The values, with one NaN-proof zero where all of them are missing."""
     return values if np.isfinite(values).any() else np.zeros(1)
-
-
-def _device(network: nn.Module) -> torch.device:
-    """Where the network's weights lie."""
-    return next(iter(network.parameters())).device

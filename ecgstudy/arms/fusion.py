@@ -489,8 +489,11 @@ class FusedClassifier(nn.Module):
     classes)`.
 
     Features are scaled as for the frozen fusion, with the training pool's mean and deviation from
-    before fine-tuning.
+    before fine-tuning. `windows` are the seconds of each encoder's windows where the encoders are
+    frozen, see `score_signals`; fine-tuned ones answer for windows together.
     """
+
+    windows: tuple[float, ...] = ()
 
     def __init__(
         self,
@@ -536,8 +539,7 @@ class FusedClassifier(nn.Module):
 def fused_classifier(frozen: Run, members: Sequence[Run], records: Records) -> FusedClassifier:
     """The network of the run `frozen` on the encoders of its `members`, which can be trained on.
 
-    It answers for a window what the frozen fusion would answer for the window's features; the
-    frozen run itself fuses the mean features of a record's windows.
+    It answers for a window what the frozen fusion would answer for the window's features.
     """
     train, settings = records.split["train"], frozen.spec.settings
     raw = [torch.from_numpy(run.predictions()["features"][train]).double() for run in members]

@@ -15,19 +15,16 @@ from torch import Tensor, nn
 from ecglib.batches import to_millivolts
 from ecglib.errors import DataError
 from ecglib.evaluate.draws import PatientDraws, auroc, together
-from ecglib.evaluate.windows import window_starts
+from ecglib.evaluate.windows import score_signals
 from ecglib.noise import KINDS, FlatLeadWarning, prepare_noise, record_generator
 from ecglib.records import MISSING, Records
-from ecglib.train import autocast
-from ecgstudy.arms.fusion import FusedClassifier
-from ecgstudy.arms.trained import ProbedEncoder, trained_classifier
+from ecgstudy.arms.trained import trained_classifier
 from ecgstudy.code import code_of
 from ecgstudy.runs import RESULT, Result, Run, RunSpec, kept_runs, run_grid
 
 SNRS = (24.0, 18.0, 12.0, 6.0, 0.0, -6.0)  # dB
 CLEAN = math.inf  # dB
-TOGETHER = 256  # records to which noise is added at once
-WINDOWS = 256  # scored at once
+TOGETHER = 256  # records to which noise is added, or that are scored, at once
 STUDIES = {
     "label_efficiency": "09_probe_and_fine_tune",
     "semi_supervised": "12_semi_supervised",
@@ -124,6 +121,7 @@ class NoisySignals:
     path: Path
     scales: np.ndarray
     conditions: list[tuple[str, float]]
+    sampling_rate: float
 
     def millivolts(self, condition: int, part: slice, device: str = "cpu") -> Tensor:
         """Signals `(n, 12, time)` of one condition, missing samples 0."""
@@ -159,7 +157,7 @@ def make_noisy(
     for start in range(0, len(indices), TOGETHER):
         part = slice(start, start + TOGETHER)
         clean = torch.from_numpy(records.millivolts(indices[part]))
-        file[0, part], scales[0, part] = _counts(clean)
+        file[0, part], scales[0, part] = records.signals[indices[part]], records.scale
         for place, kind in enumerate(kinds):
             generators = [record_generator(seed, name, kind) for name in ids[part]]
             with (
@@ -171,7 +169,7 @@ def make_noisy(
                 condition = 1 + place * len(snr_db) + level
                 file[condition, part], scales[condition, part] = _counts(noise.at(snr))
     file.flush()
-    return NoisySignals(Path(path), scales, conditions)
+    return NoisySignals(Path(path), scales, conditions, records.sampling_rate)
 
 
 def _counts(signals: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -190,45 +188,23 @@ def _counts(signals: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return counts, scales
 
 
-def window_scores(networks: Sequence[nn.Module], signals: Tensor, window: int) -> Tensor:
-    """Probabilities `(networks, n, classes)` of signals `(n, 12, time)`: means over windows that do
-    not overlap.
-
-    Networks of frozen runs share their encoders; as in those runs, each classifier reads the
-    record's mean features.
-    """
-    starts = window_starts(signals.shape[2], window, window)
-    windows = torch.stack(
-        [signals[:, :, first : first + window] for first in starts], dim=1
-    ).flatten(0, 1)
-    if not isinstance(networks[0], ProbedEncoder | FusedClassifier):
-        each = [torch.sigmoid(network(windows).float()) for network in networks]
-        return torch.stack([scores.unflatten(0, (-1, len(starts))).mean(dim=1) for scores in each])
-    features = networks[0].features(windows).unflatten(0, (-1, len(starts))).mean(dim=1)
-    return torch.sigmoid(torch.stack([network.answer(features) for network in networks]).float())
-
-
 def score_conditions(
-    networks: Sequence[nn.Module],
-    noisy: NoisySignals,
-    window: int,
-    device: str = "cpu",
-    dtype: str = "float32",
+    networks: Sequence[nn.Module], noisy: NoisySignals, window_seconds: float, device: str = "cpu"
 ) -> np.ndarray:
-    """Probabilities `(networks, conditions, n, classes)` under every condition."""
-    count = noisy.scales.shape[1]
+    """Probabilities `(networks, conditions, n, classes)` under every condition.
+
+    Those of the clean signals are what the networks' runs kept: see `score_signals`.
+    """
     networks = [network.to(device).eval() for network in networks]
-    scores = []
-    with torch.inference_mode(), autocast(device, dtype):
-        for condition in range(len(noisy.conditions)):
-            parts = []
-            for start in range(0, count, max(1, WINDOWS // 4)):
-                signals = noisy.millivolts(
-                    condition, slice(start, start + max(1, WINDOWS // 4)), device
-                )
-                parts.append(window_scores(networks, signals, window).cpu())
-            scores.append(torch.cat(parts, dim=1))
-    return torch.stack(scores, dim=1).numpy()
+
+    def scores(condition: int) -> Tensor:
+        parts = []
+        for start in range(0, noisy.scales.shape[1], TOGETHER):
+            signals = noisy.millivolts(condition, slice(start, start + TOGETHER), device)
+            parts.append(score_signals(networks, signals, noisy.sampling_rate, window_seconds))
+        return torch.cat(parts, dim=1).cpu()
+
+    return torch.stack([scores(place) for place in range(len(noisy.conditions))], dim=1).numpy()
 
 
 def score_under_noise(
@@ -242,7 +218,6 @@ def score_under_noise(
     mains: float = 50.0,
     draws: int = 1000,
     device: str = "cpu",
-    dtype: str = "float32",
     workers: int = 1,
 ) -> "NoiseScores":
     """Every arm under every condition on fold 10, kept as a run a network below `results`; a killed
@@ -261,7 +236,6 @@ def score_under_noise(
         "noise_seed": seed,
         "mains": mains,
         "draws": draws,
-        "dtype": dtype,
     }
     specs = {key: _noise_spec(group, settings) for key, group in groups.items()}
     missing = [
@@ -322,9 +296,8 @@ def _scoring(
         networks, seconds = zip(
             *(trained_classifier(run, records, results) for run in groups[spec.key])
         )
-        window = round(seconds[0] * records.sampling_rate)
         targets, patients = records.split_truth("test")
-        scores = score_conditions(networks, noisy, window, device, spec.settings["dtype"])
+        scores = score_conditions(networks, noisy, seconds[0], device)
         for own, each in zip(groups[spec.key], scores, strict=True):
             measure = together(*(auroc(targets, condition) for condition in each))
             values, drawn = PatientDraws(patients, spec.settings["draws"]).sample(measure)

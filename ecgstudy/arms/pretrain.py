@@ -253,6 +253,4 @@ def encode_records(
     """Features `(records, feature_size)` of every record: the mean over overlapping windows as long
     as the crops.
     """
-    return encode_windows(
-        encoder, records, np.arange(len(records)), crop_seconds, crop_seconds / 2, device=device
-    )
+    return encode_windows(encoder, records, np.arange(len(records)), crop_seconds, device)

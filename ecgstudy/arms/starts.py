@@ -60,7 +60,7 @@ def without_real_labels(
     network = Classifier(make_encoder(run.spec.settings["encoder"]), len(statements)).to(device)
     load_state(network, run.weights(), run.folder)
     window = run.spec.settings["crop_seconds"]
-    stated = predict_windows(network, records, indices, window, window / 2, device=device)
+    stated = predict_windows(network, records, indices, window, device)
     columns = [
         [place for place, name in enumerate(statements) if belongs[name] == wanted]
         for wanted in records.classes

@@ -67,9 +67,7 @@ def classifier_result(
     started = time.perf_counter()
     records = study.records
     probabilities = {
-        name: predict_windows(
-            classifier, records, records.split[name], seconds, seconds / 2, device=study.device
-        )
+        name: predict_windows(classifier, records, records.split[name], seconds, study.device)
         for name in ("validation", "test")
     }
     result = scored_result(records, probabilities, labelled)

@@ -22,17 +22,17 @@ class ProbedEncoder(nn.Module):
     """A frozen encoder and its linear probe as one network: `(batch, leads, time)` mV -> logits
     `(batch, classes)`.
 
-    It answers for a window; the frozen run itself probes the mean features of a record's windows.
+    It answers for a window; of a record `score_signals` probes the mean features, as the run did.
     """
 
     def __init__(
-        self, encoder: nn.Module, reference: Tensor, weights: Tensor, bias: Tensor
+        self, encoder: nn.Module, seconds: float, reference: Tensor, weights: Tensor, bias: Tensor
     ) -> None:
-        """`reference (n, d)` are the features by whose mean and deviation the probe's were
-        standardised.
+        """`seconds` of the encoder's windows; `reference (n, d)` are the features by whose mean and
+        deviation the probe's were standardised.
         """
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.windows = encoder, (seconds,)
         mean, deviation = feature_scale(reference)
         self.register_buffer("mean", mean.float())
         self.register_buffer("deviation", deviation.float())
@@ -41,16 +41,17 @@ class ProbedEncoder(nn.Module):
             self.head.weight.copy_(weights)
             self.head.bias.copy_(bias)
 
-    def features(self, signals: Tensor) -> Tensor:
-        """What the encoder says of signals `(n, leads, time)`, `(n, d)`."""
-        return self.encoder(signals).float()
+    @property
+    def encoders(self) -> list[nn.Module]:
+        """The encoder whose features are answered."""
+        return [self.encoder]
 
     def answer(self, features: Tensor) -> Tensor:
-        """Logits `(n, classes)` of such features."""
+        """Logits `(n, classes)` of features `(n, d)`."""
         return self.head(unit_length((features - self.mean) / self.deviation))
 
     def forward(self, signals: Tensor) -> Tensor:
-        return self.answer(self.features(signals))
+        return self.answer(self.encoder(signals).float())
 
 
 def trained_classifier(run: Run, records: Records, results: str | Path) -> tuple[nn.Module, float]:
@@ -112,23 +113,25 @@ def _probed(run: Run, records: Records, results: str | Path) -> tuple[nn.Module,
     probes, chosen = chosen_probes(
         prepared, records.targets, {"its own": labelled}, split, classes=records.classes
     )
+    seconds = pretrained.spec.settings["crop_seconds"]
     network = ProbedEncoder(
-        encoder, reference, probes.weights[0, chosen[0]], probes.bias[0, chosen[0]]
+        encoder, seconds, reference, probes.weights[0, chosen[0]], probes.bias[0, chosen[0]]
     )
-    return network.eval(), pretrained.spec.settings["crop_seconds"]
+    return network.eval(), seconds
 
 
 def _fused(run: Run, records: Records, results: str | Path) -> tuple[nn.Module, float]:
-    """The members' encoders and their fusion. Windows are as long as the longest of a member's
-    pretraining.
+    """The members' encoders and their fusion. Each encoder has the windows of its own pretraining;
+    the network answers for windows as long as the longest of them.
     """
     keys = run.spec.settings["member_keys"]
     members = [
         _needed(run, f"member {name}", keys[name], results)
         for name in run.spec.settings["members"].split("+")
     ]
-    seconds = max(member.spec.settings["crop_seconds"] for member in members)
-    return fused_classifier(run, members, records).eval(), seconds
+    network = fused_classifier(run, members, records)
+    network.windows = tuple(member.spec.settings["crop_seconds"] for member in members)
+    return network.eval(), max(network.windows)
 
 
 def _needed(run: Run, what: str, key: str, results: str | Path) -> Run:

@@ -24,7 +24,7 @@ from ecglib.sources.simulate import simulate_records
 from ecglib.supervised import Classifier
 from ecglib.train import fit
 from ecgstudy.analysis.cost import measure, saved_bytes
-from ecgstudy.analysis.gains import gains_over
+from ecgstudy.analysis.gains import semi_supervised_gains
 from ecgstudy.arms.semi_supervised import METHODS, make_network, semi_supervised_run
 from ecgstudy.arms.starts import (
     cohort_spec,
@@ -281,16 +281,16 @@ def test_gains_are_paired_and_need_the_same_seeds(records: Records, tmp_path: Pa
         spec_of(records, method, seed) for method in ("ce_ssl", "supervised") for seed in (0, 1)
     ]
     runs = run_grid(specs, semi_supervised_run(records, [0.1]), tmp_path, progress_bar=False)
-    gains = gains_over(runs, records)
+    gains = semi_supervised_gains(runs, records)
     assert gains["metric"].tolist() == ["macro_auroc", "mean_average_precision", "macro_f2"]
-    assert set(gains["against"]) == {"supervised"} and (gains["low"] <= gains["high"]).all()
+    assert set(gains["over"]) == {"supervised"} and (gains["low"] <= gains["high"]).all()
     same = [Run(replace(run.spec, method="copy"), run.folder, run.about) for run in runs[:2]]
-    none = gains_over([*runs[:2], *same], records)
+    none = semi_supervised_gains([*runs[:2], *same], records)
     assert (none[["gain", "low", "high"]] == 0).all(axis=None)
     with pytest.raises(
-        DataError, match="ce_ssl and .* supervised were not run with the same seeds"
+        DataError, match="ce_ssl .* and supervised .* were not run with the same seeds"
     ):
-        gains_over(runs[:3], records)
+        semi_supervised_gains(runs[:3], records)
 
 
 def test_paired_f2_against_a_loop() -> None:

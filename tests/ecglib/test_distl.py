@@ -24,7 +24,7 @@ from ecglib.selfsup.dino import dino_loss
 from ecglib.semisup.distl import DISTL, StageBatch, StageBatches, ramp, soft_label_loss
 from ecglib.supervised import Classifier
 from ecglib.train import TrainingError, fit
-from ecgstudy.analysis.gains import stage_gains
+from ecgstudy.analysis.gains import self_evolving_gains
 from ecgstudy.analysis.self_evolving import stage_summary
 from ecgstudy.arms.self_evolving import (
     ARMS,
@@ -424,7 +424,7 @@ def test_gains_are_paired_with_the_start_and_with_each_arm(
     records: Records, study: tuple[Path, list]
 ):
     _, runs = study
-    gains = stage_gains(runs, records)
+    gains = self_evolving_gains(runs, records)
     sides = len(ARMS) + len(WITH_TEACHER)
     assert len(gains) == 2 * (
         2 * sides + 2 * (sides - 1)
@@ -434,9 +434,7 @@ def test_gains_are_paired_with_the_start_and_with_each_arm(
     ).any()
     summary = stage_summary(runs, records).set_index(["method", "network", "stage"])
     row = gains[
-        (gains["stage"] == 2)
-        & (gains["against"] == "fixmatch")
-        & (gains["metric"] == "macro_auroc")
+        (gains["stage"] == 2) & (gains["over"] == "fixmatch") & (gains["metric"] == "macro_auroc")
     ].iloc[0]
     expected = (
         summary.loc[("distl", "student", 2), "value"]
@@ -445,9 +443,10 @@ def test_gains_are_paired_with_the_start_and_with_each_arm(
     assert row["gain"] == pytest.approx(expected) and row["low"] <= row["gain"] <= row["high"]
     fewer = [run for run in runs if not (run.spec.method == "fixmatch" and run.spec.seed == 1)]
     with pytest.raises(
-        DataError, match="1 fixmatch 0.2 and 0 supervised 0.2 were not run with the same seeds"
+        DataError,
+        match="fixmatch student 1 0.2 and supervised student 0 0.2 were not run with the same seeds",
     ):
-        stage_gains(fewer, records)
+        self_evolving_gains(fewer, records)
 
 
 def paired_calibration_error(targets, first, second, patients, draws=1000, bins=15) -> Interval:

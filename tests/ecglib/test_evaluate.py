@@ -330,9 +330,10 @@ def two_means(windows: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("time", [1000, 200])
-def test_predictions_are_the_mean_of_the_windows(time):
+def test_predictions_are_the_mean_of_the_windows(time, monkeypatch):
+    monkeypatch.setattr(evaluate.windows, "WINDOWS_TOGETHER", 16)  # two records
     records, chosen = make_records(time=time), np.array([4, 0, 7])
-    found = evaluate.predict_windows(two_means, records, chosen, batch_size=16)
+    found = evaluate.predict_windows(two_means, records, chosen)
     signals = np.nan_to_num(records.millivolts(chosen))
     starts = window_starts(time, 250, 125)
     logits = np.stack(
@@ -346,6 +347,23 @@ def test_predictions_are_the_mean_of_the_windows(time):
     assert np.allclose(found, (1 / (1 + np.exp(-logits))).mean(axis=0), atol=1e-5)
 
 
+def test_a_network_on_frozen_encoders_answers_the_mean_features_of_each_ones_windows():
+    class OnEncoders(torch.nn.Module):
+        encoders, windows = [two_means, lambda x: 3 * two_means(x) ** 2], (2.5, 4.0)
+
+        def answer(self, features: torch.Tensor) -> torch.Tensor:
+            return features[:, :2] * features[:, 2:]
+
+    records, chosen = make_records(), np.array([4, 0, 7])
+    features = [
+        evaluate.encode_windows(encoder, records, chosen, seconds)
+        for encoder, seconds in zip(OnEncoders.encoders, OnEncoders.windows, strict=True)
+    ]
+    logits = features[0] * features[1]
+    found = evaluate.predict_windows(OnEncoders(), records, chosen)
+    assert np.allclose(found, 1 / (1 + np.exp(-logits)), atol=1e-6)
+
+
 class Dropping(torch.nn.Module):
     """A model that answers differently in training."""
 
@@ -354,11 +372,10 @@ class Dropping(torch.nn.Module):
 
 
 def test_prediction_is_made_in_evaluation_mode_and_the_mode_is_given_back():
-    model = Dropping().train()
+    model = torch.nn.Sequential(Dropping(), torch.nn.Identity().eval())
     found = evaluate.predict_windows(model, make_records(), np.arange(9))
-    assert model.training and np.array_equal(
-        found, evaluate.predict_windows(two_means, make_records(), np.arange(9))
-    )
+    assert model.training and model[0].training and not model[1].training
+    assert np.array_equal(found, evaluate.predict_windows(two_means, make_records(), np.arange(9)))
 
 
 def test_a_diverged_model_is_named_with_the_record():

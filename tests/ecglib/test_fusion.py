@@ -422,7 +422,7 @@ def test_gains_are_over_every_other_method(data, runs, records, folder):
         "mean_of_logits",
         *NETWORKS,
     }
-    assert gains[gains["over"] == "dvme"][["members", "fraction"]].to_numpy().tolist() == [
+    assert gains[gains["over"] == "dvme"][["over_members", "fraction"]].to_numpy().tolist() == [
         ["p+q", 0.2]
     ]
     assert (gains["low"] <= gains["gain"]).all() and (gains["gain"] <= gains["high"]).all()

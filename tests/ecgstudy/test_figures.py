@@ -7,7 +7,7 @@ import pytest
 from ecglib.errors import DataError
 from ecgstudy.analysis.cost import COSTS, plot_cost, plot_ranks
 from ecgstudy.analysis.fusion import plot_similarity, plot_token_weights
-from ecgstudy.analysis.gains import plot_fusion_gains, plot_gains, plot_method_gains
+from ecgstudy.analysis.gains import plot_gains
 from ecgstudy.analysis.label_curve import plot_label_curve
 from ecgstudy.analysis.self_evolving import plot_stages
 from ecgstudy.analysis.training_curves import plot_training
@@ -150,7 +150,7 @@ def test_gains_have_a_row_an_arm_and_are_filled_where_sure():
     gains = pd.DataFrame(
         rows, columns=["method", "encoder", "protocol", "fraction", "gain", "low", "high"]
     )
-    few, many = plot_gains(gains).axes
+    few, many = plot_gains(gains, row="arm", colour="protocol").axes
     assert [text.get_text() for text in few.get_yticklabels()] == [
         "random, b",
         "random, a",
@@ -164,7 +164,7 @@ def test_gains_have_a_row_an_arm_and_are_filled_where_sure():
     ]
     assert len(filled) == len(hollow) == 6 and all(filled) and all(hollow)
     with pytest.raises(DataError, match="encoder"):
-        plot_gains(gains.drop(columns="encoder"))
+        plot_gains(gains.drop(columns="encoder"), row="arm")
 
 
 def test_one_methods_gains_have_a_panel_a_measure():
@@ -174,8 +174,8 @@ def test_one_methods_gains_have_a_panel_a_measure():
         for other in ("fixmatch", "mixed_teacher")
         for fraction in (0.05, 0.1)
     ]
-    gains = pd.DataFrame(rows, columns=["against", "fraction", "metric", "gain", "low", "high"])
-    panels = plot_method_gains(gains).axes
+    gains = pd.DataFrame(rows, columns=["over", "fraction", "metric", "gain", "low", "high"])
+    panels = plot_gains(gains, panel="metric", colour="fraction").axes
     assert [axes.get_title() for axes in panels] == ["macro auroc", "macro f2"]
     assert [text.get_text() for text in panels[0].get_yticklabels()] == [
         "mixed teacher",
@@ -184,8 +184,8 @@ def test_one_methods_gains_have_a_panel_a_measure():
     assert all(
         len([line for line in axes.lines if line.get_marker() == "o"]) == 4 for axes in panels
     )
-    with pytest.raises(DataError, match="against"):
-        plot_method_gains(gains.drop(columns="against"))
+    with pytest.raises(DataError, match="over"):
+        plot_gains(gains.drop(columns="over"))
 
 
 def test_fusion_gains_have_a_panel_a_fraction():
@@ -195,7 +195,7 @@ def test_fusion_gains_have_a_panel_a_fraction():
         for fraction, low in ((0.1, 0.001), (0.01, -0.02))
     ]
     gains = pd.DataFrame(rows, columns=["over", "fraction", "gain", "low", "high"])
-    few, many = plot_fusion_gains(gains).axes
+    few, many = plot_gains(gains).axes
     assert (few.get_title(), many.get_title()) == ("1 % of the labels", "10 % of the labels")
     assert [text.get_text() for text in few.get_yticklabels()] == [
         "softmax gate",
@@ -207,7 +207,7 @@ def test_fusion_gains_have_a_panel_a_fraction():
     ]
     assert faces[0] == {"white"} and "white" not in faces[1]
     with pytest.raises(DataError, match="over"):
-        plot_fusion_gains(gains.drop(columns="over"))
+        plot_gains(gains.drop(columns="over"))
 
 
 def test_similarity_shows_every_number():

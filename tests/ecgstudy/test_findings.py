@@ -42,7 +42,7 @@ def tables() -> dict[str, pd.DataFrame]:
     )
     semi = gains(
         method="ce_ssl",
-        against=["fixmatch", "supervised"],
+        over=["fixmatch", "supervised"],
         fraction=0.05,
         metric="macro_auroc",
         gain=[0.02, -0.01],
@@ -54,9 +54,9 @@ def tables() -> dict[str, pd.DataFrame]:
         network="student",
         stage=3,
         fraction=0.1,
-        against_network="student",
-        against=["supervised", "fixmatch", "oracle"],
-        against_stage=[0, 3, 3],
+        over_network="student",
+        over=["supervised", "fixmatch", "oracle"],
+        over_stage=[0, 3, 3],
         metric="macro_auroc",
         gain=[0.03, 0.02, -0.03],
         low=[0.02, -0.01, -0.05],
@@ -64,7 +64,7 @@ def tables() -> dict[str, pd.DataFrame]:
     )
     fusion = gains(
         over=["best_single", "concatenation", "alone"],
-        protocol="frozen",
+        over_protocol="frozen",
         fraction=0.1,
         gain=[0.01, -0.01, 0.2],
         low=[0.002, -0.02, 0.1],
@@ -74,7 +74,7 @@ def tables() -> dict[str, pd.DataFrame]:
         method=["all", "all", "byol"],
         protocol="frozen",
         family=["in the family", "outside", "outside"],
-        difference=[-0.02, 0.01, 0.3],
+        gain=[-0.02, 0.01, 0.3],
         low=[-0.03, -0.01, 0.2],
         high=[-0.01, 0.02, 0.4],
     )
@@ -94,7 +94,7 @@ def tables() -> dict[str, pd.DataFrame]:
     )
     fused = gains(
         method=["dvme", "dvme", "alone"],
-        protocol="frozen",
+        over_protocol="frozen",
         members=["a+b+c", "a+b", "a"],
         fraction=0.1,
         **scores,

@@ -17,12 +17,14 @@ from ecglib.evaluate.draws import (
     paired_difference,
     together,
 )
-from ecglib.evaluate.windows import encode_windows, predict_windows
+from ecglib.evaluate.metrics import macro_auroc
+from ecglib.evaluate.windows import predict_windows
 from ecglib.noise import add_noise, measured_snr, record_generator
 from ecglib.records import Records
 from ecglib.supervised import Training
+from ecgstudy.analysis.localisation import record_probabilities
 from ecgstudy.analysis.robustness import (
-    loss_differences,
+    loss_gains,
     plot_noise_kinds,
     plot_robustness,
     robustness_table,
@@ -131,41 +133,30 @@ def test_large_amplitudes_are_not_clipped(records, tmp_path):
     assert (measured_snr(clean, noisy.millivolts(1, slice(None))) + 20).abs().max() < 0.02
 
 
-def test_clean_scores_are_those_of_the_package(records, folder, arms, tmp_path):
-    split = records.split
-    noisy = make_noisy(records, split["test"], tmp_path / "clean.npy", (), ())
-    network, window = trained_classifier(arms[0], records, folder)
-    ours = score_conditions([network], noisy, 100)[0, 0]
-    np.testing.assert_allclose(
-        ours, predict_windows(network, records, split["test"], window, window), atol=1e-3
-    )
-    # A frozen run probes the mean features of a record's windows, and so does its score here.
-    frozen, _ = trained_classifier(arms[2], records, folder)
-    again = torch.from_numpy(encode_windows(frozen.encoder, records, split["test"], window, window))
-    expected = torch.sigmoid(frozen.answer(again)).detach().numpy()
-    both = score_conditions([trained_classifier(arms[1], records, folder)[0], frozen], noisy, 100)
-    np.testing.assert_allclose(both[1, 0], expected, atol=1e-3)
-    assert not np.allclose(
-        both[0, 0], both[1, 0], atol=1e-3
-    )  # the other fraction's probe, with the same features
-
-
-def test_a_fusion_reads_the_mean_features_of_its_members(records, tmp_path, small_fusion):
-    run, _ = small_fusion(tmp_path)
+def test_clean_scores_are_those_that_the_runs_kept(
+    records, folder, arms, scores, tmp_path, small_fusion
+):
+    """One score of a classifier, a frozen probe and a DVME, wherever it is printed."""
+    fused, _ = small_fusion(tmp_path, (1.0, 0.5))  # whose members have windows of their own
+    fused_scores = score_under_noise([fused], records, tmp_path, ("white",), (6.0,), draws=20)
+    assert robustness_table(fused_scores)["encoder"].unique().tolist() == ["2 encoders"]
     test = records.split["test"]
-    network, _ = trained_classifier(run, records, tmp_path)
-    features = [encode_windows(encoder, records, test, 1.0, 1.0) for encoder in network.encoders]
-    expected = (
-        torch.sigmoid(network.answer(torch.from_numpy(np.concatenate(features, axis=1))))
-        .detach()
-        .numpy()
-    )
-    ours = score_conditions(
-        [network], make_noisy(records, test, tmp_path / "clean.npy", (), ()), 100
-    )[0, 0]
-    np.testing.assert_allclose(ours, expected, atol=1e-3)
-    scored = score_under_noise([run], records, tmp_path, ("white",), (6.0,), draws=20)
-    assert robustness_table(scored)["encoder"].unique().tolist() == ["2 encoders"]
+    noisy = make_noisy(records, test, tmp_path / "clean.npy", (), ())
+    printed = [*scores.auroc[:, 0], fused_scores.auroc[0, 0]]
+    for run, value in zip([*arms, fused], printed, strict=True):
+        kept = run.predictions()["test/probabilities"]
+        network, window = trained_classifier(run, records, run.folder.parents[1])
+        columns = [
+            record_probabilities(network, records.millivolts(test), column, 100, window)
+            for column in range(kept.shape[1])
+        ]
+        for again in (
+            score_conditions([network], noisy, window)[0, 0],
+            predict_windows(network, records, test, window),
+            np.stack(columns, axis=1),
+        ):
+            np.testing.assert_allclose(again, kept, atol=1e-5)
+        assert value == pytest.approx(macro_auroc(records.targets[test], kept))
 
 
 def test_frozen_runs_with_one_encoder_share_its_features(
@@ -174,7 +165,7 @@ def test_frozen_runs_with_one_encoder_share_its_features(
     noisy = make_noisy(records, records.split["test"], tmp_path / "n.npy", (), ())
     networks = [trained_classifier(run, records, folder)[0] for run in arms[1:]]
     monkeypatch.setattr(networks[1].encoder, "forward", None)  # would fail if asked
-    assert score_conditions(networks, noisy, 100).shape[0] == 2
+    assert score_conditions(networks, noisy, 1.0).shape[0] == 2
 
 
 def test_macro_auroc_and_its_draws_are_those_of_evaluate(records, scores, folder, arms):
@@ -286,13 +277,13 @@ def test_thresholds_in_words_and_with_intervals():
 
 
 def test_differences_are_paired_with_the_control_of_the_same_encoder():
-    table = loss_differences(
+    table = loss_gains(
         made_scores(ARMS, AUROC), {"white": ["white"], "both": ["white", "muscle"], "none": []}
     )
     assert (
         list(table["method"]) == ["simclr", "all"] * 2
     )  # cpc has no control, random is not pretrained
-    own = table.set_index(["family", "method"])["difference"]
+    own = table.set_index(["family", "method"])["gain"]
     assert own["white", "simclr"] == pytest.approx((0.0 + 0.05) / 2 - (0.0 + 0.1) / 2)
     assert own["both", "all"] == pytest.approx((0.05 + 0.15 + 0.2) / 4 - (0.1 + 0.02 + 0.2) / 4)
     assert (table["high"] - table["low"] < 0.02).all()  # what all arms share on a draw has gone

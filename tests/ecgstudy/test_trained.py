@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from ecglib.errors import DataError
-from ecglib.evaluate.windows import encode_windows, predict_windows
-from ecglib.probe import probe_subsets
+from ecglib.evaluate.windows import predict_windows
 from ecgstudy.arms.pretrain import encode_run, pretraining_spec
 from ecgstudy.arms.self_evolving import evolve
 from ecgstudy.arms.supervised import supervised_run
@@ -36,7 +35,7 @@ def spec_of(records, method="supervised", **settings):
 def test_a_trained_network_scores_as_its_run_did(records, folder):
     run = run_or_load(spec_of(records), supervised_run(records, [1.0]), folder)
     network, window = trained_classifier(run, records, folder)
-    again = predict_windows(network, records, records.split["test"], window, window / 2)
+    again = predict_windows(network, records, records.split["test"], window)
     np.testing.assert_allclose(again, run.predictions()["test/probabilities"], atol=1e-6)
 
 
@@ -48,27 +47,16 @@ def test_a_frozen_run_becomes_encoder_and_probe(records, folder):
     spec = transfer_spec(records, start, "frozen", 1.0, 0, {"fractions": [1.0]})
     run = run_or_load(spec, frozen_run(records, [1.0], {1.0: 1}, start), folder)
     network, window = trained_classifier(run, records, folder)
-    # One window as long as the records, and the probe on the features of that window: the same
-    # numbers by other means.
-    seconds, split = records.signals.shape[2] / records.sampling_rate, records.split
-    features = encode_windows(network.encoder, records, np.arange(len(records)), seconds, seconds)
-    kept = start.predictions()["features"]
-    mixed = kept.copy()
-    mixed[split["test"]] = features[split["test"]]
-    by_probe = probe_subsets(mixed, records.targets, {0: run.predictions()["labelled"]}, split)[0]
-    again = predict_windows(network, records, split["test"], seconds, seconds)
+    again = predict_windows(network, records, records.split["test"], window)
     assert window == 1.0
-    np.testing.assert_allclose(again, by_probe["test/probabilities"], atol=1e-4)
+    np.testing.assert_allclose(again, run.predictions()["test/probabilities"], atol=1e-5)
 
 
 def test_a_frozen_fusion_becomes_its_encoders_and_dvme(records, folder, tmp_path, small_fusion):
     run, members = small_fusion(folder, (1.0, 0.5))
     network, window = trained_classifier(run, records, folder)
     assert window == 1.0 and not network.training
-    features = torch.cat(
-        [torch.from_numpy(each.predictions()["features"]) for each in members.values()], dim=1
-    )
-    again = torch.sigmoid(network.answer(features[records.split["test"]])).detach().numpy()
+    again = predict_windows(network, records, records.split["test"])
     np.testing.assert_allclose(again, run.predictions()["test/probabilities"], atol=1e-5)
     with torch.no_grad():
         signals = torch.from_numpy(records.millivolts(np.arange(3)))
@@ -105,7 +93,7 @@ def test_a_stage_gives_its_student(records, folder):
     runs = evolve(records, ["distl", "dino"], 0.5, 1, settings, folder)
     distl = next(run for run in runs if run.spec.method == "distl")
     network, window = trained_classifier(distl, records, folder)
-    again = predict_windows(network, records, records.split["test"], window, window / 2)
+    again = predict_windows(network, records, records.split["test"], window)
     np.testing.assert_allclose(again, distl.predictions()["test/probabilities"], atol=1e-6)
     with pytest.raises(
         DataError, match="not the network that was fine-tuned to be scored; choose another arm"

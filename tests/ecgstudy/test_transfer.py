@@ -20,7 +20,7 @@ from ecglib.probe import probe_layer, probe_subsets
 from ecglib.records import Records
 from ecglib.supervised import Classifier, Training
 from ecglib.train import fit
-from ecgstudy.analysis.gains import paired_gains
+from ecgstudy.analysis.gains import transfer_gains
 from ecgstudy.analysis.label_curve import frozen_validation, labels_needed_table
 from ecgstudy.analysis.summary import seed_summary
 from ecgstudy.arms.pretrain import untrained
@@ -116,7 +116,7 @@ def test_fine_tuning_starts_as_the_probe(records, simclr):
     weights, bias = probe_layer(
         simclr.predictions()["features"], records.targets, labelled, records.split
     )
-    logits = encode_windows(classifier, records, np.arange(len(records)), 1.0, 0.5)
+    logits = encode_windows(classifier, records, np.arange(len(records)), 1.0)
     expected = simclr.predictions()["features"] @ weights.T.numpy() + bias.numpy()
     np.testing.assert_allclose(logits, expected, atol=1e-3)
 
@@ -161,7 +161,7 @@ def test_rows_tell_encoder_and_protocol(runs, records):
 
 
 def test_gains_are_paired_differences_to_the_right_control(runs, records):
-    gains = paired_gains(runs, records)
+    gains = transfer_gains(runs, records)
     assert {(row.method, row.protocol, row.over) for row in gains.itertuples()} == {
         ("simclr", "frozen", "supervised"),
         ("simclr", "frozen", "random"),
