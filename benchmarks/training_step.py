@@ -21,7 +21,7 @@ sys.path.append(
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from plain_conv1d import plain_conv1d  # noqa: E402
+from toolkit import plain_conv1d  # noqa: E402
 
 from ecglib.batches import Batch, CropBatches
 from ecglib.encoders.xresnet1d import xresnet1d50  # noqa: E402
