@@ -1,6 +1,5 @@
 """The fusion study as runs: members, every way to use their features together, and fine-tuning."""
 
-import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,7 @@ from ecglib.fusion import (
     draw_tokens,
     gather,
     matched_hidden,
+    model_of,
     stack_logits,
     token_weights,
     train_stack,
@@ -389,14 +389,6 @@ class Trained:
 def _at(features: Tensor, places: list[int]) -> Tensor:
     """Features of the subsets at some places; those that are alike for all stay as they are."""
     return features[places] if len(features) > 1 else features
-
-
-def model_of(stack: nn.Module, place: int) -> nn.Module:
-    """A stack of the one model at `place`."""
-    model = copy.deepcopy(stack)
-    for parameter in model.parameters():
-        parameter.data = parameter.data[[place]].clone()
-    return model
 
 
 def network_result(data: FusionData, network: nn.Module, features: Sequence[Tensor]) -> Result:

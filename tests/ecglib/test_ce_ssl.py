@@ -10,6 +10,7 @@ from ecglib.augment import cutmix, weak_view
 from ecglib.batches import CropBatches, SemiBatch, step_generator
 from ecglib.encoders import make_encoder
 from ecglib.encoders.conv_transformer import ConvTransformer
+from ecglib.evaluate.draws import PatientDraws, f2
 from ecglib.labels import label_subsets
 from ecglib.lora import add_lora, low_rank_layers
 from ecglib.records import Records
