@@ -11,6 +11,7 @@ All label subsets of a study are trained as one stack of models: every parameter
 dimension `models`, every product is batched, and no gradient passes from one model to another.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -248,6 +249,14 @@ def matched_hidden(sizes: Sequence[int], classes: int, **network) -> int:
     """
     wanted = count_parameters(FusionNetwork(1, sizes, classes, **network, votes=False))
     return max(1, round((wanted - classes) / (sum(sizes) + 1 + classes)))
+
+
+def model_of(stack: nn.Module, place: int) -> nn.Module:
+    """A stack of the one model at `place`."""
+    model = copy.deepcopy(stack)
+    for parameter in model.parameters():
+        parameter.data = parameter.data[[place]].clone()
+    return model
 
 
 def count_parameters(network: nn.Module) -> int:

@@ -4,11 +4,25 @@ A new method is one file with its objective and one entry here, or from elsewher
 `METHODS["mine"] = SelfSupervised("Mine", "tab:pink", "my_module:Mine")`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pkgutil import resolve_name
 
 from ecglib.selfsup import Pretraining
+from ecglib.semisup import Adaptation
+from ecgstudy.arms.fusion import (
+    Combined,
+    Fits,
+    Fused,
+    FusionData,
+    FusionSettings,
+    Trained,
+    check_members,
+)
 from ecgstudy.arms.pretrain import Pretrain
+from ecgstudy.arms.self_evolving import LABELS_ALONE, Arm, fixmatch
+from ecgstudy.arms.semi_supervised import Adapted, Recipe, Start
+from ecgstudy.study import LabelSubset
 
 
 @dataclass(frozen=True)
@@ -28,10 +42,73 @@ class SelfSupervised(Method):
     from.
     """
 
+    what = "self-supervised method"
     objective: str
     batches: str = "ecglib.batches:CropBatches"
 
 
+@dataclass(frozen=True)
+class SemiSupervised(Method):
+    """A method that adapts a pretrained backbone to few labels, with unlabelled records beside.
+
+    `objective` is the "module:name" of `make(network, task)`, see `ecglib.semisup.Task`, `adapt`
+    that of a way to adapt the network, see `arms.semi_supervised`. `unlabelled` says whether it
+    learns from unlabelled records.
+    """
+
+    what = "semi-supervised method"
+    objective: str
+    adapt: str = "ecgstudy.arms.semi_supervised:every_weight"
+    unlabelled: bool = True
+
+    @property
+    def recipe(self) -> Recipe:
+        """The functions themselves."""
+        names = (self.objective, self.adapt)
+        return Recipe(*map(resolve_name, names), unlabelled=self.unlabelled)
+
+
+@dataclass(frozen=True)
+class SelfEvolving(Method):
+    """An arm of the study in which unlabelled records arrive in stages."""
+
+    what = "arm"
+    arm: Arm
+
+
+@dataclass(frozen=True)
+class FusionOfProbes(Method):
+    """A way to use several encoders without training: `combine` is the "module:name" of
+    `combine(data, names)`, see `arms.fusion`.
+    """
+
+    combine: str
+
+    def way(self, settings: FusionSettings) -> Combined:
+        """How the members are combined."""
+        return Combined(resolve_name(self.combine))
+
+
+@dataclass(frozen=True)
+class TrainedFusion(Method):
+    """A fusion of frozen encoders that is trained: `stack` is the "module:name" of `stack(sizes,
+    classes, settings, seeds, **options)`. With `keep` its networks are kept.
+    """
+
+    what = "fusion"
+    stack: str = "ecgstudy.arms.fusion:tokens_stack"
+    options: Mapping = field(default_factory=dict)
+    keep: bool = False
+
+    def way(self, settings: FusionSettings) -> Trained:
+        """How the members are fused."""
+        return Trained(resolve_name(self.stack), settings, self.options, self.keep)
+
+
+ADAPT = "ecgstudy.arms.semi_supervised:"
+FIXMATCH = "ecglib.semisup.fixmatch:"
+CE_SSL = "ecglib.semisup.ce_ssl:make_ce_ssl"
+CUTMIX = "ecglib.semisup.ce_ssl:make_supervised_cutmix"
 METHODS: dict[str, Method] = {
     "supervised": Method("supervised", "black"),
     "random": Method("never trained", "0.6"),
@@ -46,6 +123,68 @@ METHODS: dict[str, Method] = {
         "ecglib.selfsup.patient_pairs:PatientPairs",
         "ecglib.batches:PatientBatches",
     ),
+    "frozen": Method("linear probe", "0.6"),
+    "ce_ssl": SemiSupervised("CE-SSL", "#0173b2", CE_SSL, f"{ADAPT}allocated_and_deactivated"),
+    "ce_ssl_without_deactivation": SemiSupervised(
+        "CE-SSL without deactivation", "#56b4e9", CE_SSL, f"{ADAPT}allocated"
+    ),
+    "ce_ssl_without_allocation": SemiSupervised(
+        "CE-SSL without allocation", "#029e73", CE_SSL, f"{ADAPT}deactivated"
+    ),
+    "ce_ssl_without_norm": SemiSupervised(
+        "CE-SSL without norm", "#949494", CUTMIX, f"{ADAPT}allocated_and_deactivated", False
+    ),
+    "supervised_cutmix": SemiSupervised(
+        "supervised with CutMix", "black", CUTMIX, unlabelled=False
+    ),
+    "fixmatch": SemiSupervised("FixMatch", "#d55e00", f"{FIXMATCH}make_fixmatch"),
+    "flexmatch": SemiSupervised("FlexMatch", "#de8f05", f"{FIXMATCH}make_flexmatch"),
+    "softmatch": SemiSupervised("SoftMatch", "#ca9161", f"{FIXMATCH}make_softmatch"),
+    "mixed_teacher": SemiSupervised(
+        "MixedTeacher", "#cc78bc", "ecglib.semisup.mixed_teacher:make_mixed_teacher"
+    ),
+    "fixmatch_lora": SemiSupervised(
+        "FixMatch with LoRA", "#ece133", f"{FIXMATCH}make_fixmatch", f"{ADAPT}low_rank"
+    ),
+    "fixmatch_adalora": SemiSupervised(
+        "FixMatch with AdaLoRA", "#fbafe4", f"{FIXMATCH}make_adalora", f"{ADAPT}singular"
+    ),
+    "fixmatch_dylora": SemiSupervised(
+        "FixMatch with DyLoRA", "#730014", f"{FIXMATCH}make_fixmatch", f"{ADAPT}nested"
+    ),
+    "supervised_noised": SelfEvolving("supervised with noise", "black", LABELS_ALONE),
+    "oracle": SelfEvolving("oracle", "0.6", Arm(pretext=0.0, unlabelled=False, all_labels=True)),
+    "distl": SelfEvolving("DISTL", "#0173b2", Arm(taught=True)),
+    "noisy_student": SelfEvolving("noisy student", "#de8f05", Arm(pretext=0.0, taught=True)),
+    "dino_fine_tuned": SelfEvolving("DINO, fine-tuned", "#cc78bc", Arm(pretext=1.0, tuned=True)),
+    "distl_without_correction": SelfEvolving(
+        "DISTL without correction", "#56b4e9", Arm(corrected=False, taught=True)
+    ),
+    "distl_without_noise": SelfEvolving(
+        "DISTL without noise", "#029e73", Arm(noised=False, taught=True)
+    ),
+    "fixmatch_noised": SelfEvolving("FixMatch with the same noise", "#d55e00", Arm(fixmatch)),
+    "dvme": TrainedFusion("DVME", "#0173b2", keep=True),
+    "dvme_random_start": TrainedFusion(
+        "DVME from random weights", "#56b4e9", options={"votes": False}
+    ),
+    "uniform_attention": TrainedFusion(
+        "uniform attention", "#de8f05", options={"mixing": "uniform"}
+    ),
+    "softmax_gate": TrainedFusion("softmax gate", "#029e73", options={"mixing": "gate"}),
+    "perceptron": TrainedFusion(
+        "matched perceptron", "#d55e00", "ecgstudy.arms.fusion:perceptron_stack"
+    ),
+    "alone": FusionOfProbes("one encoder", "0.6", "ecgstudy.arms.fusion:alone"),
+    "best_single": FusionOfProbes(
+        "best single encoder", "black", "ecgstudy.arms.fusion:best_single"
+    ),
+    "concatenation": FusionOfProbes(
+        "concatenation + logistic", "#ca9161", "ecgstudy.arms.fusion:concatenation"
+    ),
+    "mean_of_logits": FusionOfProbes(
+        "mean of logits", "#949494", "ecgstudy.arms.fusion:mean_of_logits"
+    ),
 }
 SPARE_COLOURS = ("#fbafe4", "#ece133", "#56b4e9", "#730014", "#4a6a2f", "#3b3b98")
 
@@ -58,11 +197,54 @@ def method(name: str) -> Method:
     return Method(name.replace("_", " "), SPARE_COLOURS[place])
 
 
+def names_of(kind: type[Method]) -> list[str]:
+    """Names of the methods of one kind."""
+    return [name for name, entry in METHODS.items() if isinstance(entry, kind)]
+
+
+def _entry(name: str, *kinds: type[Method]) -> Method:
+    """The entry of a method that is of one of the kinds; ValueError for others."""
+    if not isinstance(METHODS.get(name), kinds):
+        known = ", ".join(each for kind in kinds for each in names_of(kind))
+        raise ValueError(f"There is no {kinds[0].what} {name!r}; choose from {known}.")
+    return METHODS[name]
+
+
 def pretraining(name: str, settings: Pretraining, seed: int = 0) -> Pretrain:
     """The job that pretrains an encoder by a self-supervised method; ValueError for others."""
-    entry = METHODS.get(name)
-    if not isinstance(entry, SelfSupervised):
-        known = [key for key, value in METHODS.items() if isinstance(value, SelfSupervised)]
-        raise ValueError(f"{name!r} is no self-supervised method; choose from {', '.join(known)}.")
+    entry = _entry(name, SelfSupervised)
     objective = resolve_name(entry.objective)
     return Pretrain(name, objective, settings, seed, resolve_name(entry.batches))
+
+
+def adapted(
+    names: Iterable[str], start: Start, subsets: Sequence[LabelSubset], settings: Adaptation
+) -> list[Adapted]:
+    """The jobs of semi-supervised methods from one start; ValueError for other methods."""
+    recipes = {name: _entry(name, SemiSupervised).recipe for name in names}
+    return [
+        Adapted(subset, name, start, settings, recipe)
+        for name, recipe in recipes.items()
+        for subset in subsets
+    ]
+
+
+def evolving(names: Iterable[str]) -> dict[str, Arm]:
+    """The arms of these names for `self_evolving.evolve`; ValueError for other methods."""
+    return {name: _entry(name, SelfEvolving).arm for name in names}
+
+
+def fused(
+    data: FusionData,
+    name: str,
+    settings: FusionSettings,
+    members: Sequence[str] = (),
+    subsets: Sequence[LabelSubset] = (),
+) -> list[Fused]:
+    """The jobs of one fusion method, of all members and subsets of `data` unless some are given."""
+    way = _entry(name, TrainedFusion, FusionOfProbes).way(settings)
+    members = list(members or data.members)
+    if name != "alone":
+        check_members(members)
+    fits = Fits(way, data, members, subsets or data.subsets)
+    return [Fused(subset, name, way, fits) for subset in fits.subsets]

@@ -56,12 +56,15 @@ class Job:
     """One computation of a study. Jobs are frozen dataclasses that derive from this class.
 
     `method` names the arm in tables, `seed` draws weights, batches and noise, `fraction` is the
-    share of labelled training records, 0 where no label is used.
+    share of labelled training records, 0 where no label is used. `rebuild` is the "module:name" of
+    `rebuild(run, records, results)`, which gives the trained network of a finished run and the
+    seconds of its windows, empty where a run keeps none.
     """
 
     method: str
     seed: int = 0
     fraction: float = 0.0
+    rebuild = ""
 
     def settings(self) -> Mapping:
         """Every other value that the result depends on, JSON-like, for the key and `run.json`."""
@@ -119,4 +122,6 @@ class Study:
 
 def _compute(study: Study, job: Job, spec: RunSpec, workspace: Path) -> Result:
     """The result of a job, in the form that the run store calls."""
-    return job.compute(study, workspace)
+    result = job.compute(study, workspace)
+    result.notes["rebuild"] = job.rebuild
+    return result

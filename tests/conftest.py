@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from ecglib.records import Records
-from ecgstudy.arms.fusion import FusionData, fuse
-from ecgstudy.arms.pretrain import encode_run, pretraining_spec
-from ecgstudy.runs import Run, run_or_load
+from ecgstudy.arms.fusion import FusionData, FusionSettings
+from ecgstudy.arms.pretrain import Encode
+from ecgstudy.methods import fused
+from ecgstudy.runs import Run
+from ecgstudy.study import Study, label_grid
 from toolkit import labelled_records
 
 
@@ -38,26 +40,23 @@ def small_fusion(records: Records) -> Callable[..., tuple[Run, dict[str, Run]]]:
     """
 
     def make(folder: Path, windows: tuple[float, float] = (1.0, 1.0)) -> tuple[Run, dict[str, Run]]:
-        specs = [
-            pretraining_spec(
-                "random", records, seed, {"encoder": "xresnet1d_narrow", "crop_seconds": seconds}
-            )
-            for seed, seconds in enumerate(windows)
-        ]
+        study = Study(records, folder)
         members = {
-            f"random{spec.seed}": run_or_load(spec, encode_run(records), folder) for spec in specs
+            f"random{seed}": study.run(Encode("random", "xresnet1d_narrow", seconds, seed))
+            for seed, seconds in enumerate(windows)
         }
-        settings = {
-            "width": 8,
-            "heads": 2,
-            "hidden": 6,
-            "dropout": 0.1,
-            "token_dropout": 0.2,
-            "steps": 3,
-            "batch_size": 8,
-            "learning_rates": [0.001],
-        }
-        (run,) = fuse(FusionData(records, [1.0], {1.0: 1}, members), "dvme", settings, folder)
+        settings = FusionSettings(
+            width=8,
+            heads=2,
+            hidden=6,
+            dropout=0.1,
+            token_dropout=0.2,
+            steps=3,
+            batch_size=8,
+            learning_rates=[0.001],
+        )
+        data = FusionData(records, label_grid([1.0], 1), members)
+        (run,) = study.grid(fused(data, "dvme", settings), progress_bar=False)
         return run, members
 
     return make

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ecglib.augment import cutmix, weak_view
 from ecglib.batches import Batch, need_unlabelled
+from ecglib.semisup import Task
 
 
 class CESSL(nn.Module):
@@ -51,3 +52,13 @@ def first_features(network: nn.Module, signals: Tensor, count: int) -> Tensor:
     if hasattr(encoder, "local"):
         return encoder.context(encoder.local(signals)[:count])
     return encoder(signals)[:count]
+
+
+def make_ce_ssl(network: nn.Module, task: Task) -> CESSL:
+    """CE-SSL around an adapted network."""
+    return CESSL(network)
+
+
+def make_supervised_cutmix(network: nn.Module, task: Task) -> CESSL:
+    """The same loss of the labelled records alone, CutMix included."""
+    return CESSL(network, semi_supervised_norm=False)

@@ -20,6 +20,8 @@ from ecglib.augment import Transform, apply, cutmix, strong_view, weak_view
 from ecglib.batches import SemiBatch, need_unlabelled
 from ecglib.distributed import gathered
 from ecglib.errors import DataError
+from ecglib.ranks import AdaptiveRanks
+from ecglib.semisup import Task
 
 
 def pseudo_label_loss(logits: Tensor, probabilities: Tensor, weights: Tensor) -> Tensor:
@@ -277,3 +279,27 @@ class FixMatch(nn.Module):
             "passed": passed / decisions if decisions else math.nan,
             "passed_positive": passed_positive / positive if positive else math.nan,
         }
+
+
+def make_fixmatch(network: nn.Module, task: Task) -> FixMatch:
+    """FixMatch around a network."""
+    return FixMatch(network, FixedThreshold(task.classes, task.settings.threshold))
+
+
+def make_flexmatch(network: nn.Module, task: Task) -> FixMatch:
+    """FlexMatch around a network."""
+    thresholds = FlexThreshold(task.classes, task.unlabelled, task.settings.threshold)
+    return FixMatch(network, thresholds)
+
+
+def make_softmatch(network: nn.Module, task: Task) -> FixMatch:
+    """SoftMatch around a network.
+
+    Its averages settle within a few hundred steps; the published 0.999 is meant for 2^20.
+    """
+    return FixMatch(network, SoftThreshold(task.classes, momentum=0.99))
+
+
+def make_adalora(network: nn.Module, task: Task) -> AdaptiveRanks:
+    """FixMatch around a network with singular values, whose ranks shrink while it learns."""
+    return AdaptiveRanks(make_fixmatch(network, task), network, task.settings.rank)

@@ -3,7 +3,7 @@
 import resource
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,6 +18,7 @@ from ecglib.batches import SemiBatches
 from ecglib.checkpoints import save_tensors
 from ecglib.lora import low_rank_layers, save_adapter, trainable_parameters
 from ecglib.records import LEADS, Records
+from ecglib.semisup import Adaptation, Task
 from ecglib.train import autocast, fit, linear_schedule
 from ecgstudy.analysis.figures import (
     MARKERS,
@@ -30,7 +31,7 @@ from ecgstudy.analysis.figures import (
     panels,
     require_columns,
 )
-from ecgstudy.arms.semi_supervised import adapt, batches_for, make_network, make_objective
+from ecgstudy.arms.semi_supervised import Recipe, make_network
 from ecgstudy.runs import machine
 
 
@@ -56,16 +57,16 @@ def saved_bytes(function: Callable[[], torch.Tensor], parameters: list[nn.Parame
 
 def measure(
     method: str,
-    backbone: str,
+    recipe: Recipe,
+    adaptation: Adaptation,
     classes: int,
     samples: int,
-    settings: Mapping,
     iterations: int = 3,
     device: str = "cpu",
     dtype: str = "float32",
 ) -> dict:
-    """A row of adaptation_cost.csv: `method` on white noise of `samples` a record, whose time is
-    that of any signal.
+    """One row of adaptation_cost.csv: a method on white noise of `samples` per record, whose time
+    is that of any signal.
 
     An iteration is a batch with its augmentation, forward and backward pass, and the optimizer's
     step; the median of `iterations` after a first one. Where layers are deactivated by chance the
@@ -73,31 +74,20 @@ def measure(
     whole network where every weight is trained. peak_bytes is the memory of the process (of the
     device on a GPU), so call this in a process of its own: `measure_apart`.
     """
-    records = _noise(2 * round(settings["batch_size"] * (1 + settings["ratio"])), classes, samples)
-    half = len(records) // 2
-    batches = SemiBatches(
-        records,
-        np.arange(half),
-        np.arange(half, len(records)),
-        settings["batch_size"],
-        settings["ratio"],
-        samples / 100.0,
-        0,
-        device,
-    )
-    source = batches_for(method, batches)
-    network = make_network(backbone, classes, 0).to(device)
-    notes = adapt(method, network, batches.labelled, settings)
-    objective = (
-        make_objective(method, network, classes, half, iterations + 1, settings).to(device).train()
-    )
+    batch = (adaptation.batch_size, adaptation.ratio)
+    records = _noise(2 * round(batch[0] * (1 + batch[1])), classes, samples)
+    labelled, unlabelled = np.arange(len(records)).reshape(2, -1)
+    batches = SemiBatches(records, labelled, unlabelled, *batch, samples / 100.0, 0, device)
+    network = make_network(adaptation.backbone, classes, 0).to(device)
+    task = Task(classes, len(unlabelled), iterations + 1, adaptation)
+    objective, source, notes = recipe.prepare(network, batches, task)
+    objective = objective.to(device).train()
+    parameters = list(objective.parameters())
     saved = []
     for step in range(iterations):
         torch.manual_seed(step)
         with autocast(device, dtype):
-            saved.append(
-                saved_bytes(lambda: objective.loss(source(step)), list(objective.parameters()))
-            )
+            saved.append(saved_bytes(lambda step=step: objective.loss(source(step)), parameters))
     history = fit(
         objective,
         source,
@@ -107,14 +97,12 @@ def measure(
         log_every=1,
         dtype=dtype,
     )
-    seconds = history["seconds"].diff().iloc[1:]
-    trained = sum(parameter.numel() for parameter in trainable_parameters(network))
     return {
         "method": method,
-        "backbone": backbone,
-        "trained_parameters": trained,
+        "backbone": adaptation.backbone,
+        "trained_parameters": notes["trained_parameters"],
         "stored_bytes": _stored(network),
-        "seconds_per_iteration": statistics.median(seconds),
+        "seconds_per_iteration": statistics.median(history["seconds"].diff().iloc[1:]),
         "peak_bytes": _peak(device),
         "saved_activation_bytes": round(statistics.mean(saved)),
         "rank_pass_seconds": notes.get("rank_pass_seconds", 0.0),

@@ -17,7 +17,10 @@ from ecglib.errors import DataError
 
 MARKERS = "osD^vPXhp*"
 LINE_STYLES = ("-", "--", ":", "-.", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
-CONTROLS = {"supervised": "black", "random": "0.6", "oracle": "0.6"}
+CONTROLS = {
+    **dict.fromkeys(("supervised", "supervised_cutmix", "supervised_noised"), "black"),
+    **dict.fromkeys(("random", "oracle"), "0.6"),
+}
 LABELS = {"best_single": "best single encoder"}
 PALETTE = [colour for place, colour in enumerate(sns.color_palette("colorblind")) if place != 7]
 

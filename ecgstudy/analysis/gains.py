@@ -211,7 +211,7 @@ def self_evolving_gains(
         cells = sorted(cells, key=lambda cell: cell[1])  # students first
         for cell in cells:
             if cell[2] > 0:
-                yield cell, ("supervised", STUDENT, 0, cell[3])
+                yield cell, ("supervised_noised", STUDENT, 0, cell[3])
         for own in [cell for cell in cells if cell[:2] == (method, STUDENT)]:
             yield from ((own, cell) for cell in cells if cell != own and cell[2:] == own[2:])
 

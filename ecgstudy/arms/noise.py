@@ -32,8 +32,8 @@ STUDIES = {
     "fusion": "10_fusion",
 }
 CHOSEN = {
-    "semi_supervised": ("ce_ssl", "fixmatch", "supervised"),
-    "self_evolving": ("distl", "supervised"),
+    "semi_supervised": ("ce_ssl", "fixmatch", "supervised_cutmix"),
+    "self_evolving": ("distl", "supervised_noised"),
     "fusion": ("dvme",),
 }
 ARM = ("method", "protocol", "encoder", "fraction", "seed")
@@ -50,8 +50,9 @@ def noise_arms(
     other notebooks.
 
     Of notebook 10 this is dvme on frozen encoders, of notebook 12 these are ce_ssl, fixmatch and
-    supervised from the simulated start, of notebook 13 distl and supervised at the last stage, each
-    at its study's largest fraction and smallest seed. `methods`, where given, leaves others out.
+    supervised_cutmix from the simulated start, of notebook 13 distl and supervised_noised at the
+    last stage, each at its study's largest fraction and smallest seed. `methods`, where given,
+    leaves others out.
     DataError where a study's list is missing or has no run at `fraction`.
     """
     unknown = [study for study in studies if study not in STUDIES]

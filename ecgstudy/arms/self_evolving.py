@@ -3,19 +3,22 @@ unlabelled ones.
 
 Every arm goes on at each stage from its own network of the stage before, and all from the same one
 of T = 0, with as many steps (not as much computation: the pretext shows a record several times). A
-run is one arm, stage and label subset; it names the run that it goes on from.
+run is one arm, stage and label subset.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ecglib.augment import named_transforms
 from ecglib.batches import SemiBatches
+from ecglib.checkpoints import load_state
 from ecglib.encoders import encoder_maker
 from ecglib.encoders.transformer import set_drop_path
 from ecglib.errors import DataError
@@ -24,24 +27,150 @@ from ecglib.labels import label_subsets
 from ecglib.records import TRAINING_FOLDS, Records
 from ecglib.semisup.distl import DISTL, StageBatches
 from ecglib.semisup.fixmatch import FixedThreshold, FixMatch
+from ecglib.settings import Settings
 from ecglib.supervised import Classifier, Training, new_classifier
 from ecglib.train import fit
-from ecgstudy.arms.supervised import classifier_result
-from ecgstudy.code import code_of
-from ecgstudy.runs import RESULT, Result, Run, RunSpec, open_run, run_grid
+from ecgstudy.arms.supervised import Labelled, classifier_result
+from ecgstudy.runs import MODEL, Result, Run
+from ecgstudy.study import LabelSubset, Study
 
-ARMS = {  # what each does with the unlabelled records; "oracle" is the only one that sees their labels
-    "distl": {},
-    "supervised": {"pretext": 0.0},
-    "oracle": {"pretext": 0.0},
-    "dino": {"pretext": 1.0},
-    "noisy_student": {"pretext": 0.0},
-    "distl_without_correction": {},
-    "distl_without_noise": {"noised": False},
-    "fixmatch": {},
-}
-LABELLED_ONLY = ("supervised", "oracle")
-WITH_TEACHER = ("distl", "noisy_student", "distl_without_correction", "distl_without_noise")
+STUDENT = "network."  # of an objective's weights, those that are scored
+
+
+@dataclass(frozen=True)
+class Evolution(Settings):
+    """How a network evolves over the stages T = 1 to `stages`, and how it is trained at T = 0.
+
+    `encoder` is a vision transformer of `encoders.ENCODERS`. `steps` and `learning_rate` hold for
+    each stage, `first_steps` and `first_learning_rate` for T = 0. `transforms` and `drop_path`,
+    stochastic depth, are the student's noise. The labelled records come again after every
+    `correction_every` unlabelled ones. `threshold` is FixMatch's, `options` are DISTL's.
+    """
+
+    encoder: str
+    stages: int
+    first_steps: int
+    first_learning_rate: float
+    steps: int
+    learning_rate: float
+    batch_size: int
+    crop_seconds: float
+    weight_decay: float
+    dropout: float
+    drop_path: float
+    correction_every: float
+    threshold: float
+    transforms: Mapping[str, Mapping]
+    options: Mapping
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What an arm learns from at one stage: records at the positions `labelled` and `unlabelled`."""
+
+    records: Records
+    labelled: np.ndarray
+    unlabelled: np.ndarray
+    steps: int
+    seed: int
+    device: str
+
+
+def distl(
+    network: Classifier, data: StageData, arm: "Arm", settings: Evolution
+) -> tuple[nn.Module, Callable]:
+    """DISTL's objective around a network, and its batches."""
+    batches = StageBatches(
+        data.records,
+        data.labelled,
+        data.unlabelled,
+        settings.batch_size,
+        settings.crop_seconds,
+        settings.correction_every if arm.corrected else math.inf,
+        data.seed,
+        data.device,
+    )
+    options = {**settings.options, "noised": arm.noised}
+    if arm.pretext is not None:
+        options["pretext"] = arm.pretext
+    unlabelled_steps = batches.unlabelled_steps(data.steps)
+    transforms = arm.transforms(settings)
+    return DISTL(network, transforms, unlabelled_steps=unlabelled_steps, **options), batches
+
+
+def fixmatch(
+    network: Classifier, data: StageData, arm: "Arm", settings: Evolution
+) -> tuple[nn.Module, Callable]:
+    """FixMatch's objective with the other arms' noise, and its batches.
+
+    Its own strong view shuffles leads and turns time round.
+    """
+    batches = SemiBatches(
+        data.records,
+        data.labelled,
+        data.unlabelled,
+        settings.batch_size // 2,
+        1,
+        settings.crop_seconds,
+        data.seed,
+        data.device,
+    )
+    thresholds = FixedThreshold(len(data.records.classes), settings.threshold)
+    return FixMatch(network, thresholds, transforms=arm.transforms(settings)), batches
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What an arm of the study does with the records that arrive.
+
+    `learner(network, data, arm, settings)` gives its objective and batches; `pretext` is DISTL's
+    weight where it is not that of the options. `noised`: the student sees noise. `corrected`: the
+    labelled records come again. `unlabelled`: it learns from records without labels. `all_labels`:
+    it is told the labels of all that arrived. `taught`: its teacher is scored and goes on beside
+    the student. `tuned`: half of the steps go to fine-tuning on the labels.
+    """
+
+    learner: Callable = distl
+    pretext: float | None = None
+    noised: bool = True
+    corrected: bool = True
+    unlabelled: bool = True
+    all_labels: bool = False
+    taught: bool = False
+    tuned: bool = False
+
+    def transforms(self, settings: Evolution) -> list:
+        """The student's noise."""
+        return named_transforms(settings.transforms) if self.noised else []
+
+    def train(
+        self,
+        network: Classifier,
+        data: StageData,
+        settings: Evolution,
+        rate: float,
+        before: Mapping[str, Tensor],
+        folder: Path | None,
+    ) -> tuple[nn.Module, list[dict]]:
+        """Train `network` in place; its objective, which goes on from `before`, and the history."""
+        torch.manual_seed(data.seed)
+        objective, batches = self.learner(network, data, self, settings)
+        if "center" in before:
+            # Teacher, heads and centre go on, too; but each stage has a progress of its own.
+            objective.load_state_dict({**before, "progress": objective.progress})
+        history = fit(
+            objective.to(data.device),
+            batches,
+            data.steps,
+            learning_rate=rate,
+            weight_decay=settings.weight_decay,
+            seed=data.seed,
+            folder=folder,
+        )
+        return objective, history.to_dict("records")
+
+
+LABELS_ALONE = Arm(pretext=0.0, unlabelled=False)  # T = 0 of every arm
 
 
 def stage_pools(
@@ -62,285 +191,186 @@ def stage_pools(
             f"Records without labels cannot arrive in {stages} stages; choose 1 or more."
         )
     # Counted down from the whole, so that the last share is 1 and not what rounding makes of it.
-    shares = [
-        fraction,
-        *(1.0 - (1.0 - fraction) * (stages - stage) / stages for stage in range(1, stages + 1)),
-    ]
+    later = [1.0 - (1.0 - fraction) * (stages - stage) / stages for stage in range(1, stages + 1)]
+    shares = [fraction, *later]
     subsets = label_subsets(records, shares, seed, folds)
     pools = [subsets[share] for share in shares]
     for stage in range(1, stages + 1):
         if len(pools[stage]) == len(pools[stage - 1]):
             raise DataError(
-                f"The unlabelled fold that arrives at T = {stage} is empty ({len(pools[0])} of {len(pools[-1])} records"
-                " are labelled); label a smaller share or use fewer stages."
+                f"The unlabelled fold that arrives at T = {stage} is empty ({len(pools[0])} of "
+                f"{len(pools[-1])} records are labelled); label a smaller share or use fewer "
+                "stages."
             )
     return pools
 
 
-def stage_spec(
-    records: Records, arm: str, stage: int, fraction: float, seed: int, settings: Mapping
-) -> RunSpec:
-    """What identifies one arm at T = `stage`, with the name of the run before it; at T = 0 all arms
-    are supervised.
+@dataclass(frozen=True)
+class Evolved(Labelled):
+    """One arm at one stage, which goes on from the run of the stage before; without it, T = 0.
+
+    Scored is the student, as in the paper; where there is a teacher its probabilities and measures
+    are kept as well (column `network` of the table).
     """
-    if arm not in ARMS:
-        raise ValueError(f"There is no arm {arm!r}; choose from {', '.join(ARMS)}.")
-    arm = arm if stage else "supervised"
-    previous = (
-        stage_spec(records, arm, stage - 1, fraction, seed, settings).name if stage else "none"
-    )
-    return RunSpec(
-        arm,
-        records.name,
-        records.fingerprint,
-        records.about["task"],
-        fraction,
-        seed,
-        {**settings, "protocol": f"stage{stage}", "stage": stage, "previous": previous},
-        code_of(self_evolving_run, encoder_maker(settings["encoder"])),
-    )
+
+    method: str
+    arm: Arm
+    evolution: Evolution
+    previous: Run | None = None
+    rebuild = "ecgstudy.arms.self_evolving:kept_student"
+
+    @property
+    def stage(self) -> int:
+        """T."""
+        return 1 + self.previous.spec.settings["stage"] if self.previous else 0
+
+    def settings(self) -> Mapping:
+        arm = {**asdict(self.arm), "learner": self.arm.learner.__name__}
+        previous = self.previous.spec.key if self.previous else "none"
+        own = {"protocol": f"stage{self.stage}", "stage": self.stage, "previous": previous}
+        return {**asdict(self.evolution), **own, "arm": arm}
+
+    def reaches(self) -> tuple[Callable, ...]:
+        return (encoder_maker(self.evolution.encoder),)
+
+    def compute(self, study: Study, workspace: Path) -> Result:
+        settings = self.evolution
+        arm = self.arm
+        network = new_classifier(study.records, self.seed, Training.of(asdict(settings)))
+        network = network.to(study.device)
+        set_drop_path(network.encoder, settings.drop_path if arm.noised else 0.0)
+        before = self._before()
+        if before:
+            network.load_state_dict(student_weights(before))
+        data = self._data(study)
+        rate = settings.learning_rate if self.previous else settings.first_learning_rate
+        steps = data.steps // 2 if arm.tuned else data.steps
+        now = replace(data, steps=steps)
+        objective, history = arm.train(network, now, settings, rate, before, workspace)
+        final = network
+        if arm.tuned:
+            final = copy.deepcopy(network)
+            rest = replace(data, unlabelled=data.unlabelled[:0], steps=data.steps - steps)
+            _, more = LABELS_ALONE.train(final, rest, settings, rate, {}, None)
+            history += [{**row, "seconds": row["seconds"] + history[-1]["seconds"]} for row in more]
+        return self._result(study, objective, final, data.labelled, history)
+
+    def _before(self) -> dict[str, Tensor]:
+        """What the stage before left, nothing for T = 0; DataError where that run is gone."""
+        if self.previous is None:
+            return {}
+        if not (self.previous.folder / MODEL).exists():
+            raise DataError(
+                f"{self.method}: stage {self.stage} goes on from {self.previous.folder.name}, "
+                f"which is not there; run stage {self.stage - 1} first."
+            )
+        return self.previous.weights()
+
+    def _data(self, study: Study) -> StageData:
+        """What the arm may see at this stage."""
+        settings = self.evolution
+        pools = stage_pools(study.records, self.fraction, self.seed, settings.stages)
+        labelled = pools[self.stage if self.arm.all_labels else 0]
+        unlabelled = np.setdiff1d(pools[self.stage], labelled)
+        return StageData(
+            study.records,
+            labelled,
+            unlabelled if self.arm.unlabelled else unlabelled[:0],
+            settings.steps if self.previous else settings.first_steps,
+            self.seed + 1000 * self.stage,  # each stage draws its own batches
+            study.device,
+        )
+
+    def _result(
+        self,
+        study: Study,
+        objective: nn.Module,
+        final: Classifier,
+        labelled: np.ndarray,
+        history: list[dict],
+    ) -> Result:
+        """Scores of the student, those of its teacher where it has one, and what goes on."""
+        networks = {"student": final}
+        if self.arm.taught:
+            networks["teacher"] = objective.teacher
+        results = {}
+        for name, network in networks.items():
+            seconds = self.evolution.crop_seconds
+            result = classifier_result(study, network, labelled, seconds, history)
+            result.metrics += calibration_rows(study.records, result)
+            for row in result.metrics:
+                row |= {"stage": self.stage, "network": name}
+            results[name] = result
+        result = results.pop("student")
+        for name, other in results.items():
+            result.metrics += other.metrics
+            del other.predictions["labelled"]
+            kept = {f"{name}/{key}": values for key, values in other.predictions.items()}
+            result.predictions |= kept
+        goes_on = self.arm.taught or self.arm.tuned
+        result.model = objective if goes_on else nn.ModuleDict({"network": final})
+        return result
 
 
 def evolve(
-    records: Records,
-    arms: Sequence[str],
-    fraction: float,
-    seeds: int,
-    settings: Mapping,
-    results: str | Path,
-    device: str = "cpu",
-    workers: int = 1,
+    study: Study,
+    arms: Mapping[str, Arm],
+    subsets: Sequence[LabelSubset],
+    evolution: Evolution,
+    first: str = "supervised_noised",
 ) -> list[Run]:
     """Every stage of every arm for some label subsets, computing what is missing, one stage after
     the other.
+
+    `first` names the runs of T = 0.
     """
-    for seed in range(seeds):
-        stage_pools(
-            records, fraction, seed, settings["stages"]
-        )  # an empty fold is told once, not once a run
-    runs, function = [], self_evolving_run(records, results, device)
-    for stage in range(settings["stages"] + 1):
-        present = arms if stage else ["supervised"]
-        specs = [
-            stage_spec(records, arm, stage, fraction, seed, settings)
-            for arm in present
-            for seed in range(seeds)
+    for subset in subsets:
+        stage_pools(study.records, subset.fraction, subset.seed, evolution.stages)
+    runs = study.grid(Evolved(subset, first, LABELS_ALONE, evolution) for subset in subsets)
+    latest = {(name, run.spec.seed): run for name in arms for run in runs}
+    for _ in range(evolution.stages):
+        jobs = [
+            Evolved(subset, name, arm, evolution, latest[name, subset.seed])
+            for name, arm in arms.items()
+            for subset in subsets
         ]
-        runs += run_grid(specs, function, results, workers=workers)
+        done = study.grid(jobs)
+        latest = {(run.spec.method, run.spec.seed): run for run in done}
+        runs += done
     return runs
 
 
-def self_evolving_run(
-    records: Records, results: str | Path, device: str = "cpu"
-) -> Callable[[RunSpec, Path], Result]:
-    """The function for `runs.run_or_load`: one stage of one arm, from the run below `results` that
-    it names.
-
-    Scored is the student, as in the paper; where there is a teacher its probabilities and measures
-    are kept as well (column `network` of the table). DataError where the run of the stage before is
-    missing.
-    """
-
-    def run(spec: RunSpec, workspace: Path) -> Result:
-        settings, stage, arm = spec.settings, spec.settings["stage"], spec.method
-        pools = stage_pools(records, spec.fraction, spec.seed, settings["stages"])
-        labelled, unlabelled = _split_pool(arm, pools, stage)
-        network = new_classifier(records, spec.seed, Training.of(settings)).to(device)
-        set_drop_path(
-            network.encoder, 0.0 if arm == "distl_without_noise" else settings["drop_path"]
-        )
-        before = previous_weights(spec, results)
-        if before:
-            own = {name: value for name, value in before.items() if name.startswith("network.")}
-            nn.ModuleDict({"network": network}).load_state_dict(own)
-        seed = spec.seed + 1000 * stage  # each stage draws its own batches
-        first = "" if stage else "first_"
-        steps, rate = settings[f"{first}steps"], settings[f"{first}learning_rate"]
-        half = (
-            steps // 2
-        )  # the pretext alone, then fine-tuning: together as many steps as any other arm
-        budget = (half, rate) if arm == "dino" else (steps, rate)
-        objective, history = _train(
-            arm,
-            network,
-            before,
-            records,
-            labelled,
-            unlabelled,
-            seed,
-            settings,
-            budget,
-            workspace,
-            device,
-        )
-        final = network
-        if arm == "dino":
-            final = copy.deepcopy(network)
-            _, more = _train(
-                "supervised",
-                final,
-                {},
-                records,
-                labelled,
-                unlabelled[:0],
-                seed,
-                settings,
-                (steps - half, rate),
-                None,
-                device,
-            )
-            history += [{**row, "seconds": row["seconds"] + history[-1]["seconds"]} for row in more]
-        return _scored(objective, final, arm, records, labelled, settings, history, device)
-
-    return run
-
-
-def previous_weights(spec: RunSpec, results: str | Path) -> dict[str, torch.Tensor]:
-    """What the stage before left, nothing for T = 0; DataError where that run is missing."""
-    if not spec.settings["stage"]:
-        return {}
-    folder = Path(results) / "runs" / spec.settings["previous"]
-    if not (folder / RESULT).exists():
-        raise DataError(
-            f"{spec.name}: stage {spec.settings['stage']} goes on from {folder.name}, which is not there; "
-            f"run stage {spec.settings['stage'] - 1} first."
-        )
-    return open_run(folder).weights()
-
-
-def _split_pool(arm: str, pools: Sequence[np.ndarray], stage: int) -> tuple[np.ndarray, np.ndarray]:
-    """Records that an arm may see with their labels at this stage, and those without."""
-    labelled = pools[stage] if arm == "oracle" else pools[0]
-    unlabelled = np.setdiff1d(pools[stage], labelled)
-    return labelled, unlabelled[:0] if arm in LABELLED_ONLY else unlabelled
-
-
-def _train(
-    arm: str,
-    network: Classifier,
-    before: Mapping[str, torch.Tensor],
-    records: Records,
-    labelled: np.ndarray,
-    unlabelled: np.ndarray,
-    seed: int,
-    settings: Mapping,
-    budget: tuple[int, float],
-    folder: Path | None,
-    device: str,
-) -> tuple[nn.Module, list[dict]]:
-    """The objective after training `network` in place with a `budget` of steps and their rate, and
-    the history.
-    """
-    torch.manual_seed(seed)
-    steps, rate = budget
-    transforms = [] if arm == "distl_without_noise" else named_transforms(settings["transforms"])
-    if arm == "fixmatch":
-        batches = SemiBatches(
-            records,
-            labelled,
-            unlabelled,
-            settings["batch_size"] // 2,
-            1,
-            settings["crop_seconds"],
-            seed,
-            device,
-        )
-        # Its own strong view shuffles leads and turns time round; here every arm has the same
-        # noise.
-        objective = FixMatch(
-            network,
-            FixedThreshold(len(records.classes), settings["threshold"]),
-            transforms=transforms,
-        )
-    else:
-        every = float("inf") if arm == "distl_without_correction" else settings["correction_every"]
-        batches = StageBatches(
-            records,
-            labelled,
-            unlabelled,
-            settings["batch_size"],
-            settings["crop_seconds"],
-            every,
-            seed,
-            device,
-        )
-        objective = DISTL(
-            network,
-            transforms,
-            unlabelled_steps=batches.unlabelled_steps(steps),
-            **{**settings["options"], **ARMS[arm]},
-        )
-        if (
-            "center" in before
-        ):  # teacher, heads and centre too; but each stage has a progress of its own
-            objective.load_state_dict({**before, "progress": objective.progress})
-    history = fit(
-        objective.to(device),
-        batches,
-        steps,
-        learning_rate=rate,
-        weight_decay=settings["weight_decay"],
-        seed=seed,
-        folder=folder,
-    )
-    return objective, history.to_dict("records")
-
-
-def _scored(
-    objective: nn.Module,
-    final: Classifier,
-    arm: str,
-    records: Records,
-    labelled: np.ndarray,
-    settings: Mapping,
-    history: list[dict],
-    device: str,
-) -> Result:
-    """The result of a stage: scores of the student, those of its teacher where it has one, and what
-    goes on.
-    """
-    networks = {"student": final}
-    if isinstance(objective, DISTL) and arm in WITH_TEACHER:
-        networks["teacher"] = objective.teacher
-    results = {
-        name: classifier_result(network, records, labelled, settings, history, device)
-        for name, network in networks.items()
+def student_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The student's among the weights that a stage kept."""
+    return {
+        name.removeprefix(STUDENT): value
+        for name, value in weights.items()
+        if name.startswith(STUDENT)
     }
-    for name, result in results.items():
-        result.metrics += _calibration_rows(records, result.predictions, labelled)
-        for row in result.metrics:
-            row |= {"stage": settings["stage"], "network": name}
-    result = results["student"]
-    if "teacher" in results:
-        result.metrics += results["teacher"].metrics
-        result.predictions |= {
-            f"teacher/{name}": values
-            for name, values in results["teacher"].predictions.items()
-            if name != "labelled"
-        }
-    # A stage without a teacher leaves its student alone.
-    result.model = (
-        objective if arm in WITH_TEACHER or arm == "dino" else nn.ModuleDict({"network": final})
-    )
-    return result
 
 
-def _calibration_rows(
-    records: Records, probabilities: Mapping[str, np.ndarray], labelled: np.ndarray
-) -> list[dict]:
+def kept_student(run: Run, records: Records, results: Path) -> tuple[nn.Module, float]:
+    """The student that a stage kept, and the seconds of its windows; DataError where it was not the
+    student that was scored.
+    """
+    settings = run.spec.settings
+    if settings["arm"]["tuned"]:
+        raise DataError(
+            f"{run.folder.name}: keeps what goes on to the next stage, not the network that was "
+            "fine-tuned to be scored; choose another arm."
+        )
+    network = new_classifier(records, run.spec.seed, Training.of(settings))
+    load_state(network, student_weights(run.weights()), run.folder / MODEL)
+    return network, settings["crop_seconds"]
+
+
+def calibration_rows(records: Records, result: Result) -> list[dict]:
     """Expected calibration error on folds 9 and 10 as rows of the study's tables."""
-    split, patients = records.split, records.table["patient_id"].iloc[labelled].nunique()
-    return [
-        {
-            "split": name,
-            "metric": "expected_calibration_error",
-            "low": np.nan,
-            "high": np.nan,
-            "value": expected_calibration_error(
-                records.targets[split[name]], probabilities[f"{name}/probabilities"]
-            ),
-            "n_records": len(labelled),
-            "n_patients": patients,
-        }
-        for name in ("validation", "test")
-    ]
+    rows = []
+    for name in ("validation", "test"):
+        targets, _ = records.split_truth(name)
+        error = expected_calibration_error(targets, result.predictions[f"{name}/probabilities"])
+        shared = next(row for row in result.metrics if row["split"] == name)
+        own = {"metric": "expected_calibration_error", "value": error}
+        rows.append({**shared, **own, "low": np.nan, "high": np.nan})
+    return rows

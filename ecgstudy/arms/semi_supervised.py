@@ -1,9 +1,8 @@
-"""Every semi-supervised method of the study as a run: the same backbone, start, records, batches
-and schedule.
-"""
+"""Every semi-supervised method as a run: the same backbone, start, records, batches and schedule."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from inspect import signature
 from pathlib import Path
 
@@ -12,36 +11,44 @@ import torch
 from torch import Tensor, nn
 
 from ecglib.batches import CropBatches, SemiBatches
-from ecglib.checkpoints import first_difference
+from ecglib.checkpoints import first_difference, load_state
 from ecglib.encoders import ENCODERS, encoder_maker, make_encoder
 from ecglib.errors import DataError
-from ecglib.labels import label_subsets
-from ecglib.lora import add_lora, last_linear, low_rank_layers, merge_lora, trainable_parameters
-from ecglib.ranks import AdaptiveRanks, allocate_ranks
-from ecglib.records import Records
-from ecglib.semisup.ce_ssl import CESSL
-from ecglib.semisup.fixmatch import FixedThreshold, FixMatch, FlexThreshold, SoftThreshold
-from ecglib.semisup.mixed_teacher import MixedTeacher
-from ecglib.train import fit, linear_schedule
-from ecgstudy.arms.supervised import classifier_result
-from ecgstudy.runs import Result, RunSpec
-
-CE_SSL = (
-    "ce_ssl",
-    "ce_ssl_without_deactivation",
-    "ce_ssl_without_allocation",
-    "ce_ssl_without_norm",
+from ecglib.lora import (
+    add_lora,
+    last_linear,
+    low_rank_layers,
+    merge_lora,
+    set_deactivation,
+    trainable_parameters,
 )
-FULL = (
-    "supervised",
-    "fixmatch",
-    "flexmatch",
-    "softmatch",
-    "mixed_teacher",
-)  # every weight is trained
-LOW_RANK = ("fixmatch_lora", "fixmatch_adalora", "fixmatch_dylora")
-METHODS = (*CE_SSL, *FULL, *LOW_RANK)
-LABELLED_ONLY = ("supervised", "ce_ssl_without_norm")  # have no use for unlabelled records
+from ecglib.ranks import allocate_ranks
+from ecglib.records import Records
+from ecglib.semisup import Adaptation, Task
+from ecglib.train import fit, linear_schedule
+from ecgstudy.arms.pretrain import start_weights
+from ecgstudy.arms.supervised import Labelled, classifier_result
+from ecgstudy.runs import MODEL, Result, Run
+from ecgstudy.study import Study
+
+
+@dataclass(frozen=True)
+class Start:
+    """The weights from which every semi-supervised method begins: those of a run, random without.
+
+    `name` is that of the column `start`.
+    """
+
+    name: str
+    run: Run | None = None
+
+    def settings(self) -> Mapping:
+        """What tells the start in a job's settings."""
+        return {"start": self.name, "start_key": self.run.spec.key if self.run else "none"}
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """The encoder's weights, None where they are random."""
+        return start_weights(self.run) if self.run else None
 
 
 def make_network(
@@ -56,154 +63,161 @@ def make_network(
     """
     if backbone not in ENCODERS or "classes" not in signature(encoder_maker(backbone)).parameters:
         raise ValueError(
-            f"There is no backbone {backbone!r}; choose an encoder that is made with classes, such as "
-            "conv_transformer_small."
+            f"There is no backbone {backbone!r}; choose an encoder that is made with classes, such "
+            "as conv_transformer_small."
         )
     torch.manual_seed(seed)
     network = make_encoder(backbone, classes=classes)
     if start is not None:
-        last, own = last_linear(network), network.state_dict()
-        taken = {
-            name: start[name] for name in own if name in start and not name.startswith(f"{last}.")
-        }
+        own = network.state_dict()
+        last = f"{last_linear(network)}."
+        taken = {name: start[name] for name in own if name in start and not name.startswith(last)}
         needed = {name: own[name] for name in own if name in taken or not name.startswith("head.")}
         name = first_difference(needed, taken)
         if name is not None:
             raise DataError(
-                f"The start does not fit the backbone {backbone} (first difference at {name}); pretrain "
-                "this backbone."
+                f"The start does not fit the backbone {backbone} (first difference at {name}); "
+                "pretrain this backbone."
             )
         network.load_state_dict(taken, strict=False)
     return network
 
 
-def adapt(method: str, network: nn.Module, labelled: CropBatches, settings: Mapping) -> dict:
-    """Make `network` ready for `method`: low-rank layers where it has them. Returns what was
-    decided, for the notes.
-    """
-    rank = settings["rank"]
-    if method in CE_SSL:
-        ranks: int | dict[str, int] = rank
-        started = time.perf_counter()
-        if method != "ce_ssl_without_allocation":
-            steps = max(len(labelled.indices) // labelled.batch_size, 1)
-            ranks = allocate_ranks(
-                network,
-                (labelled(step) for step in range(steps)),
-                rank,
-                settings["share"],
-                settings["score"],
-            )
-        seconds = time.perf_counter() - started
-        add_lora(
-            network,
-            ranks,
-            0.0 if method == "ce_ssl_without_deactivation" else settings["deactivation"],
-        )
-        return {
-            "ranks": {name: layer.rank for name, layer in low_rank_layers(network).items()},
-            "rank_pass_seconds": seconds,
-        }
-    if method == "fixmatch_adalora":
-        add_lora(network, round(1.5 * rank), singular_values=True)
-    elif method in LOW_RANK:
-        add_lora(network, rank, nested=method == "fixmatch_dylora")
-    elif method not in FULL:
-        raise ValueError(f"There is no method {method!r}; choose from {', '.join(METHODS)}.")
+# Ways to adapt a network in place before training. Each returns what it decided, for `run.json`.
+
+
+def every_weight(network: nn.Module, labelled: CropBatches, settings: Adaptation) -> dict:
+    """Leave the network as it is, all of it trained."""
     return {}
 
 
-def make_objective(
-    method: str, network: nn.Module, classes: int, unlabelled: int, steps: int, settings: Mapping
-) -> nn.Module:
-    """The loss of `method` around an adapted `network`; `unlabelled` is the number of unlabelled
-    records.
+def low_rank(network: nn.Module, labelled: CropBatches, settings: Adaptation) -> dict:
+    """A low-rank pair of the full rank beside every layer."""
+    add_lora(network, settings.rank)
+    return {}
+
+
+def nested(network: nn.Module, labelled: CropBatches, settings: Adaptation) -> dict:
+    """Pairs whose rank is drawn anew at each pass, as in DyLoRA."""
+    add_lora(network, settings.rank, nested=True)
+    return {}
+
+
+def singular(network: nn.Module, labelled: CropBatches, settings: Adaptation) -> dict:
+    """Pairs with singular values and 1.5 times the rank, as AdaLoRA begins."""
+    add_lora(network, round(1.5 * settings.rank), singular_values=True)
+    return {}
+
+
+def deactivated(network: nn.Module, labelled: CropBatches, settings: Adaptation) -> dict:
+    """Pairs of the full rank that are left out at random."""
+    add_lora(network, settings.rank, settings.deactivation)
+    return {"ranks": {name: layer.rank for name, layer in low_rank_layers(network).items()}}
+
+
+def allocated(network: nn.Module, labelled: CropBatches, settings: Adaptation) -> dict:
+    """Pairs whose rank one pass over the labelled batches decides."""
+    started = time.perf_counter()
+    steps = max(len(labelled.indices) // labelled.batch_size, 1)
+    batches = (labelled(step) for step in range(steps))
+    ranks = allocate_ranks(network, batches, settings.rank, settings.share, settings.score)
+    seconds = time.perf_counter() - started
+    add_lora(network, ranks)
+    return {"ranks": ranks, "rank_pass_seconds": seconds}
+
+
+def allocated_and_deactivated(
+    network: nn.Module, labelled: CropBatches, settings: Adaptation
+) -> dict:
+    """Both, as in CE-SSL."""
+    notes = allocated(network, labelled, settings)
+    set_deactivation(network, settings.deactivation)
+    return notes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes a semi-supervised method: `adapt(network, labelled, settings)` is one of the ways
+    above, `objective(network, task)` gives the loss around the adapted network, and `unlabelled`
+    says whether it learns from unlabelled records at all.
     """
-    if method in CE_SSL or method == "supervised":
-        return CESSL(network, semi_supervised_norm=method not in LABELLED_ONLY)
-    if method == "mixed_teacher":
-        return MixedTeacher(
-            network, steps, weight=1.0
-        )  # of 1 and 10, the better one on folds 8 and 9
-    # SoftMatch's averages must settle within a few hundred steps; the published 0.999 is meant for
-    # 2^20.
-    thresholds = {
-        "flexmatch": lambda: FlexThreshold(classes, unlabelled, settings["threshold"]),
-        "softmatch": lambda: SoftThreshold(classes, momentum=0.99),
-    }
-    objective = FixMatch(
-        network, thresholds.get(method, lambda: FixedThreshold(classes, settings["threshold"]))()
-    )
-    return (
-        AdaptiveRanks(objective, network, settings["rank"])
-        if method == "fixmatch_adalora"
-        else objective
-    )
+
+    objective: Callable[[nn.Module, Task], nn.Module]
+    adapt: Callable[[nn.Module, CropBatches, Adaptation], dict] = every_weight
+    unlabelled: bool = True
+
+    def prepare(
+        self, network: nn.Module, batches: SemiBatches, task: Task
+    ) -> tuple[nn.Module, SemiBatches | CropBatches, dict]:
+        """Adapt `network`; its objective, the batches to learn from, and what was decided."""
+        notes = self.adapt(network, batches.labelled, task.settings)
+        objective = self.objective(network, task)
+        notes["trained_parameters"] = sum(p.numel() for p in trainable_parameters(network))
+        return objective, batches if self.unlabelled else batches.labelled, notes
 
 
-def batches_for(method: str, batches: SemiBatches) -> SemiBatches | CropBatches:
-    """The batches that `method` learns from: the labelled ones are the same with and without
-    unlabelled ones.
-    """
-    return batches.labelled if method in LABELLED_ONLY else batches
+@dataclass(frozen=True)
+class Adapted(Labelled):
+    """A backbone trained on a label subset with all other training records unlabelled.
 
-
-def semi_supervised_run(
-    records: Records,
-    fractions: Sequence[float],
-    start: Mapping[str, Tensor] | None = None,
-    device: str = "cpu",
-) -> Callable[[RunSpec, Path], Result]:
-    """The function for `runs.run_or_load`: train `spec.method` on a label subset and all other
-    training records.
-
-    `start` are the backbone's pretrained weights, None a random start; spec.settings tells which.
-    The unlabelled records are those of folds 1-8 outside the subset; folds 9 and 10 are only
-    scored.
+    Scored is the teacher where the objective has one. Low-rank pairs are merged into the weights.
     """
 
-    def run(spec: RunSpec, workspace: Path) -> Result:
-        settings = spec.settings
-        labelled = label_subsets(records, fractions, spec.seed)[spec.fraction]
+    method: str
+    start: Start
+    adaptation: Adaptation
+    recipe: Recipe
+    rebuild = "ecgstudy.arms.semi_supervised:kept_network"
+
+    def settings(self) -> Mapping:
+        own = {"unlabelled": self.recipe.unlabelled, "fractions": list(self.subset.fractions)}
+        return {**asdict(self.adaptation), **self.start.settings(), **own}
+
+    def reaches(self) -> tuple[Callable, ...]:
+        return (encoder_maker(self.adaptation.backbone),)
+
+    def compute(self, study: Study, workspace: Path) -> Result:
+        settings = self.adaptation
+        records = study.records
+        classes = len(records.classes)
+        labelled = self.subset.positions(records)
         unlabelled = np.setdiff1d(records.split["train"], labelled)
         batches = SemiBatches(
             records,
             labelled,
             unlabelled,
-            settings["batch_size"],
-            settings["ratio"],
-            settings["crop_seconds"],
-            spec.seed,
-            device,
+            settings.batch_size,
+            settings.ratio,
+            settings.crop_seconds,
+            self.seed,
+            study.device,
         )
-        network = make_network(settings["backbone"], len(records.classes), spec.seed, start).to(
-            device
-        )
-        notes = adapt(spec.method, network, batches.labelled, settings)
-        objective = make_objective(
-            spec.method, network, len(records.classes), len(unlabelled), settings["steps"], settings
-        ).to(device)
-        notes["trained_parameters"] = sum(
-            parameter.numel() for parameter in trainable_parameters(network)
-        )
-        rate = settings["learning_rate" if spec.method in FULL else "low_rank_learning_rate"]
+        network = make_network(settings.backbone, classes, self.seed, self.start.weights())
+        network = network.to(study.device)
+        task = Task(classes, len(unlabelled), settings.steps, settings)
+        objective, source, notes = self.recipe.prepare(network, batches, task)
+        pairs = low_rank_layers(network)
         report = getattr(objective, "report", dict)
         history = fit(
-            objective,
-            batches_for(spec.method, batches),
-            settings["steps"],
-            learning_rate=rate,
-            weight_decay=settings["weight_decay"],
+            objective.to(study.device),
+            source,
+            settings.steps,
+            learning_rate=settings.low_rank_learning_rate if pairs else settings.learning_rate,
+            weight_decay=settings.weight_decay,
             schedule=linear_schedule,
-            seed=spec.seed,
+            seed=self.seed,
             folder=workspace,
             watch=lambda _: report(),
-        )
+        ).to_dict("records")
         final = merge_lora(getattr(objective, "teacher", network))
-        result = classifier_result(
-            final, records, labelled, settings, history.to_dict("records"), device
-        )
+        result = classifier_result(study, final, labelled, settings.crop_seconds, history)
         result.notes |= notes
         return result
 
-    return run
+
+def kept_network(run: Run, records: Records, results: Path) -> tuple[nn.Module, float]:
+    """The network that an adapted run kept, and the seconds of its windows."""
+    settings = run.spec.settings
+    network = make_network(settings["backbone"], len(records.classes), run.spec.seed)
+    load_state(network, run.weights(), run.folder / MODEL)
+    return network, settings["crop_seconds"]

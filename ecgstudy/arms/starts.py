@@ -2,7 +2,6 @@
 signals, or chance.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,30 +13,35 @@ from ecglib.evaluate.windows import predict_windows
 from ecglib.records import Records
 from ecglib.sources.simulate import CONDITIONS, TASKS
 from ecglib.supervised import Classifier
-from ecgstudy.runs import BACKBONES, Run, RunSpec, keep_runs, kept_group
+from ecgstudy.arms.pretrain import Encode
+from ecgstudy.arms.semi_supervised import Start
+from ecgstudy.arms.transfer import Frozen, frozen_arms, origin_of
+from ecgstudy.runs import BACKBONES, keep_runs, kept_group
+from ecgstudy.study import LabelSubset, Study
 
 
-def cohort_spec(cohort: Records, seed: int, settings: Mapping) -> RunSpec:
-    """What identifies a backbone trained with all labels of a simulated cohort
-    (`supervised.supervised_run`).
-    """
-    return RunSpec(
-        "backbone", cohort.name, cohort.fingerprint, cohort.about["task"], 1.0, seed, settings
-    )
+def keep_start(start: Start, results: str | Path) -> None:
+    """Note a start below its name, so that later notebooks find it."""
+    keep_runs([start.run], f"{BACKBONES}/{start.name}", results)
 
 
-def keep_start(run: Run, name: str, results: str | Path) -> None:
-    """Note which run is the start of that name, so that later notebooks find it."""
-    keep_runs([run], f"{BACKBONES}/{name}", results)
-
-
-def kept_starts(results: str | Path) -> dict[str, Run]:
+def kept_starts(results: str | Path) -> dict[str, Start]:
     """The noted start of each name; DataError where there is none or where one's run is gone."""
-    return kept_group(BACKBONES, results)
+    return {name: Start(name, run) for name, run in kept_group(BACKBONES, results).items()}
+
+
+def frozen_start(
+    study: Study, start: Start, backbone: str, crop_seconds: float, subsets: list[LabelSubset]
+) -> list[Frozen]:
+    """A linear probe for each label subset on the frozen features of a start."""
+    about = start.settings()
+    encoded = study.run(Encode("encoded", backbone, crop_seconds, 0, start.run, about))
+    about = {**origin_of(encoded, "frozen"), "backbone": backbone, **about}
+    return frozen_arms(study, encoded, subsets, "frozen", about)
 
 
 def without_real_labels(
-    run: Run, records: Records, indices: np.ndarray, device: str = "cpu"
+    start: Start, records: Records, indices: np.ndarray, device: str = "cpu"
 ) -> np.ndarray:
     """What a network trained on simulated statements says of real records: `(n, classes)` in the
     order of `records`.
@@ -45,14 +49,15 @@ def without_real_labels(
     A superclass is as likely as the noisy-or of its statements, 1 - prod(1 - p). DataError where a
     class of `records` has no simulated statement.
     """
+    run = start.run
     if run.spec.data != "simulated":
         raise DataError(
-            f"{run.folder.name}: was trained on {run.spec.data}, not on simulated statements; without "
-            "labels only a simulated backbone can be asked."
+            f"{run.folder.name}: was trained on {run.spec.data}, not on simulated statements; "
+            "without labels only a simulated backbone can be asked."
         )
     statements = TASKS[run.spec.labels]
-    belongs = {name: CONDITIONS.get(name, name) for name in statements}
-    absent = [name for name in records.classes if name not in belongs.values()]
+    belongs = [CONDITIONS.get(name, name) for name in statements]
+    absent = [name for name in records.classes if name not in belongs]
     if absent:
         raise DataError(
             f"The simulated cohort has no statement of the class {absent[0]}; ask for superclasses."
@@ -61,8 +66,5 @@ def without_real_labels(
     load_state(network, run.weights(), run.folder)
     window = run.spec.settings["crop_seconds"]
     stated = predict_windows(network, records, indices, window, device)
-    columns = [
-        [place for place, name in enumerate(statements) if belongs[name] == wanted]
-        for wanted in records.classes
-    ]
-    return np.stack([1.0 - (1.0 - stated[:, own]).prod(axis=1) for own in columns], axis=1)
+    inside = np.array(belongs) == np.array(records.classes)[:, None]  # (classes, statements)
+    return np.stack([1.0 - (1.0 - stated[:, own]).prod(axis=1) for own in inside], axis=1)

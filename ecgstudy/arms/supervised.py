@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from ecglib.checkpoints import load_state
 from ecglib.encoders import encoder_maker
 from ecglib.evaluate.draws import score_rows
 from ecglib.evaluate.windows import predict_windows
 from ecglib.records import Records
 from ecglib.supervised import Training, new_classifier, train_classifier
-from ecgstudy.runs import Result
+from ecgstudy.runs import MODEL, Result, Run
 from ecgstudy.study import Job, LabelSubset, Study
 
 
@@ -40,6 +41,7 @@ class FromScratch(Labelled):
 
     training: Training
     method: str = "supervised"
+    rebuild = "ecgstudy.arms.supervised:kept_classifier"
 
     def settings(self) -> Mapping:
         own = {"protocol": "supervised", "fractions": list(self.subset.fractions)}
@@ -75,6 +77,14 @@ def classifier_result(
     result.model = classifier
     result.notes = {"history": history}
     return result
+
+
+def kept_classifier(run: Run, records: Records, results: Path) -> tuple[nn.Module, float]:
+    """The classifier that a run kept, and the seconds of its windows."""
+    training = Training.of(run.spec.settings)
+    classifier = new_classifier(records, run.spec.seed, training)
+    load_state(classifier, run.weights(), run.folder / MODEL)
+    return classifier, training.crop_seconds
 
 
 def scored_result(

@@ -94,6 +94,7 @@ class Frozen(Labelled):
     probes: Probes
     method: str
     about: Mapping
+    rebuild = "ecgstudy.arms.trained:probed_encoder"
 
     def settings(self) -> Mapping:
         return {**self.about, "fractions": list(self.subset.fractions)}
@@ -136,6 +137,7 @@ class FineTuned(Labelled):
 
     start: Run
     training: Training
+    rebuild = "ecgstudy.arms.supervised:kept_classifier"
 
     @property
     def method(self) -> str:

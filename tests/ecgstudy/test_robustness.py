@@ -320,7 +320,7 @@ def test_one_run_a_method_of_the_other_notebooks(monkeypatch, records):
         ],
         "self_evolving": [
             made(m, 0.1, 0, stage=stage, encoder="v", protocol=f"stage{stage}")
-            for m in ("distl", "supervised", "oracle")
+            for m in ("distl", "supervised_noised", "oracle")
             for stage in (0, 3)
         ],
         "fusion": [
@@ -336,7 +336,7 @@ def test_one_run_a_method_of_the_other_notebooks(monkeypatch, records):
         ("ce_ssl", "simulated start", 0.1, 1),
         ("fixmatch", "simulated start", 0.1, 1),
         ("distl", "stage3", 0.1, 0),
-        ("supervised", "stage3", 0.1, 0),
+        ("supervised_noised", "stage3", 0.1, 0),
         ("dvme", "frozen", 1.0, 0),
     ]
     assert found[-1]["encoder"] == "3 encoders"
