@@ -166,9 +166,8 @@ from ecglib.evaluate.windows import encode_windows
 from ecglib.probe import probe_layer
 from ecgstudy.arms.transfer import start_classifier
 
-classifier = start_classifier(
-    records, subset, pretrained[method], {"encoder": name, "dropout": dropout}, 0
-)
+settings = {**pretrained[method].spec.settings, "dropout": dropout}
+classifier = start_classifier(records, subset, pretrained[method], settings, 0)
 weights, bias = probe_layer(raw, records.targets, subset, split)
 window = pretrained[method].spec.settings["crop_seconds"]
 logits = encode_windows(classifier, records, split["validation"][:32], window)
@@ -326,6 +325,11 @@ collapse.style.format(precision=1).hide(axis="index")
 # over the same encoder trained from scratch into `gain`, by the name of the class, and the class into `most`.
 
 # %% tags=["given"]
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
 table = pd.read_csv(Path(results) / "tables" / "label_efficiency.csv")
 table = table[(table["fraction"] == table["fraction"].min())]
 own_classes = [metric for metric in table["metric"].unique() if metric.startswith("auroc:")]
@@ -343,7 +347,7 @@ most = gain.idxmax()
 print(f"{arm}: {most} gains most\n{gain.round(3).to_dict()}")
 
 # %% tags=["check"]
-from ecgtools.exercises import numbers
+from ecgtools.answers import numbers
 
 scored = {}
 for row in table.itertuples():

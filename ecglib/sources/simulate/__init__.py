@@ -277,7 +277,8 @@ def _check(patients: int, seed: int, sampling_rate: float, seconds: float, task:
     for name, value, least in (("patients", patients, 1), ("seed", seed, 0)):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
             raise DataError(
-                f"The simulated cohort's {name} is {value!r}; give a whole number of at least {least}."
+                f"The simulated cohort's {name} is {value!r}; give a whole number of at least "
+                f"{least}."
             )
     if not 50 <= sampling_rate <= 2000:
         raise DataError(
