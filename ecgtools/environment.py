@@ -37,6 +37,7 @@ HELP = """commands:
   reference           every arm and label fraction: the run behind the tables in reference/
   paper               the published data sets and settings; needs a GPU
   test [ARGUMENTS]    the tests; ARGUMENTS go to pytest, for instance: test -k records
+  style               whether the code is formatted and clean, by ruff; changes nothing
   pair [--check]      write every notebook and exercise anew from its NN_name.py, or only check
                       that they agree
 
@@ -74,7 +75,7 @@ def read_command(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Run the whole study, or its tests.",
     )
-    commands = (*PROFILES, "test", "pair")
+    commands = (*PROFILES, "test", "style", "pair")
     parser.add_argument("command", nargs="?", default="laptop", choices=commands, metavar="COMMAND")
     folder_help = "use these ECGs, not simulated ones"
     parser.add_argument("--data", type=existing_folder, metavar="FOLDER", help=folder_help)
@@ -86,7 +87,7 @@ def read_command(arguments: list[str]) -> argparse.Namespace:
     command = parser.parse_args(arguments)
     if command.check and command.command != "pair":
         parser.error("--check belongs to pair")
-    if command.command == "pair" and (command.data or command.fresh):
+    if command.command not in PROFILES and (command.data or command.fresh):
         parser.error("--data and --fresh belong to the profiles")
     return command
 

@@ -27,6 +27,7 @@ SEES_FILES = Path(__file__).resolve().parent / "kernel"
 NAME = re.compile(r"\d\d_[a-z0-9_]+")
 KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 SOURCE_LINES_SHOWN = 5
+OWN_SCOPE = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 ACTIONS = ("read", "wrote")  # as `kernel/sitecustomize.py` notes them
 
 
@@ -66,21 +67,29 @@ def notebook_sources(folder: str | Path) -> list[Path]:
 
 
 def read_notebook(source: str | Path) -> NotebookNode:
-    """The notebook of a percent script: no outputs, cell ids by position (jupytext's own are
-    random), no metadata that would change with jupytext's version.
-    """
+    """The notebook of a percent script, without outputs."""
     import jupytext
 
-    notebook = jupytext.read(source, fmt="py:percent")
-    for position, cell in enumerate(notebook.cells):
+    return plain_notebook(jupytext.read(source, fmt="py:percent").cells)
+
+
+def plain_notebook(cells: list[NotebookNode]) -> NotebookNode:
+    """A notebook of these cells: no outputs, cell ids by position (jupytext's own are random), no
+    metadata that would change with jupytext's version.
+    """
+    for position, cell in enumerate(cells):
         cell["id"] = f"cell-{position:02d}"
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    notebook.metadata = nbformat.from_dict(
-        {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    return nbformat.from_dict(
+        {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
     )
-    notebook.nbformat, notebook.nbformat_minor = 4, 5
-    return notebook
+
+
+def tags(cell: NotebookNode) -> list[str]:
+    """The tags of a cell."""
+    return cell.metadata.get("tags", [])
 
 
 def code_cells(source: str | Path) -> list[str]:
@@ -117,24 +126,26 @@ def parameter_names(source: str | Path) -> tuple[str, ...]:
     """Names assigned in the one cell tagged `parameters`; raises DataError where there is none, or
     several.
     """
-    tagged = [
-        cell
-        for cell in read_notebook(source).cells
-        if "parameters" in cell.metadata.get("tags", [])
-    ]
+    tagged = [cell for cell in read_notebook(source).cells if "parameters" in tags(cell)]
     if len(tagged) != 1:
         raise DataError(f"{source}: {len(tagged)} cells are tagged `parameters`; tag exactly one.")
     try:
-        statements = ast.parse(tagged[0].source).body
+        return tuple(assigned(ast.parse(tagged[0].source)))
     except SyntaxError as error:
         raise DataError(
             f"{source}: the parameters cell is not valid Python ({error.msg}); correct it."
         ) from None
-    targets = [target for statement in statements for target in getattr(statement, "targets", [])]
-    targets += [
-        statement.target for statement in statements if isinstance(statement, ast.AnnAssign)
-    ]
-    return tuple(target.id for target in targets if isinstance(target, ast.Name))
+
+
+def assigned(node: ast.AST) -> Iterator[str]:
+    """Names that code binds, in order, save inside its functions, classes and comprehensions."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        yield node.name
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    elif not isinstance(node, OWN_SCOPE):
+        for part in ast.iter_child_nodes(node):
+            yield from assigned(part)
 
 
 def execute(
@@ -147,8 +158,8 @@ def execute(
 ) -> Execution:
     """Run a notebook in its own folder and keep the executed copy, also of a failing one.
 
-    Its networks get that many `threads`, by default one for each core. Shows `title`, the cells done
-    and the time; without a `bar` also on a terminal as two lines. Raises NotebookFailure, or
+    Its networks get that many `threads`, by default one for each core. Shows `title`, the cells
+    done and the time; without a `bar` also on a terminal as two lines. Raises NotebookFailure, or
     StorageError where the copy cannot be written.
     """
     import papermill
@@ -188,7 +199,7 @@ def executed_copy(results: Path, name: str) -> Path:
 
 
 def _with_papermill_metadata(notebook: NotebookNode) -> NotebookNode:
-    """What papermill adds when it loads a notebook from a file; a NotebookNode must bring it along."""
+    """What papermill adds when it loads a notebook from a file, and expects in a NotebookNode."""
     notebook.metadata["papermill"] = {
         "default_parameters": {},
         "parameters": {},

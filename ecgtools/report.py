@@ -3,7 +3,6 @@ tables, one folder that can be moved, zipped and read without a network. Formula
 beforehand; no page runs a script.
 """
 
-import hashlib
 import html
 import re
 import shutil
@@ -15,94 +14,24 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import nbformat
+from nbformat import NotebookNode
+from nbformat.v4 import new_notebook
+
 from ecglib.errors import DataError
 from ecglib.files import atomic_folder, read_json, short_hash
+from ecgtools.notebooks import minutes
 
 if TYPE_CHECKING:
     from nbconvert import HTMLExporter
-    from nbformat import NotebookNode
 
+HERE = Path(__file__).resolve().parent
 TITLE = "How few labelled ECGs does a good classifier need?"
-MAIN_NOTEBOOKS = (
-    "14_label_efficiency",
-    "12_semi_supervised",
-    "10_fusion",
-    "13_self_evolving",
-    "15_snr_robustness",
-    "16_saliency",
-)
-TABLES_FROM = "17_report"  # its tables with a caption are the run's main tables
 LARGEST_COPY = 5e6  # bytes; a larger table stays in the results and is named without a link
-CAPTIONS = {
-    "label_efficiency": "Score against the share of the labels, for each start and each use of an encoder.",
-    "label_efficiency_gains": "What pretraining gains over the same encoder from scratch and never trained, paired.",
-    "semi_supervised_gains": "What CE-SSL gains over the other methods with few labels, paired.",
-    "adaptation_cost": "What each method costs: weights trained, memory and time.",
-    "fusion_gains": "What DVME gains over the other fusions and over single encoders, paired.",
-    "encoder_similarity": "How alike the frozen encoders' features are.",
-    "token_weights": "How much each encoder's token counts in the fusion.",
-    "self_evolving": "Score and calibration while recordings without labels arrive in stages.",
-    "robustness": "How the score falls as noise grows.",
-    "noise_kinds": "The kinds of noise that are added.",
-    "saliency_enrichment": "How much of the attribution falls on the waves that a class is read from.",
-    "saliency_randomisation": "How the maps change when the weights are made random: a check that they can fail.",
-    "saliency_examples": "Where the network looks in single recordings.",
-}
-STYLE = """
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 66rem; padding: 0 1rem 3rem; color: #1b1b1b; background: #fff;
-  font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: break-word; }
-h1, h2, h3 { line-height: 1.25; margin: 1.6em 0 .5em; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; } h3 { font-size: 1.05rem; }
-a { color: #0b57a4; }
-.notice { background: #fff1cc; border-left: .4rem solid #d98e00; padding: .6rem .8rem;
-  margin: 1rem 0; font-weight: 600; }
-nav { display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; padding: .8rem 0; border-bottom: 1px solid #ddd; }
-nav:last-child { border: 0; border-top: 1px solid #ddd; margin-top: 2rem; }
-pre, code { font: .85rem/1.45 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
-pre { margin: 0; padding: .6rem .8rem; overflow: auto; }
-.highlight { background: #f5f7f9; border-radius: 4px; margin: .6rem 0; }
-:not(pre) > code { background: #f1f3f5; border-radius: 3px; padding: 0 .2em; }
-.output_text pre { max-height: 24rem; border-left: 3px solid #cfd8e0; }
-.output_html, .scroll, .output_png, .output_svg, .output_jpeg, figure { overflow-x: auto; margin: .8rem 0; }
-.formula { display: block; overflow-x: auto; overflow-y: hidden; padding: .4rem 0; }
-math { font-family: "STIX Two Math", "Cambria Math", "Latin Modern Math", "Noto Sans Math",
-  "DejaVu Math TeX Gyre", math; }
-img { max-width: 100%; height: auto; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-.text_cell_render table { display: block; overflow-x: auto; }
-th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e4e4; }
-.facts th, .facts td { text-align: left; white-space: normal; vertical-align: top; }
-caption { text-align: left; font-weight: 600; padding: .3rem 0; }
-details { margin: .6rem 0; } summary { cursor: pointer; color: #555; }
-figcaption { font-size: .9rem; color: #444; }
-.lessons { padding: 0; list-style: none; } .lessons li { margin: 0 0 1rem; } .lessons p { margin: .2rem 0; }
-.quiet { color: #666; font-size: .85rem; }
-@media (max-width: 40rem) { img { max-width: 40rem; } body { padding: 0 .8rem 2rem; } }
-"""
-TEMPLATE = """{%- extends 'base.html.j2' -%}
-{% block codecell -%}
-{%- if 'solution' in cell.metadata.get('tags', []) -%}
-<details class="solution"><summary>A solution</summary>{{ super() }}</details>
-{%- else -%}{{ super() }}{%- endif -%}
-{%- endblock codecell %}
-{% block input -%}
-<div class="input_area">{{ cell.source | highlight_code(metadata=cell.metadata) }}</div>
-{%- endblock input %}
-{% block stream_stderr -%}
-<details class="output_text"><summary>Progress</summary><pre>{{ output.text | ansi2html }}</pre></details>
-{%- endblock stream_stderr %}
-"""
-SHOWN_TYPES = [
-    "text/html",
-    "text/markdown",
-    "image/svg+xml",
-    "image/png",
-    "image/jpeg",
-    "text/plain",
-]  # no scripts
-
-FORMULA_SPELLINGS = (  # what latex2mathml writes in a way that browsers set badly, and what says the same
+IMAGES = ["image/svg+xml", "image/png", "image/jpeg"]
+SHOWN_TYPES = ["text/html", "text/markdown", *IMAGES, "text/plain"]  # no scripts
+# What latex2mathml writes in a way that browsers set badly, and what says the same.
+FORMULA_SPELLINGS = (
     (re.compile(r"\\(?:mathrm|operatorname)\{([^{}\\]*)\}"), r"\\text{\1}"),
     (re.compile(r"\\mathbb\s*\{?1\}?"), "𝟙"),
     (re.compile(r"\\sim\b"), r"\\thicksim"),
@@ -110,7 +39,8 @@ FORMULA_SPELLINGS = (  # what latex2mathml writes in a way that browsers set bad
 )
 NAMED_FUNCTION = re.compile(r"(<mi>(?:log|max|min|exp|cos|sin)</mi>)(?=<m(?!o))")
 BAR = re.compile(r'<mo(?: stretchy="false")?>&#x0007C;')
-PHRASE = r"\b[Nn]otebooks?\s+\d\d\b(?:(?:\s*\([^()<>]*\))?(?:\s*,\s*|\s+(?:and|or|to)\s+|\s*[–-]\s*)\d\d\b(?!\s*%))*"
+BETWEEN = r"(?:\s*\([^()<>]*\))?(?:\s*,\s*|\s+(?:and|or|to)\s+|\s*[–-]\s*)"  # two numbers
+PHRASE = rf"\b[Nn]otebooks?\s+\d\d\b(?:{BETWEEN}\d\d\b(?!\s*%))*"
 REFERENCE = re.compile(
     rf"(?P<phrase>{PHRASE})|\b(?P<name>\d\d_[a-z0-9_]+)|\b(?P<file>(?:tables|figures)/[\w.-]*\w)"
 )
@@ -124,7 +54,7 @@ class Lesson:
     """
 
     name: str
-    notebook: "NotebookNode"
+    notebook: NotebookNode
     title: str
     question: str
     seconds: float | None
@@ -147,20 +77,18 @@ def write_report(results: Path, names: list[str], profile: str, about: str, root
     lessons = [read_lesson(results, name, profile, state.get(name, {})) for name in names]
     records = results / "records" / "records.json"
     data = read_json(records) if records.exists() else {}
-    notice = data_notice(data.get("about", {}))
+    facts = run_facts(results, lessons, data, f"{profile}: {about}", root)
+    shared = {"notice": data_notice(data.get("about", {})), "key": key}
     with atomic_folder(folder) as temporary:
         copied = copy_files(results, temporary)
-        (temporary / "report.css").write_text(STYLE + code_style(), encoding="utf-8")
-        for position, lesson in enumerate(lessons):
-            link = reference_linker(lesson.name, names, copied)
-            text = page(
-                lesson.title, notice, link(notebook_html(lesson)), neighbours(lessons, position)
-            )
-            (temporary / f"{lesson.name}.html").write_text(text, encoding="utf-8")
-        facts = run_facts(results, lessons, data, f"{profile}: {about}", root)
-        body = index_body(lessons, facts, results, copied, reference_linker("index", names, copied))
-        text = page(TITLE, notice, body, "", f'<meta name="made-from" content="{key}">')
-        (temporary / "index.html").write_text(text, encoding="utf-8")
+        style = (HERE / "report.css").read_text(encoding="utf-8") + code_style()
+        (temporary / "report.css").write_text(style, encoding="utf-8")
+        index = index_page(results, lessons, facts, copied)
+        for page in [*notebook_pages(lessons), index]:
+            name, notebook = page.pop("name"), page.pop("notebook")
+            text, _ = exporter().from_notebook_node(notebook, {"page": page | shared})
+            linked = reference_linker(name, names, copied)(text)
+            (temporary / f"{name}.html").write_text(linked, encoding="utf-8")
     return True
 
 
@@ -179,21 +107,19 @@ def report_key(results: Path, names: list[str], profile: str) -> str:
         for path in shown
         if path.is_file()
     ]
-    return short_hash(
-        [hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), names, profile, stamps]
-    )
+    own = [path.read_text(encoding="utf-8") for path in sorted(HERE.glob("report.*"))]
+    return short_hash([own, names, profile, stamps])
 
 
 def read_lesson(results: Path, name: str, profile: str, state: dict) -> Lesson:
     """The executed copy of a notebook with its title and its sentence "What you will learn"."""
-    import nbformat
-
     path = results / "executed" / f"{name}.ipynb"
     try:
         notebook = nbformat.read(path, as_version=4)
     except FileNotFoundError:
         raise DataError(
-            f"{path}: the executed notebook is missing; run `./run_all.sh {profile}`, which executes "
+            f"{path}: the executed notebook is missing; run `./run_all.sh {profile}`, which "
+            "executes "
             f"{name} again."
         ) from None
     except (nbformat.reader.NotJSONError, nbformat.ValidationError, UnicodeDecodeError):
@@ -216,7 +142,10 @@ def read_lesson(results: Path, name: str, profile: str, state: dict) -> Lesson:
 def data_notice(about: dict) -> str:
     """What the top of each page must say about the records; empty for a complete real data set."""
     if about.get("simulated"):
-        return "SIMULATED records: these figures say nothing about patients. They show that the machinery works."
+        return (
+            "SIMULATED records: these figures say nothing about patients. They show that the "
+            "machinery works."
+        )
     if about.get("subset"):
         which = f"{about.get('source', 'the data set')}, {about.get('version', 'a part of it')}"
         return f"SUBSET: {which}. These figures are not comparable with published tables."
@@ -244,49 +173,31 @@ def code_style() -> str:
     return HtmlFormatter(style="default", nobackground=True).get_style_defs(".highlight")
 
 
-def page(title: str, notice: str, body: str, navigation: str, head: str = "") -> str:
-    """A whole page: what it needs of the browser, the notice about the data, the way to its
-    neighbours, the body.
-    """
-    notice = f'<p class="notice">{html.escape(notice)}</p>' if notice else ""
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">{head}
-<link rel="icon" href="data:,"><link rel="stylesheet" href="report.css"><title>{html.escape(title)}</title></head>
-<body>{navigation}{notice}<main>{body}</main>{navigation}</body></html>
-"""
+def notebook_pages(lessons: list[Lesson]) -> Iterator[dict]:
+    """What the template needs for the page of each lesson."""
+    for before, lesson, after in zip([None, *lessons], lessons, [*lessons[1:], None], strict=False):
+        heading = lesson.title
+        for cell in lesson.notebook.cells:
+            if cell.cell_type == "markdown":
+                heading = (re.findall(r"^#+ (.+)", cell.source, re.M) or [heading])[-1]
+            cell.metadata.setdefault("alt", f"Figure in the part “{heading}”")
+        yield vars(lesson) | {"before": before, "after": after}
 
 
-def neighbours(lessons: list[Lesson], position: int) -> str:
-    """Links to the notebook before, the index and the notebook after."""
-    links = ['<a href="index.html">All notebooks</a>']
-    if position > 0:
-        links.insert(0, page_link(lessons[position - 1], "← {}"))
-    if position + 1 < len(lessons):
-        links.append(page_link(lessons[position + 1], "{} →"))
-    return f"<nav>{''.join(links)}</nav>"
-
-
-def page_link(lesson: Lesson, form: str = "{}") -> str:
-    """A link to a notebook's page, named by its title."""
-    return f'<a href="{lesson.name}.html">{html.escape(form.format(lesson.title))}</a>'
-
-
-def notebook_html(lesson: Lesson) -> str:
-    """The cells of an executed notebook as HTML: solutions and progress folded, figures as data,
-    formulas as MathML.
-    """
-    heading = lesson.title
-    for cell in lesson.notebook.cells:
-        if cell.cell_type == "markdown":
-            heading = (re.findall(r"^#+ (.+)", cell.source, re.M) or [heading])[-1]
-        cell.metadata.setdefault("alt", f"Figure in the part “{heading}”")
-    return notebook_exporter().from_notebook_node(lesson.notebook)[0]
+def index_page(
+    results: Path, lessons: list[Lesson], facts: dict[str, str], copied: set[str]
+) -> dict:
+    """What the template needs for the index: what the run was, the notebooks and their files."""
+    makers = file_makers(lessons, copied)
+    files = {name: [file for file in makers if makers[file] == name] for name in makers.values()}
+    left = {f"tables/{path.name}" for path in (results / "tables").glob("*.csv")} - copied
+    contents = {"facts": facts, "lessons": lessons, "files": files, "left": sorted(left)}
+    return {"name": "index", "title": TITLE, "notebook": new_notebook(), "contents": contents}
 
 
 @cache
-def notebook_exporter() -> "HTMLExporter":
-    """Makes the body of a page; made once, since it compiles its template."""
+def exporter() -> "HTMLExporter":
+    """Makes a page; made once, since it compiles its template."""
     from nbconvert import HTMLExporter
     from traitlets.config import Config
 
@@ -299,7 +210,7 @@ def notebook_exporter() -> "HTMLExporter":
     return HTMLExporter(
         config=settings,
         template_name="basic",
-        raw_template=TEMPLATE,
+        raw_template=(HERE / "report.html.j2").read_text(encoding="utf-8"),
         filters={"markdown2html": markdown_html},
         exclude_input_prompt=True,
         exclude_output_prompt=True,
@@ -328,13 +239,10 @@ def mathml(formula: str, display: str = "inline") -> str:
         formula = spelling.sub(same, formula)
     try:
         converted = convert(formula, display=display)
-    except (
-        Exception
-    ):  # of the formula's writer, and of many kinds; the report is worth more than one formula
+    except Exception:  # of many kinds; the report is worth more than one formula
         converted = "\\"
-    if (
-        "\\" in converted or "<mi>&</mi>" in converted
-    ):  # an unknown command or environment is left as it was
+    # An unknown command or environment is left as it was.
+    if "\\" in converted or "<mi>&</mi>" in converted:
         return f"<code>{html.escape(written)}</code>"
     converted = NAMED_FUNCTION.sub(r'\1<mspace width="0.17em"></mspace>', converted)
     converted = BAR.sub('<mo stretchy="false" lspace="0" rspace="0">&#x0007C;', converted)
@@ -383,27 +291,17 @@ def run_facts(
     results: Path, lessons: list[Lesson], data: dict, profile: str, root: Path
 ) -> dict[str, str]:
     """What the run was, as name and text; what is not recorded is said to be so."""
-    from ecgtools.notebooks import minutes
-
     about = data.get("about", {})
-    kind = (
-        ", simulated"
-        if about.get("simulated")
-        else f", {about['version']}"
-        if about.get("version")
-        else ""
-    )
+    kind = "simulated" if about.get("simulated") else about.get("version", "")
+    source = ", ".join(filter(None, [about.get("source", "records"), kind]))
     machines, packages = recorded_machines(results)
     known = [lesson.seconds for lesson in lessons if lesson.seconds is not None]
     ends = [lesson.notebook.metadata.get("papermill", {}).get("end_time") for lesson in lessons]
     ended = max((datetime.fromisoformat(end) for end in ends if end), default=None)
     facts = {
         "Profile": profile,
-        "Data": f"{about.get('source', 'records')}{kind}" if about else "",
-        "Records": f"{data['shape'][0]:,} of {data['shape'][1]} leads at {data['sampling_rate']:g} Hz; classes "
-        f"{', '.join(data['classes'])}"
-        if "shape" in data
-        else "",
+        "Data": source if about else "",
+        "Records": described(data) if "shape" in data else "",
         "Machine": "; ".join(machines),
         "Ended": f"{ended:%Y-%m-%d %H:%M %Z}" if ended else "",
         "Commit": commit(root),
@@ -413,6 +311,13 @@ def run_facts(
         else "",
     }
     return {name: text or "not recorded" for name, text in facts.items()}
+
+
+def described(data: dict) -> str:
+    """Number, leads, rate and classes of the records."""
+    number, leads, _ = data["shape"]
+    rate, classes = data["sampling_rate"], ", ".join(data["classes"])
+    return f"{number:,} of {leads} leads at {rate:g} Hz; classes {classes}"
 
 
 def recorded_machines(results: Path) -> tuple[list[str], list[str]]:
@@ -425,7 +330,8 @@ def recorded_machines(results: Path) -> tuple[list[str], list[str]]:
         machine = run.get("machine", {})
         if machine:
             machines.add(
-                f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']:g} GB of memory, "
+                f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']:g} GB "
+                "of memory, "
                 f"accelerator: {machine['accelerator']}, {machine['system']}"
             )
         packages.add(
@@ -458,48 +364,6 @@ def commit(root: Path) -> str:
     )
 
 
-def index_body(
-    lessons: list[Lesson],
-    facts: dict[str, str],
-    results: Path,
-    copied: set[str],
-    link: Callable[[str], str],
-) -> str:
-    """The index: what the run was, the notebooks, the main figures and tables, and every file."""
-    rows = "".join(
-        f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in facts.items()
-    )
-    items = "".join(lesson_item(lesson) for lesson in lessons)
-    makers = file_makers(lessons, copied)
-    figures = "".join(
-        figure_part(lesson, makers)
-        for name in MAIN_NOTEBOOKS
-        for lesson in lessons
-        if lesson.name == name
-    )
-    tables = "".join(main_tables(lesson) for lesson in lessons if lesson.name == TABLES_FROM)
-    left = sorted(f"tables/{path.name}" for path in (results / "tables").glob("*.csv"))
-    left = [name for name in left if name not in copied]
-    parts = [
-        f"<h1>{TITLE}</h1>",
-        f'<table class="facts">{rows}</table>',
-        "<h2>Notebooks</h2>",
-        f'<ol class="lessons">{link(items)}</ol>',
-        f"<h2>Main figures</h2>{figures}" if figures else "",
-        f"<h2>Main tables</h2>{link(tables)}" if tables else "",
-        "<h2>Every table and figure</h2>",
-        f"<ul>{''.join(file_item(lesson, makers) for lesson in lessons)}</ul>",
-        f"<p>Too large for this folder, in the results: {', '.join(left)}.</p>" if left else "",
-    ]
-    return "\n".join(parts)
-
-
-def lesson_item(lesson: Lesson) -> str:
-    """A notebook of the index: link, time, and what one learns in it."""
-    took = "" if lesson.seconds is None else f' <span class="quiet">{lesson.seconds:,.0f} s</span>'
-    return f"<li>{page_link(lesson)}{took}{markdown_html(lesson.question)}</li>"
-
-
 def file_makers(lessons: list[Lesson], copied: set[str]) -> dict[str, str]:
     """The notebook that wrote each copied file, empty where none is known.
 
@@ -514,48 +378,5 @@ def file_makers(lessons: list[Lesson], copied: set[str]) -> dict[str, str]:
         noting = [lesson.name for lesson in lessons if file in lesson.files]
         naming = [name for name, source in sources.items() if Path(file).name in source]
         both = [name for name in noting if name in naming]
-        makers[file] = (both + noting + naming + [""])[0]
+        makers[file] = next(iter(both + noting + naming), "")
     return makers
-
-
-def figure_part(lesson: Lesson, makers: dict[str, str]) -> str:
-    """The figures of one notebook with captions, and its tables."""
-    files = [file for file, maker in makers.items() if maker == lesson.name]
-    order = list(CAPTIONS)
-    figures = [file for file in files if file.startswith("figures/")]
-    figures.sort(
-        key=lambda file: order.index(Path(file).stem) if Path(file).stem in CAPTIONS else len(order)
-    )
-    if not figures:
-        return ""
-    tables = ", ".join(f'<a href="{file}">{file}</a>' for file in files if file not in figures)
-    parts = [f"<h3>{page_link(lesson)}</h3>"]
-    for file in figures:
-        name = Path(file).stem
-        caption = html.escape(CAPTIONS.get(name, name.replace("_", " ").capitalize() + "."))
-        parts.append(
-            f'<figure><a href="{file}"><img src="{file}" alt="{caption}"></a>'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
-    return "".join(parts) + (f'<p class="quiet">Numbers: {tables}</p>' if tables else "")
-
-
-def main_tables(lesson: Lesson) -> str:
-    """The captioned tables among a notebook's outputs."""
-    outputs = [output for cell in lesson.notebook.cells for output in cell.get("outputs", [])]
-    found = [
-        output.data["text/html"]
-        for output in outputs
-        if "<caption" in output.get("data", {}).get("text/html", "")
-    ]
-    return f"<p>From {page_link(lesson)}.</p>" + "".join(
-        f'<div class="scroll">{table}</div>' for table in found
-    )
-
-
-def file_item(lesson: Lesson, makers: dict[str, str]) -> str:
-    """A notebook's copied files as a list entry; empty where it has none."""
-    links = [
-        f'<a href="{file}">{file}</a>' for file, maker in makers.items() if maker == lesson.name
-    ]
-    return f"<li>{page_link(lesson)}: {', '.join(links)}</li>" if links else ""

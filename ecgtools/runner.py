@@ -86,7 +86,8 @@ def run_study(
     config = read_config(root / "configs" / f"{profile}.yaml")
     if profile == "paper" and data is None:
         raise DataError(
-            "The profile paper needs --data FOLDER with PTB-XL; `python -m ecglib.sources.download ptb-xl "
+            "The profile paper needs --data FOLDER with PTB-XL; `python -m "
+            "ecglib.sources.download ptb-xl "
             "FOLDER` fetches it."
         )
     steps = plan(root, config, data, results)
@@ -96,7 +97,8 @@ def run_study(
     with hold(results):
         origin = f"ECGs of {data}" if data else "simulated ECGs (no --data folder was given)"
         say(
-            f"Profile {profile}: {config['about']}. {len(steps)} notebooks, {origin}; results go to {shown(results)}."
+            f"Profile {profile}: {config['about']}. {len(steps)} notebooks, {origin}; results go "
+            f"to {shown(results)}."
         )
         if fresh and results.exists():
             say(f"--fresh: deleting {shown(results)} first.")
@@ -180,7 +182,8 @@ def plan(root: Path, config: dict, data: Path | None, results: Path) -> list[Ste
     unknown = [name for group in groups for name in group if name not in known]
     if unknown:
         raise DataError(
-            f"The config's `side_by_side` names a notebook `{unknown[0]}` that does not exist; correct it."
+            f"The config's `side_by_side` names a notebook `{unknown[0]}` that does not exist; "
+            "correct it."
         )
     for part in (config, special):
         check_config(part, known)
@@ -218,7 +221,8 @@ def check_config(config: dict, known: dict[str, tuple[str, ...]]) -> None:
             if name not in names:
                 where = "no notebook has" if notebook == "common" else f"{notebook} does not have"
                 raise DataError(
-                    f"The config sets `{name}`, a parameter that {where}; correct the name or remove it."
+                    f"The config sets `{name}`, a parameter that {where}; correct the name or "
+                    "remove it."
                 )
 
 
@@ -386,9 +390,8 @@ def list_files(results: Path) -> None:
     say(f"\nWritten in {shown(results)}, every file by name in its {LISTING}:")
     for folder, names in folders.items():
         if len(names) > LONG_FOLDER:
-            say(
-                f"  {sum(files[name] for name in names) / 1e3:10,.1f} kB  {folder}/ ({len(names)} files)"
-            )
+            size = sum(files[name] for name in names)
+            say(f"  {size / 1e3:10,.1f} kB  {folder}/ ({len(names)} files)")
             continue
         for name in names:
             say(f"  {files[name] / 1e3:10,.1f} kB  {name}")
@@ -417,7 +420,8 @@ def hold(results: Path) -> Iterator[None]:
 def run_tests(arguments: list[str]) -> int:
     """The tests, with pytest's own arguments; returns its exit code."""
     say(
-        "Running the tests: about 8 minutes on 2 CPU cores, and 5 more for notebooks that `smoke` has not yet run."
+        "Running the tests: about 8 minutes on 2 CPU cores, and 5 more for notebooks that "
+        "`smoke` has not yet run."
     )
     python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     environment = os.environ | {"PYTHONPATH": python_path}
@@ -426,15 +430,21 @@ def run_tests(arguments: list[str]) -> int:
     ).returncode
 
 
+def check_style() -> int:
+    """Whether the code is formatted and clean; returns 1 where ruff says that it is not."""
+    ruff = [sys.executable, "-m", "ruff"]
+    commands = ([*ruff, "format", "--check"], [*ruff, "check"])
+    return int(any([subprocess.run(command, cwd=ROOT).returncode for command in commands]))
+
+
 def pair(check: bool) -> int:
     """Write the `.ipynb` pairs and the exercises anew, or check them; returns 1 where a checked one
     differs.
     """
     differing = write_pairs(ROOT / "notebooks", check) + write_exercises(ROOT / "notebooks", check)
     for path in differing:
-        say(
-            f"{shown(path)} {'differs from its .py; run `./run_all.sh pair`' if check else 'written'}"
-        )
+        fault = "differs from its .py; run `./run_all.sh pair`"
+        say(f"{shown(path)} {fault if check else 'written'}")
     return 1 if check and differing else 0
 
 
@@ -443,12 +453,13 @@ def main(arguments: list[str] | None = None) -> int:
     130 where stopped.
     """
     command = read_command(sys.argv[1:] if arguments is None else arguments)
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # so that a polite stop also ends the kernel
+    # So that a polite stop also ends the kernels.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if command.command == "test":
             return run_tests(command.pytest)
+        if command.command == "style":
+            return check_style()
         if command.command == "pair":
             return pair(command.check)
         run_study(command.command, command.data, command.fresh)

@@ -244,8 +244,13 @@ for name, frame in tables.items():
 # also trained on into `leaking`.
 
 # %% tags=["given"]
-again = Records.load(Path(results) / "records")
-patients = again.table["patient_id"]
+from pathlib import Path
+
+import numpy as np
+
+from ecglib.records import Records
+
+patients = Records.load(Path(results) / "records").table["patient_id"]
 
 # %% tags=["solution"]
 shuffled = np.random.default_rng(seed).permutation(len(patients))
@@ -254,7 +259,7 @@ leaking = patients.iloc[test].isin(set(patients.iloc[train])).mean()
 print(f"{leaking:.1%} of the test recordings would have a twin in training")
 
 # %% tags=["check"]
-from ecgtools.exercises import number, numbers
+from ecgtools.answers import number, numbers
 
 tenth, twins = len(patients) // 10, patients.value_counts()
 tested, known = numbers(test, (tenth,)), numbers(train, (len(patients) - tenth,))

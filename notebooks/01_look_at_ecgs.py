@@ -203,6 +203,14 @@ assert after > 0.005, "channel resize should break Einthoven's law"
 # `sokolow_lyon`, which returns this voltage for each recording, and compare hypertrophy with the rest.
 
 # %% tags=["given"]
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ecglib.records import LEADS, Records
+
+records = Records.load(Path(results) / "records")
 some = np.arange(min(len(records), records_looked_at))
 signals = np.nan_to_num(records.millivolts(some))
 
@@ -228,7 +236,7 @@ labels = pd.Series(
 voltage.groupby(labels).describe()[["count", "25%", "50%", "75%"]].round(2)
 
 # %% tags=["check"]
-from ecgtools.exercises import numbers
+from ecgtools.answers import numbers
 
 drawn, beat = np.zeros((3, 12, 1000)), np.arange(1000) % 100  # three recordings, a beat a second
 for name, depths, when in (

@@ -251,6 +251,10 @@ measured.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(
 # into `spread`. `macro` has one row a run.
 
 # %% tags=["given"]
+from pathlib import Path
+
+import pandas as pd
+
 macro = pd.read_csv(Path(results) / "tables" / "supervised.csv")
 macro = macro[(macro["metric"] == "macro_auroc") & (macro["split"] == "test")]
 
@@ -262,7 +266,7 @@ gap, spread = many.mean() - few.mean(), few.std()
 print(f"gap {gap:.3f}; spread of the seeds at the smallest fraction {spread:.3f}")
 
 # %% tags=["check"]
-from ecgtools.exercises import number
+from ecgtools.answers import number
 
 told = pd.read_csv(Path(results) / "tables" / "supervised_summary.csv").sort_values("fraction")
 rise = told["value"].iloc[-1] - told["value"].iloc[0]

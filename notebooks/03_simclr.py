@@ -196,6 +196,10 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(
 # Compare $T = 0.5$ with $T = 0.05$ for these `z`.
 
 # %% tags=["given"]
+import math
+
+import torch
+
 z = torch.nn.functional.normalize(
     torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), dim=1
 )
@@ -213,7 +217,7 @@ for temperature in (0.5, 0.05):
     print(f"T = {temperature}: {share:.0%} of the push comes from 10 of {len(z) - 2} negatives")
 
 # %% tags=["check"]
-from ecgtools.exercises import number
+from ecgtools.answers import number
 
 apart = torch.eye(32).repeat(2, 1)  # partners are equal, all others at right angles
 twin = apart.clone()

@@ -236,16 +236,26 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(
 # 20 steps with `after_20_steps` and compare it with the real one.
 
 # %% tags=["given"]
-from ecglib.train import fit
+from pathlib import Path
 
-device = study.device
+import torch
+
+from ecglib.augment import apply, named_transforms
+from ecglib.batches import Batch, CropBatches
+from ecglib.encoders import make_encoder
+from ecglib.records import Records
+from ecglib.selfsup.byol import BYOL
+from ecglib.train import default_device, fit
+
+records = Records.load(Path(results) / "records").labelled
+device = default_device()
 
 
 def after_20_steps(objective: type[BYOL]) -> tuple[float, float]:
     """The loss after 20 steps, and the mean cosine between projections of *different* records."""
     torch.manual_seed(seed)
     tried = objective(make_encoder(encoder), named_transforms(transforms), **options).to(device)
-    batches = CropBatches(records, split["train"], 32, crop_seconds, seed, device)
+    batches = CropBatches(records, records.split["train"], 32, crop_seconds, seed, device)
     final = fit(tried, batches, 20, learning_rate=learning_rate, log_every=5)["loss"].iloc[-1]
     with torch.no_grad():
         z = torch.nn.functional.normalize(
@@ -272,10 +282,10 @@ for objective in (BYOL, Meeting):
     print(f"{objective.__name__}: loss {loss:.4f}, mean cosine of different records {alike:.3f}")
 
 # %% tags=["check"]
-from ecgtools.exercises import number
+from ecgtools.answers import number
 
 torch.manual_seed(seed)
-first_batches = CropBatches(records, split["train"], 32, crop_seconds, seed)
+first_batches = CropBatches(records, records.split["train"], 32, crop_seconds, seed)
 fresh = Meeting(make_encoder(encoder), named_transforms(transforms), **options)
 value = fresh.loss(first_batches(0))
 assert number(value) > 0 and getattr(value, "requires_grad", False), (

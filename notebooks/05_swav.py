@@ -255,6 +255,25 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(
 # spreads (the exponential of its entropy, as a mean over records), and `fullest_of`, how much the fullest prototype
 # holds, in equal shares. Compare $\epsilon$ of 0.5, 0.05 and 0.01 after three rounds.
 
+# %% tags=["given"]
+from pathlib import Path
+
+import torch
+
+from ecglib.batches import CropBatches
+from ecglib.encoders import make_encoder
+from ecglib.records import Records
+from ecglib.selfsup.swav import SwAV, sinkhorn
+
+records = Records.load(Path(results) / "records").labelled
+batch = CropBatches(records, records.split["train"], batch_size, crop_seconds, seed)(step=0)
+torch.manual_seed(seed)
+model = SwAV(make_encoder(encoder), batch_size=batch_size, **options)
+with torch.no_grad():
+    scores = model.prototypes(
+        model.projector(model.encoder(batch.signals))
+    )  # (records, prototypes)
+
 
 # %% tags=["solution"]
 def spread_of(codes: torch.Tensor) -> torch.Tensor:
@@ -275,7 +294,7 @@ for epsilon in (0.5, 0.05, 0.01):
     )
 
 # %% tags=["check"]
-from ecgtools.exercises import number
+from ecgtools.answers import number
 
 single, halves = torch.eye(4).repeat(3, 1), torch.tensor([[0.5, 0.5, 0, 0]]).repeat(12, 1)
 mixed = torch.cat([single, torch.full((12, 4), 0.25)])

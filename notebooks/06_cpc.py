@@ -309,7 +309,20 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(
 # time is chance.
 
 # %% tags=["given"]
-samples = batch.signals.shape[2] // latents.shape[1]
+from pathlib import Path
+
+import torch
+
+from ecglib.batches import CropBatches
+from ecglib.encoders import make_encoder
+from ecglib.records import Records
+
+records = Records.load(Path(results) / "records").labelled
+batch = CropBatches(records, records.split["train"], batch_size, crop_seconds, seed)(step=0)
+with torch.no_grad():
+    count = make_encoder(encoder).latents(batch.signals).shape[1]  # latents of a crop
+samples = batch.signals.shape[2] // count
+piece = crop_seconds / count  # seconds
 pieces = (
     batch.signals.unfold(2, samples, samples).transpose(1, 2).flatten(2)
 )  # (batch, time, leads x samples)
@@ -334,7 +347,7 @@ for distance in (1, 2, 4, 8, 16, 32):
     )
 
 # %% tags=["check"]
-from ecgtools.exercises import number
+from ecgtools.answers import number
 
 rhythm = torch.eye(4).repeat(3, 1).repeat(2, 1, 1)  # 12 pieces that come again after 4
 assert abs(number(wins_ahead(rhythm, 4)) - 0.9) < 1e-5, (

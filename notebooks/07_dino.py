@@ -247,6 +247,12 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(
 # tokens student and teacher read of it, and how many comparisons a block makes. Then compare `model.shares` with a
 # student whose pieces are all long.
 
+# %% tags=["given"]
+from ecglib.encoders import make_encoder
+from ecglib.selfsup.dino import DINO
+
+model = DINO(make_encoder(encoder), **options)
+
 
 # %% tags=["solution"]
 def cost_of(shares: tuple[float, ...]) -> tuple[int, int]:
@@ -264,7 +270,7 @@ for name, shares in {
     print(f"{name}: {tokens} tokens, {comparisons:,} comparisons")
 
 # %% tags=["check"]
-from ecgtools.exercises import numbers
+from ecgtools.answers import numbers
 
 for tried, known in {(1.0, 1.0): [204, 10404], (0.8, 0.8, 0.4): [185, 7165]}.items():
     read, compared = numbers(cost_of(tried), (2,)) == known

@@ -320,6 +320,15 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(
 # `guess_successors`, and put how often the guess is right into `found`; the last segment has no successor.
 
 # %% tags=["given"]
+from pathlib import Path
+
+import torch
+
+from ecglib.batches import PatientBatches
+from ecglib.records import Records
+
+records = Records.load(Path(results) / "records").labelled
+batch = PatientBatches(records, records.split["train"], batch_size, crop_seconds, seed)(step=0)
 window, segments = batch.signals.shape[2], options.get("segments", 4)
 touching = (
     batch.signals[..., : window // segments * segments].unflatten(2, (segments, -1)).transpose(1, 2)
@@ -341,7 +350,7 @@ print(
 )
 
 # %% tags=["check"]
-from ecgtools.exercises import number, numbers
+from ecgtools.answers import number, numbers
 
 ramp = torch.arange(40.0).reshape(4, 1, 10).expand(2, 4, 12, 10)  # a line that rises, cut into four
 told = numbers(

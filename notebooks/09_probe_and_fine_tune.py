@@ -295,6 +295,11 @@ collapse.style.format(precision=1).hide(axis="index")
 # over the same encoder trained from scratch into `gain`, by the name of the class, and the class into `most`.
 
 # %% tags=["given"]
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
 table = pd.read_csv(Path(results) / "tables" / "label_efficiency.csv")
 table = table[(table["fraction"] == table["fraction"].min())]
 own_classes = [metric for metric in table["metric"].unique() if metric.startswith("auroc:")]
@@ -312,7 +317,7 @@ most = gain.idxmax()
 print(f"{arm}: {most} gains most\n{gain.round(3).to_dict()}")
 
 # %% tags=["check"]
-from ecgtools.exercises import numbers
+from ecgtools.answers import numbers
 
 scored = {}
 for row in table.itertuples():

@@ -464,6 +464,10 @@ print(f"{len(rows):,} rows of {len(every)} runs")
 # classes.
 
 # %% tags=["given"]
+from pathlib import Path
+
+import pandas as pd
+
 alone = pd.read_csv(Path(results) / "tables" / "fusion.csv")
 alone = alone[(alone["method"] == "alone") & (alone["fraction"] == alone["fraction"].min())]
 alone = alone[alone["metric"].str.startswith("auroc:")]
@@ -482,7 +486,7 @@ gain = (
 print(f"told which to trust {gain:+.3f} over {single}\n{trusted.to_dict()}")
 
 # %% tags=["check"]
-from ecgtools.exercises import number
+from ecgtools.answers import number
 
 scored = {
     (fold, member, metric): float(group["value"].mean())

@@ -606,6 +606,15 @@ print(refused)
 # be any difference whatever? Put that into `anything`.
 
 # %% tags=["given"]
+from pathlib import Path
+
+import torch
+
+from ecglib.lora import adaptable_layers
+from ecglib.records import Records
+from ecgstudy.arms.semi_supervised import make_network
+
+records = Records.load(Path(results) / "records").labelled
 shortcut = adaptable_layers(make_network(backbone, len(records.classes), seed))[
     "blocks.0.shortcut"
 ].weight
@@ -620,7 +629,7 @@ print(
 )
 
 # %% tags=["check"]
-from ecgtools.exercises import number
+from ecgtools.answers import number
 
 matrix = shortcut.detach().flatten(1)
 sizes = [

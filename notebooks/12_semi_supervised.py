@@ -390,6 +390,10 @@ costs.drop(columns=["backbone", "machine"]).style.format(precision=3, thousands=
 # whether its interval excludes zero into `sure`.
 
 # %% tags=["given"]
+from pathlib import Path
+
+import pandas as pd
+
 compared = pd.read_csv(Path(results) / "tables" / "semi_supervised_gains.csv")
 fewest = compared["fraction"].min()
 
@@ -403,7 +407,7 @@ sure = bool(parts["low"].iloc[0] > 0 or parts["high"].iloc[0] < 0)
 parts[["over", "gain", "low", "high"]].round(3)
 
 # %% tags=["check"]
-from ecgtools.exercises import number
+from ecgtools.answers import number
 
 lines = {
     line.over: line

@@ -311,6 +311,10 @@ if from_start["oracle"] > 0:
 # DISTL say what the part is worth.
 
 # %% tags=["given"]
+from pathlib import Path
+
+import pandas as pd
+
 ended = pd.read_csv(Path(results) / "tables" / "self_evolving_gains.csv")
 ended = ended[
     (ended["stage"] == ended["stage"].max()) & (ended["over_stage"] == ended["stage"].max())

@@ -136,9 +136,17 @@ print(" ⊂ ".join(f"{len(kept[fraction])} records" for fraction in fractions))
 # encoder trained from scratch, in macro AUROC, into `gain`, by `(method, encoder, protocol)`; and how many arms lie
 # below it into `below`.
 
+# %% tags=["given"]
+from pathlib import Path
+
+import pandas as pd
+
+curves = pd.read_csv(Path(results) / "tables" / "label_efficiency_summary.csv")
+shares = sorted(curves["fraction"].unique())
+
 # %% tags=["solution"]
-affordable = max(fraction for fraction in fractions if fraction <= 0.05 or fraction == fractions[0])
-choice = summary[summary["fraction"] == affordable].set_index(["method", "encoder", "protocol"])[
+affordable = max(share for share in shares if share <= 0.05 or share == shares[0])
+choice = curves[curves["fraction"] == affordable].set_index(["method", "encoder", "protocol"])[
     "value"
 ]
 scratch = choice.xs("supervised", level="protocol").droplevel("method")
@@ -153,9 +161,9 @@ print(
 gain.head(8).round(3)
 
 # %% tags=["check"]
-from ecgtools.exercises import number
+from ecgtools.answers import number
 
-within = [share for share in fractions if share <= 0.05] or fractions[:1]
+within = [share for share in shares if share <= 0.05] or shares[:1]
 assert number(affordable) == within[-1], (
     "`affordable` is not the largest fraction that 5 % of the labels pay for"
 )

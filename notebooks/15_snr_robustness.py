@@ -326,6 +326,11 @@ pooled.pivot(index="family", columns="protocol", values=["gain", "low", "high"])
 # the mean loss of each kind into `cost`, by its name, and the name of the worst kind into `worst`.
 
 # %% tags=["given"]
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
 measured = pd.read_csv(Path(results) / "tables" / "robustness.csv")
 measured = measured[np.isfinite(measured["snr_db"])]  # the rows beside clean
 
@@ -338,7 +343,7 @@ print(
 )
 
 # %% tags=["check"]
-from ecgtools.exercises import numbers
+from ecgtools.answers import numbers
 
 nearest = measured.loc[measured["snr_db"].abs().idxmin(), "snr_db"]
 lost = {}

@@ -627,6 +627,9 @@ figure
 # How much of a map lies where the evidence is, compared with chance? Write `mass_over_chance`: the share of the
 # relevance inside the region, divided by the region's own share of the record, for each record.
 
+# %% tags=["given"]
+import numpy as np
+
 
 # %% tags=["solution"]
 def mass_over_chance(relevance: np.ndarray, region: np.ndarray) -> np.ndarray:
@@ -636,7 +639,7 @@ def mass_over_chance(relevance: np.ndarray, region: np.ndarray) -> np.ndarray:
 
 
 # %% tags=["check"]
-from ecgtools.exercises import numbers
+from ecgtools.answers import numbers
 
 painted = np.zeros((3, 2, 50), bool)
 painted[:, 0, 10:20] = True  # a tenth of a record

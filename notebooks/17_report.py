@@ -310,6 +310,10 @@ print((released[0] / "README.md").read_text().split("## Limits")[0])
 # interval reaches the mean at all labels into `enough`.
 
 # %% tags=["given"]
+from pathlib import Path
+
+import pandas as pd
+
 curve = pd.read_csv(Path(results) / "tables" / "supervised_summary.csv").sort_values("fraction")
 
 # %% tags=["solution"]
@@ -318,7 +322,7 @@ enough = curve[curve["high"] >= full]["fraction"].min()
 print(f"the interval reaches {full:.3f} from {100 * enough:g} % of the labels on")
 
 # %% tags=["check"]
-from ecgtools.exercises import number
+from ecgtools.answers import number
 
 reaching = {line.fraction: line.high >= curve["value"].iat[-1] for line in curve.itertuples()}
 assert number(enough) in reaching, "`enough` is none of the measured fractions"

@@ -2,70 +2,18 @@
 recordings.
 """
 
-from ecglib.evaluate.draws import (
-    Interval,
-    Measure,
-    PatientDraws,
-    area_intervals,
-    auroc,
-    average_precision,
-    bootstrap_interval,
-    calibration_error,
-    class_areas,
-    f2,
-    first_reached,
-    labels_needed,
-    mean,
-    paired_difference,
-    percentile_interval,
-    score_rows,
-    together,
-)
-from ecglib.evaluate.metrics import (
-    AbsentClassWarning,
-    absent_classes,
-    choose_thresholds,
-    class_auroc,
-    class_average_precision,
-    expected_calibration_error,
-    macro_auprc,
-    macro_auroc,
-    ranking_report,
-    weighted_auroc,
-    weighted_average_precision,
-)
-from ecglib.evaluate.windows import encode_windows, predict_windows, window_starts
+from ecglib.evaluate.draws import Interval, PatientDraws, bootstrap_interval, paired_difference
+from ecglib.evaluate.metrics import choose_thresholds, macro_auroc, ranking_report
+from ecglib.evaluate.windows import encode_windows, predict_windows
 
 __all__ = [
-    "AbsentClassWarning",
     "Interval",
-    "Measure",
     "PatientDraws",
-    "absent_classes",
-    "area_intervals",
-    "auroc",
-    "average_precision",
     "bootstrap_interval",
-    "calibration_error",
     "choose_thresholds",
-    "class_areas",
-    "class_auroc",
-    "class_average_precision",
     "encode_windows",
-    "expected_calibration_error",
-    "f2",
-    "first_reached",
-    "labels_needed",
-    "macro_auprc",
     "macro_auroc",
-    "mean",
     "paired_difference",
-    "percentile_interval",
     "predict_windows",
     "ranking_report",
-    "score_rows",
-    "together",
-    "weighted_auroc",
-    "weighted_average_precision",
-    "window_starts",
 ]

@@ -61,7 +61,7 @@ def percentile_interval(
 
 
 class Measure(NamedTuple):
-    """What is measured on a draw of `records` records: `of(weights (n, draws))` is `(..., draws)`."""
+    """What is measured on draws of `records` records: `of(weights (n, draws))`, `(..., draws)`."""
 
     records: int
     of: Callable[[np.ndarray], np.ndarray]
@@ -330,11 +330,7 @@ def first_crossing(values: np.ndarray, goal: float) -> float:
 
 
 def score_rows(
-    records: Records,
-    split: Mapping[str, np.ndarray],
-    probabilities: Mapping[str, np.ndarray],
-    labelled_records: int,
-    labelled_patients: int,
+    records: Records, probabilities: Mapping[str, np.ndarray], labelled: np.ndarray
 ) -> list[dict]:
     """The metrics of one model as rows of the study's tables, for validation (fold 9) and test
     (fold 10).
@@ -343,28 +339,20 @@ def score_rows(
     patient-bootstrap intervals; the measures that need a threshold or a ranking are given without.
     n_records and n_patients count the *labelled training* data behind the model.
     """
-    classes, rows = records.classes, []
-    targets = {name: records.targets[split[name]] for name in probabilities}
-    thresholds = choose_thresholds(
-        targets["validation"], probabilities["validation"], classes=classes
-    )
-    for name, scores in probabilities.items():
-        patients = records.table["patient_id"].to_numpy()[split[name]]
-        intervals = area_intervals(targets[name], scores, patients, classes)
-        report = ranking_report(targets[name], scores, thresholds, classes)
-        intervals |= {
-            measure: Interval(value, np.nan, np.nan)
-            for measure, value in report.items()
-            if measure not in intervals and isinstance(value, float)
-        }
+    truth, _ = records.split_truth("validation")
+    thresholds = choose_thresholds(truth, probabilities["validation"], classes=records.classes)
+    patients = records.table["patient_id"].iloc[labelled].nunique()
+    behind = {"n_records": len(labelled), "n_patients": patients}
+    rows = []
+    for split, scores in probabilities.items():
+        targets, groups = records.split_truth(split)
+        intervals = area_intervals(targets, scores, groups, records.classes)
+        report = ranking_report(targets, scores, thresholds, records.classes)
+        for metric, value in report.items():
+            if metric not in intervals and isinstance(value, float):
+                intervals[metric] = Interval(value, np.nan, np.nan)
         rows += [
-            {
-                "split": name,
-                "metric": metric,
-                **interval._asdict(),
-                "n_records": labelled_records,
-                "n_patients": labelled_patients,
-            }
+            {"split": split, "metric": metric, **interval._asdict(), **behind}
             for metric, interval in intervals.items()
         ]
     return rows

@@ -1,5 +1,4 @@
-"""How good a classifier is and how sure that is: measures, thresholds, patient bootstrap, test-time
-windows.
+"""How good a classifier is: rank statistics, thresholds, calibration, the ranking report.
 
 Targets are 0/1 `(n, classes)` and scores are real numbers of the same shape, higher for more
 likely. A class can be measured only where it has both a positive and a negative record; the others
@@ -11,13 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.metrics import (
-    coverage_error,
-    fbeta_score,
-    hamming_loss,
-    label_ranking_loss,
-    precision_recall_curve,
-)
+from sklearn.metrics import coverage_error, label_ranking_loss, precision_recall_curve
 
 from ecglib.errors import DataError
 
@@ -41,29 +34,23 @@ class Ranking(NamedTuple):
     peers: np.ndarray
 
 
-Statistic = Callable[
-    [Ranking, np.ndarray], np.ndarray
-]  # one class and record weights (n, draws) -> (draws,)
-
-
-def rank_class(positive: np.ndarray, scores: np.ndarray) -> Ranking:
-    """Sort the scores `(n,)` of one class with its mask of positive records `(n,)`."""
-    order = np.argsort(scores, kind="stable")
-    positives, negatives = order[positive[order]], order[~positive[order]]
-    high, low = scores[positives], scores[negatives]
-    return Ranking(
-        positives,
-        negatives,
-        np.searchsorted(low, high, "left"),
-        np.searchsorted(low, high, "right"),
-        np.searchsorted(high, high, "left"),
-    )
+# Of one class and record weights (n, draws): (draws,)
+Statistic = Callable[[Ranking, np.ndarray], np.ndarray]
 
 
 def rank_classes(targets: np.ndarray, scores: np.ndarray) -> list[Ranking]:
-    """One `Ranking` a class of targets and scores `(n, classes)`; DataError where they do not fit."""
+    """One `Ranking` for each class of targets and scores `(n, classes)`; DataError where they do
+    not fit.
+    """
     targets, scores = _check(targets, scores)
-    return [rank_class(targets[:, c], scores[:, c]) for c in range(targets.shape[1])]
+    rankings = []
+    for positive, column in zip(targets.T, scores.T, strict=True):
+        order = np.argsort(column, kind="stable")
+        positives, negatives = order[positive[order]], order[~positive[order]]
+        high, low = column[positives], column[negatives]
+        below, up_to = (np.searchsorted(low, high, side) for side in ("left", "right"))
+        rankings.append(Ranking(positives, negatives, below, up_to, np.searchsorted(high, high)))
+    return rankings
 
 
 def weighted_auroc(ranking: Ranking, weights: np.ndarray) -> np.ndarray:
@@ -82,10 +69,8 @@ def weighted_average_precision(ranking: Ranking, weights: np.ndarray) -> np.ndar
     share one precision.
     """
     positive = weights[ranking.positives]
-    above_negative, above_positive = (
-        _running_sum(weights[ranking.negatives]),
-        _running_sum(positive),
-    )
+    above_negative = _running_sum(weights[ranking.negatives])
+    above_positive = _running_sum(positive)
     positives, negatives = above_positive[-1], above_negative[-1]
     hits = positives - above_positive[ranking.peers]
     precision = _divide(hits, hits + negatives - above_negative[ranking.below])
@@ -132,12 +117,7 @@ def class_average_precision(targets: np.ndarray, scores: np.ndarray) -> np.ndarr
 def absent_classes(targets: np.ndarray, classes: Sequence[str] | None = None) -> tuple[str, ...]:
     """Names of the classes of `(n, classes)` that have no positive or no negative record."""
     targets = np.asarray(targets).astype(bool)
-    usable = targets.any(axis=0) & ~targets.all(axis=0)
-    return tuple(
-        name
-        for name, present in zip(_names(classes, targets.shape[1]), usable, strict=True)
-        if not present
-    )
+    return _pick(classes, targets.any(axis=0) == targets.all(axis=0))
 
 
 def macro_auroc(
@@ -146,14 +126,9 @@ def macro_auroc(
     """Mean ROC area over the classes present; an `AbsentClassWarning` names the others. DataError
     if none is.
     """
-    return _mean_over_present(class_auroc(targets, scores), targets, classes)
-
-
-def macro_auprc(
-    targets: np.ndarray, scores: np.ndarray, classes: Sequence[str] | None = None
-) -> float:
-    """Mean average precision over the classes present; absent ones are treated as in `macro_auroc`."""
-    return _mean_over_present(class_average_precision(targets, scores), targets, classes)
+    areas = class_auroc(targets, scores)
+    warn_of_absent_classes(targets, classes)
+    return float(mean_finite(areas))
 
 
 def choose_thresholds(
@@ -168,15 +143,9 @@ def choose_thresholds(
     """
     targets, scores = _check(targets, scores)
     found = targets.any(axis=0)
-    if not found.all():
-        _warn_absent(
-            [_names(classes, len(found))[c] for c in np.flatnonzero(~found)], "gets no threshold"
-        )
-    thresholds = [
-        _best_threshold(targets[:, c], scores[:, c], beta) if found[c] else np.nan
-        for c in range(len(found))
-    ]
-    return np.array(thresholds)
+    _warn(_pick(classes, ~found), "gets no threshold")
+    columns = zip(targets.T, scores.T, found, strict=True)
+    return np.array([_best_threshold(*pair, beta) if known else np.nan for *pair, known in columns])
 
 
 def _best_threshold(positive: np.ndarray, scores: np.ndarray, beta: float) -> float:
@@ -206,49 +175,29 @@ def ranking_report(
     """
     targets, scores = _check(targets, scores)
     thresholds = np.asarray(thresholds, dtype=np.float64)
-    names = _names(classes, targets.shape[1])
-    if len(names) < 2 or thresholds.shape != (len(names),):
+    count = targets.shape[1]
+    if count < 2 or thresholds.shape != (count,):
         raise DataError(
-            f"The ranking measures need two classes or more and one threshold each, not {len(names)} classes with "
-            f"thresholds {thresholds.shape}."
+            "The ranking measures need two classes or more and one threshold each, not "
+            f"{count} classes with thresholds {thresholds.shape}."
         )
     present, decided = targets.any(axis=0) & ~targets.all(axis=0), np.isfinite(thresholds)
     predicted, both = scores > thresholds, present & decided
+    hits, positives = (targets & predicted).sum(axis=0)[both], targets.sum(axis=0)[both]
+    called = predicted.sum(axis=0)[both]
+    wrong = (targets != predicted).mean(axis=0)
     return {
         "ranking_loss": float(label_ranking_loss(targets, scores)),
         "coverage": float(coverage_error(targets, scores)),
         "macro_auroc": float(mean_finite(class_auroc(targets, scores))),
         "mean_average_precision": float(mean_finite(class_average_precision(targets, scores))),
-        "macro_f2": _macro_f(targets[:, both], predicted[:, both], beta=2),
-        "macro_g2": _macro_g(targets[:, both], predicted[:, both], beta=2),
-        "hamming_loss": float(hamming_loss(targets[:, decided], predicted[:, decided]))
-        if decided.any()
-        else np.nan,
-        "absent": tuple(np.array(names)[~present].tolist()),
-        "without_threshold": tuple(np.array(names)[~decided].tolist()),
+        # TP over TP + beta^2 FN + FP (F), over TP + beta FN + FP (G), with 5 = 1 + beta^2
+        "macro_f2": float(mean_finite(5 * hits / (4 * positives + called))),
+        "macro_g2": float(mean_finite(hits / (called + 2 * (positives - hits)))),
+        "hamming_loss": float(mean_finite(wrong[decided])),
+        "absent": _pick(classes, ~present),
+        "without_threshold": _pick(classes, ~decided),
     }
-
-
-def _macro_f(targets: np.ndarray, predicted: np.ndarray, beta: float) -> float:
-    """Mean F_beta over the columns, NaN where there is none; one by one, for a single column is not
-    multi-label.
-    """
-    if not targets.shape[1]:
-        return np.nan
-    return float(
-        np.mean(
-            [fbeta_score(*pair, beta=beta, zero_division=0) for pair in zip(targets.T, predicted.T)]
-        )
-    )
-
-
-def _macro_g(targets: np.ndarray, predicted: np.ndarray, beta: float) -> float:
-    """Mean G_beta = TP / (TP + FP + beta FN) over the columns, NaN where there is none."""
-    hits, alarms, missed = (
-        (a & b).sum(axis=0)
-        for a, b in ((targets, predicted), (~targets, predicted), (targets, ~predicted))
-    )
-    return float(mean_finite(_divide(hits, hits + alarms + beta * missed)))
 
 
 def expected_calibration_error(
@@ -282,7 +231,8 @@ def _check(targets: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndar
     targets, scores = np.asarray(targets), np.asarray(scores)
     if targets.ndim != 2 or targets.shape != scores.shape or not targets.size:
         raise DataError(
-            f"Targets {targets.shape} and scores {scores.shape} must be equal in shape (records, classes)."
+            f"Targets {targets.shape} and scores {scores.shape} must be equal in shape (records, "
+            "classes)."
         )
     if not np.isin(targets, (0, 1)).all():
         raise DataError(
@@ -291,33 +241,27 @@ def _check(targets: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndar
     wrong = np.argwhere(~np.isfinite(scores))
     if len(wrong):
         raise DataError(
-            f"The score of record {wrong[0, 0]}, class {wrong[0, 1]} (counted from 0) is not a number; train the model "
-            "again with a smaller learning rate, or fill the scores in."
+            f"The score of record {wrong[0, 0]}, class {wrong[0, 1]} (counted from 0) is not a "
+            "number; train the model again with a smaller learning rate, or fill the scores in."
         )
     return targets.astype(bool), scores.astype(np.float64)
 
 
-def _names(classes: Sequence[str] | None, count: int) -> tuple[str, ...]:
-    """The class names, or numbers in their place."""
-    names = (
-        tuple(classes)
-        if classes is not None
-        else tuple(f"class {number}" for number in range(count))
-    )
-    if len(names) != count:
+def _pick(classes: Sequence[str] | None, chosen: np.ndarray) -> tuple[str, ...]:
+    """The names of the chosen classes, or numbers in their place."""
+    names = [f"class {place}" for place in range(len(chosen))] if classes is None else classes
+    if len(names) != len(chosen):
         raise DataError(
-            f"{len(names)} class names were given for {count} classes; give one a class."
+            f"{len(names)} class names were given for {len(chosen)} classes; give one a class."
         )
-    return names
+    return tuple(name for name, wanted in zip(names, chosen, strict=True) if wanted)
 
 
-def _warn_absent(names: Sequence[str], consequence: str) -> None:
-    """Name the absent classes in one warning."""
-    listed, plural = ", ".join(names), len(names) > 1
-    message = f"{'Classes' if plural else 'Class'} without positive or negative records: {listed}; "
-    warnings.warn(
-        message + f"{'each' if plural else 'it'} {consequence}.", AbsentClassWarning, stacklevel=4
-    )
+def _warn(absent: Sequence[str], consequence: str) -> None:
+    """Name the absent classes, if any, in one warning."""
+    if absent:
+        message = f"Classes without positive or negative records: {', '.join(absent)}"
+        warnings.warn(f"{message}; each {consequence}.", AbsentClassWarning, stacklevel=4)
 
 
 def warn_of_absent_classes(targets: np.ndarray, classes: Sequence[str] | None) -> None:
@@ -325,18 +269,10 @@ def warn_of_absent_classes(targets: np.ndarray, classes: Sequence[str] | None) -
     absent = absent_classes(targets, classes)
     if len(absent) == np.shape(targets)[1]:
         raise DataError(
-            "No class has both positive and negative records: nothing can be measured; use more records."
+            "No class has both positive and negative records: nothing can be measured; use more "
+            "records."
         )
-    if absent:
-        _warn_absent(absent, "is left out of the mean")
-
-
-def _mean_over_present(
-    values: np.ndarray, targets: np.ndarray, classes: Sequence[str] | None
-) -> float:
-    """Mean of the class values over the classes that are present, the others named in a warning."""
-    warn_of_absent_classes(targets, classes)
-    return float(mean_finite(values))
+    _warn(absent, "is left out of the mean")
 
 
 def mean_finite(values: np.ndarray, axis: int = 0) -> np.ndarray:
@@ -354,10 +290,6 @@ def _running_sum(weights: np.ndarray) -> np.ndarray:
 
 def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """Quotient as float, NaN where the denominator is 0."""
-    numerator, denominator = (
-        np.asarray(numerator, dtype=float),
-        np.asarray(denominator, dtype=float),
-    )
-    return np.divide(
-        numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator != 0
-    )
+    numerator = np.asarray(numerator, dtype=float)
+    nothing = np.full(numerator.shape, np.nan)
+    return np.divide(numerator, denominator, out=nothing, where=np.asarray(denominator) != 0)

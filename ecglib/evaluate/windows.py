@@ -1,10 +1,10 @@
 """Windowed inference: what a network says of whole recordings.
 
-A record is cut into overlapping windows as long as the crops of the network's training. A
-classifier's probabilities are averaged over them. A network that was put on frozen encoders carries
-`encoders`, `windows` (the seconds of each encoder's windows) and `answer`: its encoders' features are
-averaged over their windows, and the mean features are answered. Everything that scores records goes
-through `score_signals`, so that a classifier has the same score wherever it is printed.
+A record is cut into windows as long as the crops of the network's training, overlapping by half. A
+classifier's probabilities are averaged over them. A network on frozen encoders carries `encoders`,
+`windows` (the seconds of each encoder's windows) and `answer`: each encoder's features are averaged
+over its windows, and the mean features are answered. All that scores records goes through
+`score_signals`, so that a classifier has the same score wherever it is printed.
 """
 
 from collections.abc import Callable, Iterator, Sequence

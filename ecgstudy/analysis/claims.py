@@ -5,7 +5,8 @@ Every figure is taken from the tables of the notebooks and from `data/published/
 in.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,18 +35,6 @@ PARTS = {
     "saliency": "16_saliency",
 }
 NEAR = 0.1  # of the labels, the share at which all parts of the study meet
-COLUMNS = [
-    "system",
-    "claim",
-    "labels",
-    "published",
-    "source",
-    "here",
-    "low",
-    "high",
-    "origin",
-    "verdict",
-]
 
 
 def report_tables(results: str | Path) -> dict[str, pd.DataFrame]:
@@ -57,7 +46,8 @@ def report_tables(results: str | Path) -> dict[str, pd.DataFrame]:
     if missing:
         notebooks = list(dict.fromkeys(PARTS[name] for name in missing))
         raise DataError(
-            f"{results}: the report lacks the tables {', '.join(missing)}; run {', '.join(notebooks)} first."
+            f"{results}: the report lacks the tables {', '.join(missing)}; run "
+            f"{', '.join(notebooks)} first."
         )
     return {name: pd.read_csv(path) for name, path in found.items()}
 
@@ -72,10 +62,9 @@ def nearest(fractions: pd.Series, near: float = NEAR) -> float:
     return min(fractions.unique(), key=lambda fraction: abs(fraction - near))
 
 
-def looked_at(gains: pd.DataFrame) -> pd.DataFrame:
-    """The rows at the fewest labels, at the fraction nearest to 10 % and at the most."""
-    fractions = gains["fraction"]
-    return gains[fractions.isin((fractions.min(), nearest(fractions), fractions.max()))]
+def main_fractions(fractions: pd.Series) -> pd.Series:
+    """Which of the fractions are the smallest, the one nearest to 10 % or the largest."""
+    return fractions.isin((fractions.min(), nearest(fractions), fractions.max()))
 
 
 def systems(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -85,34 +74,215 @@ def systems(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     Columns part, method, form (protocol, start or stage), network, fraction, value, low, high,
     seeds.
     """
-    stages = tables["self_evolving_summary"]
-    stages = stages[(stages["network"] == "student") & (stages["stage"] == stages["stage"].max())]
-    fused = tables["fusion_summary"]
+    stages = tables["self_evolving_summary"].query("network == 'student' and stage == stage.max()")
+    fused = tables["fusion_summary"].query("method != 'alone'")
     members = fused["members"].str.count(r"\+") + 1
-    fused = fused.assign(members=members.astype(str) + " encoders")
-    fused = fused[(fused["method"] != "alone") & (members == members.max())]
+    fused = fused.assign(members=members.astype(str) + " encoders")[members == members.max()]
     frames = {
-        "self-supervised": tables["label_efficiency_summary"].rename(
-            columns={"protocol": "form", "encoder": "network"}
-        ),
-        "fusion": fused.rename(columns={"protocol": "form", "members": "network"}),
-        "semi-supervised": tables["semi_supervised_summary"].rename(
-            columns={"start": "form", "backbone": "network"}
-        ),
+        "self-supervised": tables["label_efficiency_summary"],
+        "fusion": fused,
+        "semi-supervised": tables["semi_supervised_summary"],
         "self-evolving": stages.assign(form="T = " + stages["stage"].astype(str)),
     }
-    kept = []
-    for part, frame in frames.items():
-        kept.append(frame[frame["fraction"] == nearest(frame["fraction"])].assign(part=part))
+    names = {"protocol": "form", "start": "form"}
+    names |= dict.fromkeys(("encoder", "members", "backbone"), "network")
+    kept = [
+        frame[frame["fraction"] == nearest(frame["fraction"])]
+        .rename(columns=names)
+        .assign(part=part)
+        for part, frame in frames.items()
+    ]
     columns = ["part", "method", "form", "network", "fraction", "value", "low", "high", "seeds"]
-    return pd.concat(kept, ignore_index=True)[columns]
+    return pd.concat([frame.reindex(columns=columns) for frame in kept], ignore_index=True)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim, and the rows of a table in which it is measured.
+
+    `rows` is a query of the table, `system` and `claim` are texts with columns of such a row.
+    `published` is what papers print, from the row and the folder of the printed figures: the gain
+    and its source. `sign` is -1 where less is better.
+    """
+
+    table: str
+    rows: str
+    system: str
+    claim: str
+    published: Callable[[Mapping, Path], tuple[float, str]] | None = None
+    sign: int = 1
+
+    def finding(self, row: Mapping, folder: Path) -> dict:
+        """The finding of one row of the table."""
+        texts = row | {"over": str(row.get("over")).replace("_", " ")}
+        gain, source = self.published(row, folder) if self.published else (np.nan, "none known")
+        low, high = sorted((self.sign * row["low"], self.sign * row["high"]))
+        return {
+            "system": self.system.format(**texts),
+            "claim": self.claim.format(**texts),
+            "labels": row.get("fraction", np.nan),
+            "published": gain,
+            "source": source,
+            "here": self.sign * (row["gain"] if "gain" in row else row["value"]),
+            "low": low,
+            "high": high,
+            "verdict": verdict(low, high),
+        }
+
+
+def _printed_self_supervised(row: Mapping, folder: Path) -> tuple[float, str]:
+    """Mehari & Strodthoff on PTB-XL: the method minus its control, with all labels."""
+    printed = pd.read_csv(folder / "ecg-selfsupervised.csv").query("task == 'PTB-XL all'")
+    printed = printed.drop_duplicates(["encoder", "pretraining", "protocol"])
+    frozen = row["protocol"] == "frozen"
+    own = printed[printed["protocol"] == ("linear" if frozen else "fine-tuned")]
+    own = own[own["pretraining"].str.lower().str.startswith(f"{row['method']} (")]
+    control = "linear (random frozen)" if frozen else "supervised"
+    control = printed.query("pretraining == 'none' and protocol == @control")
+    pairs = own.merge(control, on="encoder")
+    if not len(pairs):
+        return np.nan, "none known"
+    gain = pairs["mean_x"].iloc[0] - pairs["mean_y"].iloc[0]
+    return gain, "Mehari & Strodthoff 2022, PTB-XL all"
+
+
+CE_SSL_TABLES = {  # table and name of each comparator in CE-SSL's paper
+    "fixmatch": ("S8", "FixMatch"),
+    "fixmatch_lora": ("S8", "FixMatch + LoRA r=16"),
+    "fixmatch_dylora": ("S8", "FixMatch + DyLoRA r=16"),
+    "fixmatch_adalora": ("S8", "FixMatch + AdaLoRA r=16"),
+    "ce_ssl_without_deactivation": ("S11", "w/o random deactivation"),
+    "ce_ssl_without_allocation": ("S11", "w/o rank allocation"),
+    "ce_ssl_without_norm": ("S11", "w/o semi-supervised BN"),
+}
+
+
+def _printed_semi_supervised(row: Mapping, folder: Path) -> tuple[float, str]:
+    """CE-SSL minus the comparator, for 5 % of PTB-XL's labels."""
+    if row["over"] not in CE_SSL_TABLES:
+        return np.nan, "none known"
+    table, other = CE_SSL_TABLES[row["over"]]
+    printed = pd.read_csv(folder / "ce-ssl.csv").query(
+        "dataset == 'PTB-XL' and metric == 'macro AUC' and table == @table"
+    )
+    means = printed.set_index("method")["mean"]
+    own = means["CE-SSL r=16" if table == "S8" else "CE-SSL"]
+    return own - means[other], f"CE-SSL's table {table}, PTB-XL, 5 %"
+
+
+def _printed_self_evolving(row: Mapping, folder: Path) -> tuple[float, str]:
+    """DISTL's last stage minus its first, in the first of its tasks."""
+    printed = pd.read_csv(folder / "distl-echoclr-dvme.csv")
+    printed = printed.query("paper == 'DISTL' and metric == 'AUROC'")
+    task = printed["task"].iloc[0]
+    means = printed[printed["task"] == task].set_index("setting")["value"]
+    return means["T=3"] - means["T=0"], f"DISTL, {task}"
+
+
+PRETRAINED = "method != 'random' and @main_fractions(fraction)"
+NEVER_TRAINED = f"{PRETRAINED} and protocol == 'frozen' and over == 'random'"
+STUDENTS = (
+    "method == 'distl' and network == 'student' and over_network == 'student'"
+    " and metric == 'macro_auroc' and stage == stage.max()"
+)
+FUSED = "over_protocol == 'frozen' and @main_fractions(fraction)"
+LOSES_LESS = "{protocol}, loses less than training from scratch under noise"
+CHOSEN = "attribution.astype('str').str.startswith('chosen') and value.notna()"
+CLAIMS = (
+    Claim(
+        "label_efficiency_gains",
+        f"{PRETRAINED} and protocol == 'frozen' and over == 'supervised'"
+        " and fraction == fraction.min()",
+        "{method}",
+        "frozen, above training from scratch with the fewest labels",
+    ),
+    Claim(
+        "label_efficiency_gains",
+        f"{PRETRAINED} and protocol != 'frozen' and fraction == fraction.max()",
+        "{method}",
+        "{protocol}, above training from scratch",
+        _printed_self_supervised,
+    ),
+    Claim(
+        "label_efficiency_gains",
+        f"{NEVER_TRAINED} and fraction == fraction.max()",
+        "{method}",
+        "frozen, above the same encoder never trained",
+        _printed_self_supervised,
+    ),
+    Claim(
+        "label_efficiency_gains",
+        f"{NEVER_TRAINED} and fraction < fraction.max()",
+        "{method}",
+        "frozen, above the same encoder never trained",
+    ),
+    Claim(
+        "semi_supervised_gains",
+        "metric == 'macro_auroc' and fraction == fraction.min()",
+        "ce_ssl",
+        "above {over}",
+        _printed_semi_supervised,
+    ),
+    Claim(
+        "self_evolving_gains",
+        f"{STUDENTS} and over_stage == 0",
+        "distl",
+        "at T = {stage} above T = 0",
+        _printed_self_evolving,
+    ),
+    Claim(
+        "self_evolving_gains",
+        f"{STUDENTS} and over_stage == stage and over != 'oracle'",
+        "distl",
+        "at T = {stage} above {over}",
+    ),
+    Claim(
+        "fusion_gains",
+        f"{FUSED} and over == 'best_single'",
+        "dvme",
+        "above the best single encoder",
+    ),
+    Claim(
+        "fusion_gains",
+        f"{FUSED} and over == 'concatenation'",
+        "dvme",
+        "above one logistic regression on all features",
+    ),
+    Claim(
+        "robustness_differences",
+        "method == 'all' and family == 'in the family'",
+        "pretraining",
+        f"{LOSES_LESS} like the augmentation's",
+        sign=-1,
+    ),
+    Claim(
+        "robustness_differences",
+        "method == 'all' and family == 'outside'",
+        "pretraining",
+        f"{LOSES_LESS} of other kinds",
+        sign=-1,
+    ),
+    *(
+        Claim(
+            "saliency",
+            f"{CHOSEN} and measure == 'enrichment over {measure}'",
+            "{method}",
+            f"relevance in the evidence, above {name}: {{class}}",
+        )
+        for measure, name in {
+            "|input|": "|input|",
+            "|input|²": "|input|²",
+            "supervised": "supervised at equal AUROC",
+        }.items()
+    ),
+)
 
 
 def findings(
     tables: Mapping[str, pd.DataFrame], published: str | Path, origin: str
 ) -> pd.DataFrame:
-    """A row a claim: the gain that papers print, NaN where none is known, and the gain here with
-    its paired interval.
+    """One row per claim: the gain that papers print, NaN where none is known, and the gain here
+    with its paired interval.
 
     Gains are in macro AUROC; where a claim is about relevance, in multiples of chance.
 
@@ -120,195 +290,17 @@ def findings(
     measured. The papers' data, classes and sizes are others: a sign can agree or not, a size cannot
     be compared.
     """
-    folder = Path(published)
-    rows = [
-        *_self_supervised(
-            tables["label_efficiency_gains"], pd.read_csv(folder / "ecg-selfsupervised.csv")
-        ),
-        *_semi_supervised(tables["semi_supervised_gains"], pd.read_csv(folder / "ce-ssl.csv")),
-        *_self_evolving(
-            tables["self_evolving_gains"], pd.read_csv(folder / "distl-echoclr-dvme.csv")
-        ),
-        *_fusion(tables["fusion_gains"]),
-        *_robustness(tables["robustness_differences"]),
-        *_saliency(tables["saliency"]),
-    ]
-    return pd.DataFrame(rows).assign(origin=origin)[COLUMNS]
-
-
-def _row(
-    system: str, claim: str, ours: pd.Series, published: float = np.nan, source: str = "none known"
-) -> dict:
-    """One finding; `ours` has fraction, gain, low and high."""
-    return {
-        "system": system,
-        "claim": claim,
-        "labels": ours["fraction"],
-        "published": published,
-        "source": source,
-        "here": ours["gain"],
-        "low": ours["low"],
-        "high": ours["high"],
-        "verdict": verdict(ours["low"], ours["high"]),
-    }
-
-
-def _self_supervised(gains: pd.DataFrame, printed: pd.DataFrame) -> list[dict]:
-    """Fine-tuned with all labels against from scratch; frozen with few and with all labels against
-    never trained.
-    """
-    gains = looked_at(gains[gains["method"] != "random"])
-    printed = printed[printed["task"] == "PTB-XL all"].drop_duplicates(
-        ["encoder", "pretraining", "protocol"]
-    )
-    means = printed.set_index(["encoder", "pretraining", "protocol"])["mean"]
     rows = []
-    for row in gains.sort_values(["method", "encoder", "protocol", "fraction"]).to_dict("records"):
-        frozen = row["protocol"] == "frozen"
-        wanted = (row["over"] == "random") if frozen else row["fraction"] == gains["fraction"].max()
-        if row["over"] == "supervised" and frozen and row["fraction"] == gains["fraction"].min():
-            rows.append(
-                _row(
-                    row["method"], "frozen, above training from scratch with the fewest labels", row
-                )
-            )
-        if not wanted:
-            continue
-        control, protocol = (
-            ("linear (random frozen)", "linear") if frozen else ("supervised", "fine-tuned")
-        )
-        claim = f"{row['protocol']}, above {'the same encoder never trained' if frozen else 'training from scratch'}"
-        there = [
-            key
-            for key in means.index
-            if key[1].lower().startswith(f"{row['method']} (")
-            and key[2] == protocol
-            and (key[0], "none", control) in means.index
-        ]
-        if there and row["fraction"] == gains["fraction"].max():
-            gain = means[there[0]] - means[there[0][0], "none", control]
-            rows.append(
-                _row(row["method"], claim, row, gain, "Mehari & Strodthoff 2022, PTB-XL all")
-            )
-        else:
-            rows.append(_row(row["method"], claim, row))
-    return rows
-
-
-def _semi_supervised(gains: pd.DataFrame, printed: pd.DataFrame) -> list[dict]:
-    """CE-SSL against every other method, at the fewest labels; published for 5 % of PTB-XL's
-    labels.
-    """
-    names = {
-        "fixmatch": ("S8", "FixMatch"),
-        "fixmatch_lora": ("S8", "FixMatch + LoRA r=16"),
-        "fixmatch_dylora": ("S8", "FixMatch + DyLoRA r=16"),
-        "fixmatch_adalora": ("S8", "FixMatch + AdaLoRA r=16"),
-        "ce_ssl_without_deactivation": ("S11", "w/o random deactivation"),
-        "ce_ssl_without_allocation": ("S11", "w/o rank allocation"),
-        "ce_ssl_without_norm": ("S11", "w/o semi-supervised BN"),
-    }
-    printed = printed[(printed["dataset"] == "PTB-XL") & (printed["metric"] == "macro AUC")]
-    means = printed.set_index(["table", "method"])["mean"]
-    ours = gains[
-        (gains["metric"] == "macro_auroc") & (gains["fraction"] == gains["fraction"].min())
-    ]
-    rows = []
-    for row in ours.to_dict("records"):
-        claim = f"above {row['over'].replace('_', ' ')}"
-        if row["over"] in names:
-            table, other = names[row["over"]]
-            own = means[table, "CE-SSL r=16" if table == "S8" else "CE-SSL"]
-            rows.append(
-                _row(
-                    "ce_ssl",
-                    claim,
-                    row,
-                    own - means[table, other],
-                    f"CE-SSL's table {table}, PTB-XL, 5 %",
-                )
-            )
-        else:
-            rows.append(_row("ce_ssl", claim, row))
-    return rows
-
-
-def _self_evolving(gains: pd.DataFrame, printed: pd.DataFrame) -> list[dict]:
-    """DISTL's student at the last T against its start and against every other arm at the same T."""
-    students = (gains["network"] == "student") & (gains["over_network"] == "student")
-    last = gains[students & (gains["method"] == "distl") & (gains["metric"] == "macro_auroc")]
-    last = last[last["stage"] == last["stage"].max()]
-    figures = printed[(printed["paper"] == "DISTL") & (printed["metric"] == "AUROC")]
-    task = figures["task"].iloc[0]
-    figures = figures[figures["task"] == task].set_index("setting")["value"]
-    rows = []
-    for row in last.to_dict("records"):
-        if row["over_stage"] == 0:
-            gain = figures["T=3"] - figures["T=0"]
-            rows.append(
-                _row("distl", f"at T = {row['stage']} above T = 0", row, gain, f"DISTL, {task}")
-            )
-        elif row["over_stage"] == row["stage"] and row["over"] != "oracle":
-            rows.append(
-                _row("distl", f"at T = {row['stage']} above {row['over'].replace('_', ' ')}", row)
-            )
-    return rows
-
-
-def _fusion(gains: pd.DataFrame) -> list[dict]:
-    """DVME on frozen encoders against the best single one and against one logistic regression on
-    everything.
-    """
-    names = {
-        "best_single": "the best single encoder",
-        "concatenation": "one logistic regression on all features",
-    }
-    frozen = looked_at(gains)
-    frozen = frozen[(frozen["over_protocol"] == "frozen") & frozen["over"].isin(names)]
-    return [_row("dvme", f"above {names[row['over']]}", row) for row in frozen.to_dict("records")]
-
-
-def _robustness(differences: pd.DataFrame) -> list[dict]:
-    """Pretrained encoders against supervised ones: how much less macro AUROC noise costs them, all
-    methods together.
-    """
-    pooled = differences[
-        (differences["method"] == "all") & differences["family"].isin(["in the family", "outside"])
-    ]
-    words = {"in the family": "like the augmentation's", "outside": "of other kinds"}
-    rows = []
-    for row in pooled.to_dict("records"):
-        ours = {
-            "fraction": np.nan,
-            "gain": -row["gain"],
-            "low": -row["high"],
-            "high": -row["low"],
+    for name in dict.fromkeys(claim.table for claim in CLAIMS):
+        found = {
+            place: claim.finding(row, Path(published))
+            for claim in CLAIMS
+            if claim.table == name
+            for place, row in tables[name].query(claim.rows).to_dict("index").items()
         }
-        claim = f"{row['protocol']}, loses less than training from scratch under noise {words[row['family']]}"
-        rows.append(_row("pretraining", claim, ours))
-    return rows
-
-
-def _saliency(table: pd.DataFrame) -> list[dict]:
-    """Where the relevance lies, in multiples of chance: over the signal's own size, and over
-    supervised networks.
-    """
-    measures = {
-        "enrichment over |input|": "relevance in the evidence, above |input|",
-        "enrichment over |input|²": "relevance in the evidence, above |input|²",
-        "enrichment over supervised": "relevance in the evidence, above supervised at equal AUROC",
-    }
-    chosen = table["attribution"].astype(str).str.startswith("chosen") & table["value"].notna()
-    rows = []
-    for row in table[chosen & table["measure"].isin(measures)].to_dict("records"):
-        ours = {
-            "fraction": row["fraction"],
-            "gain": row["value"],
-            "low": row["low"],
-            "high": row["high"],
-        }
-        rows.append(_row(row["method"], f"{measures[row['measure']]}: {row['class']}", ours))
-    return rows
+        rows += [found[place] for place in sorted(found)]  # in the order of the table
+    table = pd.DataFrame(rows).assign(origin=origin)
+    return table[[name for name in table if name != "verdict"] + ["verdict"]]
 
 
 def shown_findings(rows: pd.DataFrame) -> pd.DataFrame:

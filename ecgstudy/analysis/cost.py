@@ -16,7 +16,7 @@ from torch import nn
 
 from ecglib.batches import SemiBatches
 from ecglib.checkpoints import save_tensors
-from ecglib.lora import low_rank_layers, save_adapter, trainable_parameters
+from ecglib.lora import low_rank_layers, save_adapter
 from ecglib.records import LEADS, Records
 from ecglib.semisup import Adaptation, Task
 from ecglib.train import autocast, fit, linear_schedule

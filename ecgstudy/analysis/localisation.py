@@ -1,23 +1,21 @@
-"""Does an attribution point where the evidence is? Expected regions, measures against them, and
-their chance levels.
+"""Does an attribution point where the evidence is? Measures against known regions, and their
+chance levels.
 
 Relevance `(n, 12, time)` is never negative (`saliency.relevance`); a mask of the same shape says
 where the evidence lies, and `counted (n, 1, time)` which samples were marked at all. Every measure
-gives one number a record, NaN where there is no evidence or no relevance, so that intervals
+gives one number per record, NaN where there is no evidence or no relevance, so that intervals
 resample patients and compare methods on the same records.
 """
 
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from torch import nn
 
 from ecglib.errors import DataError
@@ -25,54 +23,51 @@ from ecglib.evaluate.draws import Interval, PatientDraws, mean
 from ecglib.evaluate.windows import score_signals
 from ecglib.records import LEADS
 from ecglib.saliency import PATCH, bridged, find_r_peaks
-from ecgstudy.analysis.figures import MARKERS, require_columns
+from ecgstudy.analysis.figures import (
+    MARKERS,
+    PALETTE,
+    draw_dot,
+    finish,
+    looks,
+    panels,
+    require_columns,
+)
+
+SIZES = ("|input|", "|input|²")  # of the signal, which every attribution is compared with
+TOLERANCE = 0.05  # seconds that the pointing game forgives
+# Published thresholds of each measure: the lower limit of the interval must exceed this (times
+# chance for the second).
+ABOVE = {"enrichment": 1.5, "localisation_auc": 0.6, "lead_enrichment": 1.3}
+ABOVE_CHANCE = {"pointing_game": 2.0, "rank_accuracy": 1.0, "mass": 1.0}
 
 
 def plot_enrichment(table: pd.DataFrame, title: str | None = None) -> Figure:
-    """Relevance mass over chance of each attribution, a panel a class, with the largest that is
+    """Relevance mass over chance of each attribution, a panel per class, with the largest that is
     possible.
 
-    table has the columns class, attribution, value, low, high and ceiling, one row a point.
+    table has the columns class, attribution, value, low, high and ceiling, one row per point.
     """
-    require_columns(
-        table, ("class", "attribution", "value", "low", "high", "ceiling"), "table of enrichments"
-    )
-    panels, names = list(pd.unique(table["class"])), list(pd.unique(table["attribution"]))[::-1]
+    columns = ("class", "attribution", "value", "low", "high", "ceiling")
+    require_columns(table, columns, "table of enrichments")
+    classes, names = list(pd.unique(table["class"])), list(pd.unique(table["attribution"]))[::-1]
     colours = dict(zip(names[::-1], sns.color_palette("husl", len(names))))
-    figure, grid = plt.subplots(
-        1,
-        len(panels),
-        figsize=(2.8 + 2.3 * len(panels), 1.3 + 0.32 * len(names)),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes, panel in zip(grid[0], panels, strict=True):
-        rows = table[table["class"] == panel]
+    size = 2.8 + 2.3 * len(classes), 1.3 + 0.32 * len(names)
+    figure, grid = panels(len(classes), size, grid="x", sharey=True)
+    for axes, name in zip(grid[0], classes):
+        rows = table[table["class"] == name]
+        ceiling = rows["ceiling"].mean()
         axes.axvline(1, color="0.5", linewidth=1)
-        axes.axvline(rows["ceiling"].mean(), color="0.5", linewidth=1, linestyle=":")
-        for row in rows.itertuples():
-            height = names.index(row.attribution)
-            axes.plot(
-                [row.low, row.high], [height, height], color=colours[row.attribution], linewidth=1.6
-            )
-            axes.plot(row.value, height, "o", color=colours[row.attribution], markersize=5)
-        axes.set_xscale("log")
-        ticks = [
-            tick for tick in (0.5, 1, 2, 3, 5, 10, 20, 50) if tick <= 1.2 * rows["ceiling"].mean()
-        ]
+        axes.axvline(ceiling, color="0.5", linewidth=1, linestyle=":")
+        for row in rows.to_dict("records"):
+            draw_dot(axes, names.index(row["attribution"]), row, colours[row["attribution"]])
+        axes.set(title=name, xscale="log")
+        ticks = [tick for tick in (0.5, 1, 2, 3, 5, 10, 20, 50) if tick <= 1.2 * ceiling]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
-        axes.set_title(panel, fontsize=10)
-        axes.grid(axis="x", color="0.9")
+        axes.xaxis.set_minor_locator(NullLocator())
     grid[0, 0].set_yticks(range(len(names)), names)
-    figure.supxlabel(
-        "Mass in the region over chance (1: chance, dotted: the largest possible)", fontsize=9
-    )
-    figure.suptitle("\n".join(textwrap.wrap(title or "", 100)), fontsize=11)
-    sns.despine(figure)
-    plt.close(figure)
-    return figure
+    label = "Mass in the region over chance (1: chance, dotted: the largest possible)"
+    figure.supxlabel(label, fontsize=9)
+    return finish(figure, title)
 
 
 def plot_randomisation(table: pd.DataFrame, title: str | None = None) -> Figure:
@@ -82,73 +77,40 @@ def plot_randomisation(table: pd.DataFrame, title: str | None = None) -> Figure:
     table has the columns layer (in order), attribution, signed (whether of a or of |a|) and value.
     """
     require_columns(table, ("layer", "attribution", "signed", "value"), "table of randomisations")
-    layers, names = list(pd.unique(table["layer"])), list(pd.unique(table["attribution"]))
-    colours = dict(zip(names, sns.color_palette("colorblind", len(names))))
-    figure, grid = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
-    for axes, signed, name in (
-        (grid[0], False, "|a|, where it points"),
-        (grid[1], True, "a, with its sign"),
-    ):
+    layers = list(pd.unique(table["layer"]))
+    colours, markers = (looks(table["attribution"], choices) for choices in (PALETTE, MARKERS))
+    figure, grid = panels(2, (10, 3.8), grid="y", sharey=True)
+    for axes, signed in zip(grid[0], (False, True)):
         axes.axhspan(-0.1, 0.1, color="0.92")
-        for place, attribution in enumerate(names):
-            rows = table[
-                (table["attribution"] == attribution) & (table["signed"] == signed)
-            ].set_index("layer")
-            axes.plot(
-                range(len(layers)),
-                rows["value"].reindex(layers),
-                marker=MARKERS[place % len(MARKERS)],
-                color=colours[attribution],
-                markersize=4,
-                label=attribution,
-            )
+        for attribution, rows in table[table["signed"] == signed].groupby(
+            "attribution", sort=False
+        ):
+            values = rows.set_index("layer")["value"].reindex(layers)
+            look = {"color": colours[attribution], "marker": markers[attribution]}
+            axes.plot(range(len(layers)), values, **look, markersize=4, label=attribution)
         axes.set_xticks(range(len(layers)), layers, rotation=30, ha="right")
-        axes.set_title(name, fontsize=10)
-        axes.grid(axis="y", color="0.9")
-    grid[0].set_ylabel("Rank correlation (grey: below 0.1)")
-    grid[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
-    figure.suptitle("\n".join(textwrap.wrap(title or "", 100)), fontsize=11)
+        axes.set_title("a, with its sign" if signed else "|a|, where it points")
+    grid[0, 0].set_ylabel("Rank correlation (grey: below 0.1)")
+    grid[0, 1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
     figure.supxlabel("Randomised from the head down to", fontsize=9)
-    sns.despine(figure)
-    plt.close(figure)
-    return figure
+    return finish(figure, title)
 
 
-SIZES = ("|input|", "|input|²")  # of the signal, which every attribution is compared with
-TOLERANCE = 0.05  # seconds that the pointing game forgives
-MEASURES = (
-    "mass",
-    "enrichment",
-    "pointing_game",
-    "rank_accuracy",
-    "localisation_auc",
-    "lead_mass",
-    "gini",
-)
-# Published thresholds of each measure: the lower limit of the interval must exceed this (times
-# chance for the second).
-ABOVE = {"enrichment": 1.5, "localisation_auc": 0.6, "lead_enrichment": 1.3}
-ABOVE_CHANCE = {"pointing_game": 2.0, "rank_accuracy": 1.0, "mass": 1.0}
-
-
-# Measures: relevance and mask (n, 12, time), counted (n, 1, time) -> one number a record
+# Measures: relevance and mask (n, 12, time), counted (n, 1, time) -> one number per record
 
 
 def chance_mass(mask: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
-    """Share of the counted lead-samples that the mask covers, f_S `(n,)`; NaN where it covers none."""
-    mask, counted = _both(mask, counted)
-    return _quotient((mask & counted).sum(axis=(1, 2)), counted.sum(axis=(1, 2)), mask & counted)
+    """Share of the counted lead-samples that the mask covers, f_S `(n,)`; NaN where none."""
+    evidence, counted = _region(mask, counted)
+    return _share(evidence, counted, evidence)
 
 
 def relevance_mass(
     relevance: np.ndarray, mask: np.ndarray, counted: np.ndarray | None = None
 ) -> np.ndarray:
     """Share of the relevance that lies in the mask `(n,)` (M1); by chance `chance_mass`."""
-    mask, counted = _both(mask, counted)
-    relevance = relevance * counted
-    return _quotient(
-        (relevance * mask).sum(axis=(1, 2)), relevance.sum(axis=(1, 2)), mask & counted
-    )
+    evidence, counted = _region(mask, counted)
+    return _share(relevance * evidence, relevance * counted, evidence)
 
 
 def enrichment(
@@ -162,9 +124,8 @@ def dilated(mask: np.ndarray, sampling_rate: float, seconds: float = TOLERANCE) 
     """The mask, longer by `seconds` on both sides in time."""
     from scipy.ndimage import maximum_filter1d
 
-    return maximum_filter1d(
-        mask.astype(np.uint8), 2 * round(seconds * sampling_rate) + 1, axis=2
-    ).astype(bool)
+    width = 2 * round(seconds * sampling_rate) + 1
+    return maximum_filter1d(mask.astype(np.uint8), width, axis=2).astype(bool)
 
 
 def pointing_game(
@@ -179,11 +140,10 @@ def pointing_game(
 
     By chance it is the share that the longer mask covers.
     """
-    mask, counted = _both(mask, counted)
+    evidence, counted = _region(mask, counted)
     inside = np.where(counted, relevance, -np.inf)
     top = (inside == inside.max(axis=(1, 2), keepdims=True)) & counted
-    hit = top & dilated(mask & counted, sampling_rate)
-    return _quotient(hit.sum(axis=(1, 2)), top.sum(axis=(1, 2)), mask & counted)
+    return _share(top & dilated(evidence, sampling_rate), top, evidence)
 
 
 def rank_accuracy(
@@ -194,19 +154,17 @@ def rank_accuracy(
 
     By chance it is f_S.
     """
-    mask, counted = _both(mask, counted)
-    rows = []
-    for one, here, inside in zip(relevance, mask & counted, counted, strict=True):
-        values, hits, size = one[inside], here[inside], int(here.sum())
+
+    def of_record(values: np.ndarray, hits: np.ndarray) -> float:
+        size = int(hits.sum())
         if not size:
-            rows.append(np.nan)
-            continue
+            return np.nan
         limit = np.partition(values, len(values) - size)[len(values) - size]
         above, equal = values > limit, values == limit
-        rows.append(
-            (hits[above].sum() + hits[equal].sum() * (size - above.sum()) / equal.sum()) / size
-        )
-    return np.array(rows, dtype=float)
+        tied = hits[equal].sum() * (size - above.sum()) / equal.sum()
+        return (hits[above].sum() + tied) / size
+
+    return _per_record(of_record, relevance, mask, counted)
 
 
 def localisation_auc(
@@ -215,17 +173,14 @@ def localisation_auc(
     """ROC area of relevance against the mask `(n,)` (M4); 0.5 by chance."""
     from scipy.stats import rankdata
 
-    mask, counted = _both(mask, counted)
-    rows = []
-    for one, here, inside in zip(relevance, mask, counted, strict=True):
-        hits = here[inside]
+    def of_record(values: np.ndarray, hits: np.ndarray) -> float:
         positives, negatives = int(hits.sum()), int((~hits).sum())
         if not positives or not negatives:
-            rows.append(np.nan)
-            continue
-        won = rankdata(one[inside])[hits].sum() - positives * (positives + 1) / 2
-        rows.append(won / (positives * negatives))
-    return np.array(rows, dtype=float)
+            return np.nan
+        won = rankdata(values)[hits].sum() - positives * (positives + 1) / 2
+        return won / (positives * negatives)
+
+    return _per_record(of_record, relevance, mask, counted)
 
 
 def lead_mass(
@@ -234,66 +189,102 @@ def lead_mass(
     """Share of the relevance in the leads that the mask names `(n,)` (M5); by chance their number
     over 12.
     """
-    mask, counted = _both(mask, counted)
-    leads = (mask & counted).any(axis=2, keepdims=True)
-    return relevance_mass(relevance, np.broadcast_to(leads, mask.shape), counted)
+    evidence, counted = _region(mask, counted)
+    leads = np.broadcast_to(evidence.any(axis=2, keepdims=True), mask.shape)
+    return relevance_mass(relevance, leads, counted)
 
 
 def gini(relevance: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
     """Gini coefficient `(n,)` (M10): 0 where all is equally relevant, near 1 where one lead-sample
     has everything.
     """
-    _, counted = _both(np.ones(relevance.shape, bool), counted)
-    rows = []
-    for one, inside in zip(relevance, counted, strict=True):
-        values = np.sort(one[inside].astype(np.float64))
+
+    def of_record(values: np.ndarray, hits: np.ndarray) -> float:
+        values = np.sort(values.astype(np.float64))
         total, count = values.sum(), len(values)
         ranks = 2 * np.arange(1, count + 1) - count - 1
-        rows.append(float(ranks @ values) / (count * total) if total > 0 else np.nan)
-    return np.array(rows)
+        return float(ranks @ values) / (count * total) if total > 0 else np.nan
+
+    return _per_record(of_record, relevance, np.ones(relevance.shape, bool), counted)
+
+
+def _region(mask: np.ndarray, counted: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """The evidence that counts, and all that counts, both bool `(n, 12, time)`; DataError where the
+    mask has another form.
+    """
+    if mask.ndim != 3 or mask.dtype != bool:
+        raise DataError(f"A mask is bool (records, leads, time), not {mask.dtype} {mask.shape}.")
+    counted = np.broadcast_to(True if counted is None else counted, mask.shape)
+    return mask & counted, counted
+
+
+def _share(part: np.ndarray, whole: np.ndarray, evidence: np.ndarray) -> np.ndarray:
+    """Sum of part over that of whole in each record `(n,)`, NaN without evidence or without
+    anything to divide.
+    """
+    part, whole = (each.sum(axis=(1, 2)).astype(np.float64) for each in (part, whole))
+    known = evidence.any(axis=(1, 2)) & (whole > 0)
+    return np.divide(part, whole, out=np.full(len(whole), np.nan), where=known)
+
+
+def _per_record(
+    measure: Callable[[np.ndarray, np.ndarray], float],
+    relevance: np.ndarray,
+    mask: np.ndarray,
+    counted: np.ndarray | None,
+) -> np.ndarray:
+    """`measure(relevance, evidence)` of the lead-samples of each record that count, `(n,)`."""
+    evidence, counted = _region(mask, counted)
+    rows = zip(relevance, evidence, counted, strict=True)
+    return np.array([measure(values[inside], hits[inside]) for values, hits, inside in rows], float)
 
 
 def measure(
     relevance: np.ndarray, mask: np.ndarray, counted: np.ndarray, sampling_rate: float
-) -> dict:
-    """All measures of `MEASURES` and `lead_enrichment`, each `(n,)`."""
+) -> dict[str, np.ndarray]:
+    """All measures by name, each `(n,)`."""
     leads = (mask & counted).any(axis=2).sum(axis=1) / len(LEADS)
-    found = {
+    in_leads = lead_mass(relevance, mask, counted)
+    return {
         "mass": relevance_mass(relevance, mask, counted),
         "enrichment": enrichment(relevance, mask, counted),
         "pointing_game": pointing_game(relevance, mask, counted, sampling_rate=sampling_rate),
         "rank_accuracy": rank_accuracy(relevance, mask, counted),
         "localisation_auc": localisation_auc(relevance, mask, counted),
-        "lead_mass": lead_mass(relevance, mask, counted),
+        "lead_mass": in_leads,
         "gini": gini(relevance, counted),
+        "lead_enrichment": in_leads / np.where(leads > 0, leads, np.nan),
     }
-    return found | {"lead_enrichment": found["lead_mass"] / np.where(leads > 0, leads, np.nan)}
 
 
 def chances(mask: np.ndarray, counted: np.ndarray, sampling_rate: float) -> dict[str, float]:
-    """What each measure is by chance, mean over records."""
-    share = float(np.nanmean(_or_nan(chance_mass(mask, counted))))
-    wider = float(np.nanmean(_or_nan(chance_mass(dilated(mask & counted, sampling_rate), counted))))
-    leads = float((mask & counted).any(axis=2).mean())
+    """What each measure is by chance, mean over records; 0 without any evidence."""
+    share = _known_mean(chance_mass(mask, counted))
     return {
         "mass": share,
         "enrichment": 1.0,
-        "pointing_game": wider,
+        "pointing_game": _known_mean(chance_mass(dilated(mask & counted, sampling_rate), counted)),
         "rank_accuracy": share,
         "localisation_auc": 0.5,
-        "lead_mass": leads,
+        "lead_mass": float((mask & counted).any(axis=2).mean()),
         "lead_enrichment": 1.0,
         "gini": np.nan,
+        "mass over chance": 1.0,
     }
 
 
-def passes(name: str, low: float, chance: float) -> object:
+def _known_mean(values: np.ndarray) -> float:
+    """Mean of the values that are known, 0 where none is."""
+    return float(np.nanmean(values)) if np.isfinite(values).any() else 0.0
+
+
+def passes(name: str, low: float, chance: float) -> bool | None:
     """Whether the lower limit of a measure exceeds its published threshold; None where there is no
     threshold.
     """
-    if name in ABOVE:
-        return bool(low > ABOVE[name])
-    return bool(low > ABOVE_CHANCE[name] * chance) if name in ABOVE_CHANCE else None
+    if name not in ABOVE | ABOVE_CHANCE:
+        return None
+    return bool(low > (ABOVE[name] if name in ABOVE else ABOVE_CHANCE[name] * chance))
 
 
 def measure_rows(
@@ -315,33 +306,20 @@ def measure_rows(
         name: measure(relevance, mask, counted, sampling_rate)
         for name, relevance in relevances.items()
     }
-    chance, share = chances(mask, counted, sampling_rate), chance_mass(mask, counted)
-    share = float(np.nanmean(_or_nan(share)))
+    chance = chances(mask, counted, sampling_rate)
     rows = []
     for name, values in found.items():
-        extra = {"mass over chance": values["mass"] / (share or np.nan)}
-        extra |= {
-            f"enrichment over {other}": values["enrichment"] - found[other]["enrichment"]
-            for other in SIZES
-            if other in found and other != name
-        }
-        for which, each in (values | extra).items():
-            interval = mean_interval(each, patients, draws)
-            level = chance.get(which, 1.0 if which in extra and "over chance" in which else 0.0)
-            passed = (
-                interval.low > 0
-                if which.startswith("enrichment over")
-                else passes(which, interval.low, level)
-            )
-            rows.append(
-                {
-                    "attribution": name,
-                    "measure": which,
-                    **interval._asdict(),
-                    "chance": level,
-                    "passes": passed,
-                }
-            )
+        values = values | {"mass over chance": values["mass"] / (chance["mass"] or np.nan)}
+        for size in SIZES:
+            if size in found and size != name:
+                over = values["enrichment"] - found[size]["enrichment"]
+                values[f"enrichment over {size}"] = over
+        for which, numbers in values.items():
+            interval, level = mean_interval(numbers, patients, draws), chance.get(which, 0.0)
+            over = which.startswith("enrichment over")
+            passed = interval.low > 0 if over else passes(which, interval.low, level)
+            row = {"attribution": name, "measure": which, **interval._asdict()}
+            rows.append({**row, "chance": level, "passes": passed})
     return rows
 
 
@@ -354,22 +332,21 @@ def baseline_maps(
     about the R peaks.
     """
     filled = np.nan_to_num(millivolts).astype(np.float32)
-    generator = np.random.default_rng(seed)
     return {
-        "random": generator.random(filled.shape, np.float32),
+        "random": np.random.default_rng(seed).random(filled.shape, np.float32),
         "|input|": np.abs(filled),
         "|input|²": filled**2,
-        "R peaks": np.stack([_heat(signal, sampling_rate) for signal in filled]),
+        "R peaks": np.stack([_near_r_peaks(signal, sampling_rate) for signal in filled]),
     }
 
 
-def _heat(signal: np.ndarray, sampling_rate: float) -> np.ndarray:
+def _near_r_peaks(signal: np.ndarray, sampling_rate: float) -> np.ndarray:
     """Gaussians of 50 ms about the R peaks of one record, alike in all leads."""
     peaks = find_r_peaks(signal, sampling_rate)
     time = np.arange(signal.shape[1]) / sampling_rate
     distance = (time[None] - peaks[:, None] / sampling_rate) / 0.05
-    heat = np.exp(-0.5 * distance**2).sum(axis=0) if len(peaks) else np.ones(len(time))
-    return np.broadcast_to(heat, signal.shape).astype(np.float32)
+    near = np.exp(-0.5 * distance**2).sum(axis=0) if len(peaks) else np.ones(len(time))
+    return np.broadcast_to(near, signal.shape).astype(np.float32)
 
 
 # What asks the network
@@ -410,31 +387,23 @@ def deletion_area(
     is called relevant is what the network uses.
     """
     filled = np.nan_to_num(millivolts).astype(np.float32)
+    records, leads, time = filled.shape
     without = bridged(torch.from_numpy(filled), patch).numpy()
-    starts = np.arange(0, filled.shape[2], patch)
-    weight = np.add.reduceat(relevance, starts, axis=2).reshape(
-        len(filled), -1
-    )  # (n, leads x patches)
+    weight = np.add.reduceat(relevance, np.arange(0, time, patch), axis=2).reshape(records, -1)
+    # Ties are broken by chance.
     weight = weight + 1e-9 * np.random.default_rng(0).random(weight.shape) * (weight.max() + 1e-12)
-    rank = weight.argsort(axis=1).argsort(axis=1)  # 0: the least relevant
-    curves = {"least": [], "most": []}
+    rank = weight.argsort(axis=1).argsort(axis=1)  # (n, leads x patches), 0: the least relevant
+
+    def probabilities(gone: np.ndarray) -> np.ndarray:
+        gone = gone.reshape(records, leads, -1).repeat(patch, axis=2)[:, :, :time]
+        signals = np.where(gone, without, filled)
+        return record_probabilities(network, signals, class_index, sampling_rate, window_seconds)
+
+    curve = []
     for share in shares:
-        count = round(share * weight.shape[1])
-        for which, gone in (("least", rank < count), ("most", rank >= weight.shape[1] - count)):
-            gone = gone.reshape(len(filled), filled.shape[1], -1).repeat(patch, axis=2)[
-                :, :, : filled.shape[2]
-            ]
-            curves[which].append(
-                record_probabilities(
-                    network,
-                    np.where(gone, without, filled),
-                    class_index,
-                    sampling_rate,
-                    window_seconds,
-                )
-            )
-    difference = np.array(curves["least"]) - np.array(curves["most"])  # (shares, n)
-    return np.trapezoid(difference, np.asarray(shares), axis=0) / (shares[-1] - shares[0])
+        count = round(share * rank.shape[1])
+        curve.append(probabilities(rank < count) - probabilities(rank >= rank.shape[1] - count))
+    return np.trapezoid(np.array(curve), np.asarray(shares), axis=0) / (shares[-1] - shares[0])
 
 
 def randomised_cascade(network: nn.Module, seed: int = 0) -> list[tuple[str, nn.Module]]:
@@ -520,8 +489,8 @@ def matched_negatives(
     """
     if len(candidates) < len(positives):
         raise DataError(
-            f"{len(positives)} records need as many without the finding, {len(candidates)} are there; "
-            "take fewer records."
+            f"{len(positives)} records need as many without the finding, {len(candidates)} are "
+            "there; take fewer records."
         )
     free, chosen = list(candidates), []
     for place in positives:
@@ -544,24 +513,3 @@ def mean_interval(
     if not known.any():
         return Interval(np.nan, np.nan, np.nan)
     return PatientDraws(np.asarray(patients)[known], draws, seed).interval(mean(values[known]))
-
-
-def _both(mask: np.ndarray, counted: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Mask and what counts, both bool `(n, 12, time)`; DataError where the mask has another form."""
-    mask = np.asarray(mask)
-    if mask.ndim != 3 or mask.dtype != bool:
-        raise DataError(f"A mask is bool (records, leads, time), not {mask.dtype} {mask.shape}.")
-    return mask, np.broadcast_to(True if counted is None else counted, mask.shape)
-
-
-def _quotient(part: np.ndarray, whole: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """part / whole of each record, NaN without evidence or without anything to divide."""
-    whole = np.where(mask.any(axis=(1, 2)), whole, 0).astype(np.float64)
-    return np.divide(
-        part.astype(np.float64), whole, out=np.full(len(whole), np.nan), where=whole > 0
-    )
-
-
-def _or_nan(values: np.ndarray) -> np.ndarray:
-    """The values, with one NaN-proof zero where all of them are missing."""
-    return values if np.isfinite(values).any() else np.zeros(1)

@@ -93,7 +93,6 @@ def scored_result(
     """Metrics and kept arrays of one model with `probabilities` for validation and test, trained on
     `labelled`.
     """
-    patients = records.table["patient_id"].iloc[labelled].nunique()
-    metrics = score_rows(records, records.split, probabilities, len(labelled), patients)
     arrays = {f"{name}/probabilities": values for name, values in probabilities.items()}
-    return Result(metrics, {**arrays, "labelled": labelled})
+    rows = score_rows(records, probabilities, labelled)
+    return Result(rows, {**arrays, "labelled": labelled})

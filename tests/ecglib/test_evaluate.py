@@ -1,4 +1,4 @@
-"""Measures against scikit-learn, the bootstrap against a slow loop, thresholds against brute force."""
+"""Measures against scikit-learn, the bootstrap against a slow loop, thresholds by brute force."""
 
 import warnings
 
@@ -17,8 +17,8 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from ecglib import evaluate
 from ecglib.errors import DataError
+from ecglib.evaluate import draws, metrics, windows
 from ecglib.evaluate.draws import bootstrap_interval, paired_difference
 from ecglib.evaluate.metrics import AbsentClassWarning, macro_auroc
 from ecglib.evaluate.windows import window_starts
@@ -46,10 +46,10 @@ def test_class_statistics_equal_scikit_learn_with_ties_and_weights(column):
     target, score, weight = (np.array(part) for part in zip(*column, strict=True))
     use = weight > 0
     pairs = [
-        (evaluate.class_auroc, evaluate.auroc, roc_auc_score),
+        (metrics.class_auroc, draws.auroc, roc_auc_score),
         (
-            evaluate.class_average_precision,
-            evaluate.average_precision,
+            metrics.class_average_precision,
+            draws.average_precision,
             average_precision_score,
         ),
     ]
@@ -68,22 +68,22 @@ def test_class_statistics_equal_scikit_learn_with_ties_and_weights(column):
 def test_draws_of_weights_give_one_column_each():
     targets, scores = make_scores()
     weights = np.random.default_rng(1).integers(0, 3, (len(targets), 5)).astype(float)
-    areas = evaluate.class_areas(evaluate.weighted_auroc, targets, scores)
+    areas = draws.class_areas(metrics.weighted_auroc, targets, scores)
     table = areas.of(weights)
     assert table.shape == (4, 5)
     assert np.array_equal(table[:, 2], areas.of(weights[:, [2]])[:, 0])
-    assert np.array_equal(evaluate.class_auroc(targets, scores), areas.of(np.ones((300, 1)))[:, 0])
+    assert np.array_equal(metrics.class_auroc(targets, scores), areas.of(np.ones((300, 1)))[:, 0])
 
 
 def test_absent_classes_are_named_and_left_out():
     targets, scores = make_scores()
     targets[:, 1], targets[:, 3] = 0, 1
-    assert evaluate.absent_classes(targets, ["A", "B", "C", "D"]) == ("B", "D")
+    assert metrics.absent_classes(targets, ["A", "B", "C", "D"]) == ("B", "D")
     expected = np.mean([roc_auc_score(targets[:, c], scores[:, c]) for c in (0, 2)])
     with pytest.warns(AbsentClassWarning, match="B, D"):
         assert abs(macro_auroc(targets, scores, ["A", "B", "C", "D"]) - expected) < 1e-12
     with pytest.warns(AbsentClassWarning, match="class 1, class 3"):
-        evaluate.macro_auprc(targets, scores)
+        macro_auroc(targets, scores)
     with pytest.warns(AbsentClassWarning, match="B, D"):
         bootstrap_interval(targets, scores, np.arange(300), 10, classes=["A", "B", "C", "D"])
     with pytest.raises(DataError, match="No class"):
@@ -105,10 +105,10 @@ def test_threshold_is_the_best_of_all_and_never_on_a_score(column, beta):
     if not target.any():
         with pytest.warns(AbsentClassWarning, match="AFIB"):
             assert np.isnan(
-                evaluate.choose_thresholds(target[:, None], score[:, None], beta, ["AFIB"])[0]
+                metrics.choose_thresholds(target[:, None], score[:, None], beta, ["AFIB"])[0]
             )
         return
-    threshold = evaluate.choose_thresholds(target[:, None], score[:, None], beta)[0]
+    threshold = metrics.choose_thresholds(target[:, None], score[:, None], beta)[0]
     reached = fbeta_score(target, score > threshold, beta=beta, zero_division=0)
     best = max(fbeta_score(target, score >= cut, beta=beta, zero_division=0) for cut in score)
     assert abs(reached - best) < 1e-12
@@ -117,8 +117,8 @@ def test_threshold_is_the_best_of_all_and_never_on_a_score(column, beta):
 
 def test_ranking_report_equals_scikit_learn():
     targets, scores = make_scores(400, 6)
-    thresholds = evaluate.choose_thresholds(*make_scores(400, 6, seed=1))
-    report, predicted = evaluate.ranking_report(targets, scores, thresholds), scores > thresholds
+    thresholds = metrics.choose_thresholds(*make_scores(400, 6, seed=1))
+    report, predicted = metrics.ranking_report(targets, scores, thresholds), scores > thresholds
     hits, alarms = (targets * predicted).sum(axis=0), ((1 - targets) * predicted).sum(axis=0)
     missed = (targets * ~predicted).sum(axis=0)
     expected = {
@@ -138,7 +138,7 @@ def test_ranking_report_names_what_it_leaves_out():
     targets, scores = make_scores(200, 4)
     thresholds = np.array([0.1, np.nan, 0.1, 0.1])
     targets[:, 2] = 0
-    report = evaluate.ranking_report(targets, scores, thresholds, ["A", "B", "C", "D"])
+    report = metrics.ranking_report(targets, scores, thresholds, ["A", "B", "C", "D"])
     assert report["absent"] == ("C",) and report["without_threshold"] == ("B",)
     kept = [0, 3]
     expected = fbeta_score(targets[:, kept], scores[:, kept] > 0.1, beta=2, average="macro")
@@ -189,7 +189,7 @@ def test_all_areas_at_once_are_those_of_one_bootstrap_each():
     targets[:, 2] = 0
     groups, names = np.repeat(np.arange(150), 2), list("ABCD")
     with pytest.warns(AbsentClassWarning, match="C") as told:
-        found = evaluate.area_intervals(targets, scores, groups, names, draws=80)
+        found = draws.area_intervals(targets, scores, groups, names, draws=80)
     assert len(told) == 1 and list(found) == [
         "macro_auroc",
         "mean_average_precision",
@@ -211,23 +211,23 @@ def test_all_areas_at_once_are_those_of_one_bootstrap_each():
 def test_draws_do_not_depend_on_the_chunks(monkeypatch):
     targets, scores = make_scores(120)
     first = bootstrap_interval(targets, scores, np.arange(120) // 2, draws=40)
-    monkeypatch.setattr(evaluate.draws, "DRAWS_TOGETHER", 7)
+    monkeypatch.setattr(draws, "DRAWS_TOGETHER", 7)
     assert bootstrap_interval(targets, scores, np.arange(120) // 2, draws=40) == first
 
 
 def test_measures_are_taken_together_on_the_same_draws():
     targets, scores = make_scores(100)
-    draws, sides = evaluate.PatientDraws(np.arange(100) // 2, 40, seed=3), []
+    sampler, sides = draws.PatientDraws(np.arange(100) // 2, 40, seed=3), []
     for model in (scores, scores[:, ::-1]):
-        sides.append(evaluate.auroc(targets, model))
-    values, drawn = draws.sample(evaluate.together(*sides))
+        sides.append(draws.auroc(targets, model))
+    values, drawn = sampler.sample(draws.together(*sides))
     assert values.shape == (2,) and drawn.shape == (2, 40)
-    assert draws.interval(sides[1]) == evaluate.percentile_interval(values[1], drawn[1])
-    assert draws.difference(*sides) == evaluate.percentile_interval(
+    assert sampler.interval(sides[1]) == draws.percentile_interval(values[1], drawn[1])
+    assert sampler.difference(*sides) == draws.percentile_interval(
         values[0] - values[1], drawn[0] - drawn[1]
     )
-    one, both = evaluate.f2(targets, scores > 0), evaluate.f2(targets, np.stack([scores > 0] * 2))
-    assert draws.interval(one) == pytest.approx(draws.interval(both), abs=1e-12)
+    one, both = draws.f2(targets, scores > 0), draws.f2(targets, np.stack([scores > 0] * 2))
+    assert sampler.interval(one) == pytest.approx(sampler.interval(both), abs=1e-12)
 
 
 def test_a_class_of_one_patient_leaves_draws_but_not_the_interval():
@@ -283,14 +283,14 @@ def test_bad_input_is_one_sentence():
         (lambda: bootstrap_interval(targets, scores, np.arange(20), level=95), "0.95"),
         (lambda: bootstrap_interval(targets, scores, np.arange(20), draws=0), "1,000"),
         (
-            lambda: evaluate.ranking_report(targets[:, :1], scores[:, :1], [0.5]),
+            lambda: metrics.ranking_report(targets[:, :1], scores[:, :1], [0.5]),
             "two classes or more",
         ),
         (
-            lambda: evaluate.PatientDraws(np.arange(20)).interval(evaluate.mean(np.ones(3))),
+            lambda: draws.PatientDraws(np.arange(20)).interval(draws.mean(np.ones(3))),
             "one patient for each of 3 records, 20 were given",
         ),
-        (lambda: evaluate.expected_calibration_error(targets, scores * 9), "between 0 and 1"),
+        (lambda: metrics.expected_calibration_error(targets, scores * 9), "between 0 and 1"),
     ]:
         with pytest.raises(DataError, match=message):
             call()
@@ -300,8 +300,8 @@ def test_calibration_error_of_an_honest_and_of_a_boastful_model():
     generator = np.random.default_rng(0)
     probabilities = generator.random((20_000, 2))
     targets = generator.random((20_000, 2)) < probabilities
-    assert evaluate.expected_calibration_error(targets, probabilities) < 0.02
-    assert evaluate.expected_calibration_error(
+    assert metrics.expected_calibration_error(targets, probabilities) < 0.02
+    assert metrics.expected_calibration_error(
         np.zeros((10, 1)), np.full((10, 1), 0.9)
     ) == pytest.approx(0.9)
 
@@ -331,9 +331,9 @@ def two_means(windows: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("time", [1000, 200])
 def test_predictions_are_the_mean_of_the_windows(time, monkeypatch):
-    monkeypatch.setattr(evaluate.windows, "WINDOWS_TOGETHER", 16)  # two records
+    monkeypatch.setattr(windows, "WINDOWS_TOGETHER", 16)  # two records
     records, chosen = make_records(time=time), np.array([4, 0, 7])
-    found = evaluate.predict_windows(two_means, records, chosen)
+    found = windows.predict_windows(two_means, records, chosen)
     signals = np.nan_to_num(records.millivolts(chosen))
     starts = window_starts(time, 250, 125)
     logits = np.stack(
@@ -356,11 +356,11 @@ def test_a_network_on_frozen_encoders_answers_the_mean_features_of_each_ones_win
 
     records, chosen = make_records(), np.array([4, 0, 7])
     features = [
-        evaluate.encode_windows(encoder, records, chosen, seconds)
+        windows.encode_windows(encoder, records, chosen, seconds)
         for encoder, seconds in zip(OnEncoders.encoders, OnEncoders.windows, strict=True)
     ]
     logits = features[0] * features[1]
-    found = evaluate.predict_windows(OnEncoders(), records, chosen)
+    found = windows.predict_windows(OnEncoders(), records, chosen)
     assert np.allclose(found, 1 / (1 + np.exp(-logits)), atol=1e-6)
 
 
@@ -373,9 +373,9 @@ class Dropping(torch.nn.Module):
 
 def test_prediction_is_made_in_evaluation_mode_and_the_mode_is_given_back():
     model = torch.nn.Sequential(Dropping(), torch.nn.Identity().eval())
-    found = evaluate.predict_windows(model, make_records(), np.arange(9))
+    found = windows.predict_windows(model, make_records(), np.arange(9))
     assert model.training and model[0].training and not model[1].training
-    assert np.array_equal(found, evaluate.predict_windows(two_means, make_records(), np.arange(9)))
+    assert np.array_equal(found, windows.predict_windows(two_means, make_records(), np.arange(9)))
 
 
 def test_a_diverged_model_is_named_with_the_record():
@@ -383,6 +383,6 @@ def test_a_diverged_model_is_named_with_the_record():
         return two_means(windows) * float("nan")
 
     with pytest.raises(DataError, match="record R2"):
-        evaluate.predict_windows(diverged, make_records(), np.array([2, 3]))
+        windows.predict_windows(diverged, make_records(), np.array([2, 3]))
     with pytest.raises(DataError, match="no record to predict"):
-        evaluate.predict_windows(two_means, make_records(), np.array([], int))
+        windows.predict_windows(two_means, make_records(), np.array([], int))

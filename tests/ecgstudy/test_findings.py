@@ -10,7 +10,7 @@ from ecglib.errors import DataError
 from ecgstudy.analysis.claims import (
     PARTS,
     findings,
-    looked_at,
+    main_fractions,
     report_tables,
     shown_findings,
     systems,
@@ -181,8 +181,8 @@ def test_each_system_has_one_row_at_the_fraction_next_to_a_tenth(tables):
 
 
 def test_few_a_tenth_and_all():
-    kept = looked_at(gains(fraction=[0.01, 0.02, 0.05, 0.1, 0.25, 1.0]))
-    assert list(kept["fraction"]) == [0.01, 0.1, 1.0]
+    fractions = pd.Series([0.01, 0.02, 0.05, 0.1, 0.25, 1.0])
+    assert list(fractions[main_fractions(fractions)]) == [0.01, 0.1, 1.0]
 
 
 def test_missing_tables_are_named_with_the_notebooks_to_run(tmp_path):

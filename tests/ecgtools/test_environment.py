@@ -142,7 +142,7 @@ def run_all(*arguments: str, **keywords: object) -> subprocess.CompletedProcess:
 def test_help_and_wrong_command_lines(tmp_path: Path) -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     shown = run_all("--help", cwd=tmp_path).stdout
-    assert all(word in shown for word in ("smoke", "laptop", "paper", "test", "--data", "--fresh"))
+    assert all(word in shown for word in ("smoke", "laptop", "paper", "test", "style", "--data"))
     (tmp_path / "file").touch()
     for arguments, sentence in {
         ("tiny",): "invalid choice: 'tiny'",

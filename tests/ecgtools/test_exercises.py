@@ -3,6 +3,7 @@ plausible others.
 """
 
 import ast
+import builtins
 import os
 import re
 from collections.abc import Iterator
@@ -16,18 +17,10 @@ import torch
 from ecglib.errors import DataError
 from ecgtools import exercises
 from ecgtools import runner as study
+from ecgtools.answers import number, numbers
 from ecgtools.environment import ROOT
-from ecgtools.exercises import (
-    Code,
-    Exercise,
-    exercise_notebook,
-    number,
-    numbers,
-    read_exercise,
-    slice_cells,
-    stub,
-)
-from ecgtools.notebooks import notebook_sources, read_notebook
+from ecgtools.exercises import Exercise, exercise_notebook, read_exercise, stub, used
+from ecgtools.notebooks import assigned, notebook_sources, read_notebook, tags
 
 FOLDER = ROOT / "notebooks"
 LESSONS = notebook_sources(FOLDER)
@@ -53,7 +46,8 @@ WRONG = {
     ],
     "01_look_at_ecgs": [
         "right = sokolow_lyon\nsokolow_lyon = lambda signals: 1000 * right(signals)",
-        "sokolow_lyon = lambda signals: signals[:, 10:12].max(axis=(1, 2)) - signals[:, 6].min(axis=1)",
+        "sokolow_lyon = lambda signals: signals[:, 10:12].max(axis=(1, 2)) - signals[:, "
+        "6].min(axis=1)",
         "sokolow_lyon = lambda signals: signals[:, 10].max(axis=1) - signals[:, 6].min(axis=1)",
         "sokolow_lyon = lambda signals: signals[:, 11].max(axis=1) - signals[:, 7].min(axis=1)",
         "sokolow_lyon = lambda signals: signals[:, 10:].max(axis=2).mean(1) - signals[:, 6].min(1)",
@@ -68,18 +62,24 @@ WRONG = {
         "gap, spread = spread, gap",
     ],
     "03_simclr": [
-        "hardest_share = lambda z, t, hardest=10: torch.softmax(z @ z[0] / t, 0).topk(hardest).values.sum()",
-        "hardest_share = lambda z, t, k=10: torch.softmax((z @ z[0])[1:] / t, 0).topk(k).values.sum()",
+        "hardest_share = lambda z, t, hardest=10: torch.softmax(z @ z[0] / t, "
+        "0).topk(hardest).values.sum()",
+        "hardest_share = lambda z, t, k=10: torch.softmax((z @ z[0])[1:] / t, "
+        "0).topk(k).values.sum()",
         "right = hardest_share\nhardest_share = lambda z, t, hardest=10: right(z, 1 / t, hardest)",
-        "right = hardest_share\nhardest_share = lambda z, t, hardest=10: 100 * right(z, t, hardest)",
+        "right = hardest_share\nhardest_share = lambda z, t, hardest=10: 100 * right(z, t, "
+        "hardest)",
         "right = hardest_share\nhardest_share = lambda z, t, hardest=10: right(z, t, hardest + 1)",
     ],
     "04_byol": [
         "Meeting = BYOL",
-        "class Meeting(Meeting):\n    loss = lambda self, batch: Meeting.__base__.loss(self, batch).detach()",
-        "class Meeting(Meeting):\n    loss = lambda self, batch: (self.projector(self.encoder(batch.signals))"
+        "class Meeting(Meeting):\n    loss = lambda self, batch: Meeting.__base__.loss(self, "
+        "batch).detach()",
+        "class Meeting(Meeting):\n    loss = lambda self, batch: "
+        "(self.projector(self.encoder(batch.signals))"
         " - self.target_projector(self.target_encoder(batch.signals))).square().mean()",
-        "class Meeting(Meeting):\n    loss = lambda self, batch: 8.1 - Meeting.__base__.loss(self, batch)",
+        "class Meeting(Meeting):\n    loss = lambda self, batch: 8.1 - "
+        "Meeting.__base__.loss(self, batch)",
     ],
     "05_swav": [
         "spread_of = lambda codes: torch.special.entr(codes).sum(dim=0).exp().mean()",
@@ -93,7 +93,8 @@ WRONG = {
         "right = wins_ahead\nwins_ahead = lambda pieces, distance: right(pieces, distance + 1)",
         "right = wins_ahead\nwins_ahead = lambda pieces, distance: 100 * right(pieces, distance)",
         "right = wins_ahead\nwins_ahead = lambda pieces, distance: 1 - right(pieces, distance)",
-        "right = wins_ahead\nwins_ahead = lambda pieces, distance: right(pieces.transpose(1, 2), distance)",
+        "right = wins_ahead\nwins_ahead = lambda pieces, distance: right(pieces.transpose(1, 2), "
+        "distance)",
         "right = wins_ahead\nwins_ahead = lambda pieces, distance: right(pieces, distance) * "
         "(pieces.shape[1] - 2) / pieces.shape[1]",
     ],
@@ -130,7 +131,8 @@ WRONG = {
         "gain = -gain - 0.01",
         "gain = 100 * gain + 1",
         "trusted = trusted.to_numpy()",
-        "looked = by_class.loc['validation']\ngain = looked.max().mean() - looked.loc[single].mean() + 1e-6",
+        "looked = by_class.loc['validation']\ngain = looked.max().mean() - "
+        "looked.loc[single].mean() + 1e-6",
     ],
     "11_low_rank_adaptation": [
         "larger = larger - 1",
@@ -162,7 +164,7 @@ WRONG = {
         "below = len(gain) - below + 100",
         "gain = choice - choice.max() - 1e-3",
         "gain = gain.iloc[1:]",
-        "affordable = fractions[-1]",
+        "affordable = shares[-1]",
     ],
     "15_snr_robustness": [
         "cost = -cost - 1e-6",
@@ -196,9 +198,27 @@ def exercise_of(source: Path) -> Exercise:
     return read_exercise(source)
 
 
-def cells_before_answer(exercise: Exercise) -> list[str]:
-    """What a student runs first."""
-    return [exercise.parameters, *exercise.prepared, *exercise.given]
+def bound(source: str) -> set[str]:
+    """Names that a piece of code assigns or defines."""
+    return set(assigned(ast.parse(source)))
+
+
+def imported(source: str) -> set[str]:
+    """Names that a piece of code imports."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if hasattr(node, "names")]
+    return {(alias.asname or alias.name).split(".")[0] for node in nodes for alias in node.names}
+
+
+def read_first(source: str) -> set[str]:
+    """Names that code takes from before: those read by a statement before any has assigned them."""
+    found: set[str] = set()
+    known: set[str] = set()
+    for statement in ast.parse(source).body:
+        value = statement.value if isinstance(statement, ast.Assign) else None
+        own = set() if value else set(assigned(statement))
+        found |= used(ast.unparse(value or statement)) - own - known
+        known |= set(assigned(statement))
+    return found
 
 
 def test_written_exercises_agree_with_the_lessons() -> None:
@@ -227,7 +247,7 @@ def test_no_solution_leaks(source: Path) -> None:
 @each_lesson
 def test_what_is_prepared_is_cheap_and_writes_nothing(source: Path) -> None:
     exercise = exercise_of(source)
-    for cell in [*exercise.prepared, *exercise.given, exercise.check]:
+    for cell in [exercise.given, exercise.check]:
         assert not COSTLY.search(cell), cell
 
 
@@ -235,14 +255,24 @@ def test_what_is_prepared_is_cheap_and_writes_nothing(source: Path) -> None:
 def test_exercise_does_not_disturb_the_end_of_its_lesson(source: Path) -> None:
     exercise_of(source)
     cells = read_notebook(source).cells
-    last = exercises.tagged(cells, "check")[0]
-    own = "\n".join(
-        cell.source for cell in cells[: last + 1] if set(cell.metadata.get("tags", [])) & TAGS
-    )
+    (last,) = [place for place, cell in enumerate(cells) if "check" in tags(cell)]
+    own = "\n".join(cell.source for cell in cells[: last + 1] if TAGS & {*tags(cell)})
     after = "\n".join(cell.source for cell in cells[last + 1 :] if cell.cell_type == "code")
-    assert not Code.of(own).bound & Code.of(after).read, (
-        "the last cells would see the exercise's values"
-    )
+    assert not bound(own) & read_first(after), "the last cells would see the exercise's values"
+
+
+@each_lesson
+def test_its_cells_stand_alone(source: Path) -> None:
+    exercise = exercise_of(source)
+    own = "\n".join([exercise.parameters, exercise.given, exercise.solution, exercise.check])
+    local = {node.arg for node in ast.walk(ast.parse(own)) if isinstance(node, ast.arg)}
+    local |= {node.id for node in ast.walk(ast.parse(own)) if not is_read(node)}
+    assert not used(own) - local - bound(own) - imported(own) - set(dir(builtins))
+
+
+def is_read(node: ast.AST) -> bool:
+    """Whether a node is anything but a name that is assigned."""
+    return not isinstance(node, ast.Name) or isinstance(node.ctx, ast.Load)
 
 
 @each_lesson
@@ -272,18 +302,13 @@ def parameters() -> Iterator[dict[str, dict]]:
 
 def begun(exercise: Exercise, parameters: dict) -> dict:
     """The names after the cells before the answer, with the parameters of a profile."""
-    own = {
-        name: value
-        for name, value in parameters.items()
-        if name in Code.of(exercise.parameters).bound
-    }
+    own = {name: value for name, value in parameters.items() if name in bound(exercise.parameters)}
     if "results" in own:
         own["results"] = os.path.relpath(SMOKE, FOLDER / exercises.FOLDER)
     names: dict = {"display": print}
     exec(exercise.parameters, names)
     names.update(own)
-    for cell in cells_before_answer(exercise)[1:]:
-        exec(cell, names)
+    exec(exercise.given, names)
     return names
 
 
@@ -329,22 +354,7 @@ size = 3
 other = 4
 
 # %%
-import math
-import os.path
-from pathlib import Path
-
-folder = Path(results)
-
-# %%
-values = [size]
-unneeded = math.pi
-
-# %%
-values.append(5)
-print(unneeded)
-
-# %%
-values[0] = math.floor(2.5)
+unneeded = other
 
 # %% [markdown]
 # ## Exercise
@@ -352,7 +362,10 @@ values[0] = math.floor(2.5)
 # Add them up into `total`, and write `double`.
 
 # %% tags=["given"]
-known = len(values)
+import math
+
+values = [size, 5]
+values[0] = math.floor(2.5)
 
 # %% tags=["solution"]
 def double(value: float) -> float:
@@ -376,29 +389,35 @@ def lesson(folder: Path, old: str = "", new: str = "") -> Path:
     return path
 
 
-def test_slice_stub_and_paths(tmp_path: Path) -> None:
+def test_parameters_stub_and_paths(tmp_path: Path) -> None:
     exercise = read_exercise(lesson(tmp_path))
     assert exercise.title == "07 · A lesson"
     assert exercise.parameters == "size = 3"
-    assert exercise.prepared == [
-        "import math",
-        "values = [size]\nunneeded = math.pi",
-        "values.append(5)\nprint(unneeded)",
-        "values[0] = math.floor(2.5)",
-    ]
-    assert exercise.given == ["known = len(values)"]
+    assert exercise.given == ("import math\n\nvalues = [size, 5]\nvalues[0] = math.floor(2.5)")
     assert exercise.stub == (
         'def double(value: float) -> float:\n    """Twice a value."""\n    ...  # your code here'
         "\n\n\ntotal = ...  # your code here"
     )
-    needs_results = lesson(tmp_path, "known = len(values)", "known = folder")
+    needs_results = lesson(tmp_path, "values = [size, 5]", "values = [size, 5, results]")
     exercise = read_exercise(needs_results)
     assert exercise.parameters == 'results = "../../results/laptop"  # where\nsize = 3'
-    assert exercise.prepared[0] == "import math\nfrom pathlib import Path"
+    cells = exercise_notebook(exercise).cells
+    assert "run `./run_all.sh` first, or at least notebook 00" in cells[0].source
+    assert [cell.source for cell in cells[1:5]] == [
+        exercise.parameters,
+        exercise.text,
+        exercise.given,
+        exercise.stub,
+    ]
 
 
 @pytest.mark.parametrize(
-    "tag, said", [("check", "0 cells are `check`"), ("solution", "0 cells are `solution`")]
+    "tag, said",
+    [
+        ("check", "0 cells are `check`"),
+        ("solution", "0 cells are `solution`"),
+        ("given", "0 cells are `given`"),
+    ],
 )
 def test_lesson_without_a_part(tag: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=said):
@@ -409,7 +428,7 @@ def test_lesson_that_asks_nothing(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match="07_lesson.py: the check uses no name that the solution assigns"
     ):
-        read_exercise(lesson(tmp_path, "total == 7 and double(2) == 4", "known"))
+        read_exercise(lesson(tmp_path, "total == 7 and double(2) == 4", "values"))
 
 
 def test_written_once_and_checked(tmp_path: Path) -> None:
@@ -424,52 +443,34 @@ def test_written_once_and_checked(tmp_path: Path) -> None:
 
 
 def test_class_stub_keeps_methods_without_their_bodies() -> None:
-    solution = 'class A(B):\n    """A class."""\n\n    def f(self, x):\n        """Docs."""\n        return x + 1\n'
+    solution = (
+        'class A(B):\n    """A class."""\n\n'
+        '    def f(self, x):\n        """Docs."""\n        return x + 1\n'
+    )
     made = stub(solution, {"A"})
     assert "return" not in made and made.count("...") == 1
-    assert Code.of(made).bound == {"A"}
+    assert bound(made) == {"A"}
 
 
 @pytest.mark.parametrize(
-    "source, read, bound, changed",
+    "source, read, names",
     [
-        ("x = y", {"y"}, {"x"}, set()),
-        ("x = 1\ny = x", set(), {"x", "y"}, set()),
-        ("x = x + 1", {"x"}, {"x"}, set()),
-        ("x += y", {"x", "y"}, {"x"}, {"x"}),
-        ("for i in range(n): total = i", {"range", "n"}, {"i", "total"}, set()),
-        ("a = [i * k for i in xs if i]", {"k", "xs"}, {"a"}, set()),
-        ("a = {k: v for k, v in b.items()}", {"b"}, {"a"}, set()),
-        (
-            "def f(a, *rest, b=c, **more) -> T:\n    d = a + e\n    return d, rest, more, b",
-            {"c", "T", "e"},
-            {"f"},
-            set(),
-        ),
-        ("f = lambda x: x + y", {"y"}, {"f"}, set()),
-        ("class A(B):\n    def f(self):\n        return g(self)", {"B", "g"}, {"A"}, set()),
-        ("with open(p) as file:\n    text = file.read()", {"open", "p"}, {"file", "text"}, set()),
-        ("import a.b as c, d.e\nfrom f import g", set(), {"c", "d", "g"}, set()),
-        ("x.a.b[0] = 1", {"x"}, set(), {"x"}),
-        ("x.sort()", {"x"}, set(), {"x"}),
-        ("fill_(x, 1)", {"fill_", "x"}, set(), {"x"}),
-        ("print(x)", {"print", "x"}, set(), set()),
-        ("del x[0]", {"x"}, set(), {"x"}),
-        ("x, (y, *z) = w", {"w"}, {"x", "y", "z"}, set()),
+        ("x = y", {"y"}, ["x"]),
+        ("x += y", {"y"}, ["x"]),
+        ("for i in range(n): total = i", {"range", "n", "i"}, ["i", "total"]),
+        ("a = [i * k for i in xs if i]", {"i", "k", "xs"}, ["a"]),
+        ("a = {k: v for k, v in b.items()}", {"b", "k", "v"}, ["a"]),
+        ("def f(a, b=c) -> T:\n    d = a + e\n    return d", {"a", "c", "d", "e", "T"}, ["f"]),
+        ("f = lambda x: x + y", {"x", "y"}, ["f"]),
+        ("class A(B):\n    def f(self):\n        return g(self)", {"B", "g", "self"}, ["A"]),
+        ("with open(p) as file:\n    text = 1", {"open", "p"}, ["file", "text"]),
+        ("import a.b as c\nfrom f import g", set(), []),
+        ("x.a.b[0] = 1", {"x"}, []),
+        ("x, (y, *z) = w", {"w"}, ["x", "y", "z"]),
     ],
 )
-def test_names(source: str, read: set, bound: set, changed: set) -> None:
-    code = Code.of(source)
-    assert (code.read, code.bound, code.changed - {""}) == (read, bound, changed)
-
-
-def test_slice_is_conservative() -> None:
-    cells = ["a = 1", "if a:\n    b = 2", "b = 3", "if a:\n    b = 4", "c = 5", "p = a"]
-    assert slice_cells(cells, {"b"}, set())[0] == ["a = 1", "b = 3", "if a:\n    b = 4"]
-    assert slice_cells(["a = []", "a.append(p)"], {"a"}, set())[1] == {"p"}
-    assert slice_cells(["f(x, p)"], {"p"}, {"p"})[0] == [], (
-        "a parameter is not changed by being given to a function"
-    )
+def test_names(source: str, read: set, names: list) -> None:
+    assert (used(source), list(assigned(ast.parse(source)))) == (read, names)
 
 
 @pytest.mark.parametrize(

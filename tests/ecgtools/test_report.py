@@ -22,8 +22,14 @@ from ecgtools.environment import ROOT
 from ecgtools.notebooks import notebook_sources, read_notebook
 
 NAMES = ["00_first", "09_probe", "17_report"]
-PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="20"><rect width="40" height="20"/></svg>'
+PNG = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJg"
+    "gg=="
+)
+SVG = (
+    '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="20"><rect width="40" '
+    'height="20"/></svg>'
+)
 FORMULA = r"$$\begin{aligned} a &= \mathbb{R} \\ b &= \text{if } \tfrac12 \end{aligned}$$"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # Every page of the report in a frame of a phone's width; what is wrong with one is written into the
@@ -265,7 +271,8 @@ def test_index_tells_the_run_and_shows_its_figures_and_tables(results: Path) -> 
     (results / "figures" / "label_efficiency.svg").write_text(SVG)
     report.write_report(results, ["14_label_efficiency"], "smoke", "", results)
     text = text_of(results, "index")
-    assert 'src="figures/label_efficiency.svg" alt="Score against' in text
+    assert re.search(r'alt="Score against[^>]*src="figures/label_efficiency.svg"', text)
+    assert text.index("Main figures") < text.index("Score against")
 
 
 def test_every_page_says_what_the_records_are(results: Path) -> None:
@@ -341,7 +348,10 @@ def test_the_run_writes_it_after_the_last_notebook(
     root = tmp_path / "repository"
     for name, text in {"notebooks/00_one.py": "0", "notebooks/01_two.py": "1"}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        cells = f'# %% [markdown]\n# # Number {text}\n\n# %% tags=["parameters"]\nresults = ""\n\n# %%\n{text}\n'
+        cells = (
+            f'# %% [markdown]\n# # Number {text}\n\n# %% tags=["parameters"]\nresults = ""\n\n# '
+            f"%%\n{text}\n"
+        )
         (root / name).write_text(cells)
     (root / "configs").mkdir()
     (root / "configs" / "smoke.yaml").write_text("about: a few seconds\n")
@@ -418,7 +428,10 @@ def look_in_a_browser(folder: Path, needed: bool = False) -> None:
 def test_the_browser_finds_what_is_wrong(results: Path) -> None:
     write(results)
     page = results / "report" / "00_first.html"
-    faults = '<div style="width: 500px">wide</div><img src="nowhere.png" alt=""><script>console.error("hear")</script>'
+    faults = (
+        '<div style="width: 500px">wide</div><img src="nowhere.png" '
+        'alt=""><script>console.error("hear")</script>'
+    )
     page.write_text(page.read_text().replace("</main>", f"{faults}</main>"))
     with pytest.raises(
         AssertionError,

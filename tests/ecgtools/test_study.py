@@ -262,9 +262,12 @@ def start_and_wait(root: Path, name: str = "started") -> subprocess.Popen:
     started = root / "results" / "smoke" / name
     started.unlink(missing_ok=True)
     code = (
-        "import signal, sys; from functools import partial; from pathlib import Path; from ecgtools import runner as study\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
-        "study.run_study = partial(study.run_study, root=Path(sys.argv[1])); sys.exit(study.main(['smoke']))"
+        "import signal, sys; from functools import partial; from pathlib import Path; from "
+        "ecgtools import runner as study\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        ""  # a shell's background job ignores it
+        "study.run_study = partial(study.run_study, root=Path(sys.argv[1])); "
+        "sys.exit(study.main(['smoke']))"
     )
     environment = os.environ | {
         "PYTHONPATH": str(study.ROOT),

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 INDEPENDENT_LEADS = ("I", "II", "V1", "V2", "V3", "V4", "V5", "V6")
 
@@ -67,12 +68,10 @@ HEALTHY = {
     ),
 }
 QT_SCALE = 1.08  # that subject's QTc was 0.37 s; adults have 0.41 s
-PLAIN = 0.15  # from this severity on a condition is present; below it is a borderline finding, not a disease
-LEVEL = {
-    "P": 0.10,
-    "QRS": 0.035,
-    "T": 0.10,
-}  # a wave lasts while its size is above this share of its peak
+# From this severity on a condition is present; below it is a borderline finding, not a disease.
+PLAIN = 0.15
+# A wave lasts while its size is above this share of its peak.
+LEVEL = {"P": 0.10, "QRS": 0.035, "T": 0.10}
 
 # Unit vectors from the heart's centre to the three walls of the left ventricle.
 TOWARD = {"AMI": (0.20, -0.10, -0.97), "IMI": (0.05, 0.95, 0.30), "LMI": (0.85, -0.35, -0.40)}
@@ -105,19 +104,23 @@ class Wave:
         self,
         centre: float | np.ndarray,
         width: float | np.ndarray,
-        dipole: np.ndarray,
+        size: np.ndarray,
+        direction: ArrayLike,
         near: np.ndarray | float = 0.0,
     ) -> None:
-        """Append one Gaussian wave: times (s) scalar or `(n,)`, dipole `(n, 3)`, near `(n, 6)`."""
-        count = len(self.centre)
-        for name, value, shape in (
-            ("centre", centre, ()),
-            ("width", width, ()),
-            ("dipole", dipole, (3,)),
-            ("near", near, (6,)),
+        """Append one Gaussian wave: times (s) scalar or `(n,)`, a dipole of size `(n,)` in a
+        direction `(3,)` or `(n, 3)`, near `(n, 6)`.
+        """
+        dipole = size[:, None] * np.asarray(direction)
+        for name, value in (
+            ("centre", centre),
+            ("width", width),
+            ("dipole", dipole),
+            ("near", near),
         ):
-            column = np.broadcast_to(value, (count, *shape))[:, None]
-            setattr(self, name, np.concatenate([getattr(self, name), column], axis=1))
+            waves = getattr(self, name)
+            column = np.broadcast_to(value, waves[:, 0].shape)[:, None]
+            setattr(self, name, np.concatenate([waves, column], axis=1))
 
     def leads(self, field: np.ndarray) -> np.ndarray:
         """Amplitude of each wave in the eight independent leads, `(n, 8, k)`, through lead fields
@@ -132,16 +135,16 @@ Heart = dict[str, Wave]
 
 
 def rotation(angles: np.ndarray) -> np.ndarray:
-    """Rotation matrices `(n, 3, 3)` for angles `(n, 3)` in radians about x, y and z, in that order."""
+    """Rotation matrices `(n, 3, 3)` for angles `(n, 3)` in radians about x, y and z, in that
+    order.
+    """
     cosine, sine = np.cos(angles), np.sin(angles)
     matrices = np.tile(np.eye(3), (3, len(angles), 1, 1))
     for axis in range(3):
         first, second = (axis + 1) % 3, (axis + 2) % 3
         matrices[axis, :, first, first] = matrices[axis, :, second, second] = cosine[:, axis]
-        matrices[axis, :, first, second], matrices[axis, :, second, first] = (
-            -sine[:, axis],
-            sine[:, axis],
-        )
+        matrices[axis, :, first, second] = -sine[:, axis]
+        matrices[axis, :, second, first] = sine[:, axis]
     return matrices[2] @ matrices[1] @ matrices[0]
 
 
@@ -159,16 +162,11 @@ def draw_heart(rng: np.random.Generator, age: np.ndarray, male: np.ndarray) -> H
         shape = (count, len(rows))
         spread = 0.0022 if name == "QRS" else 0.010
         dipole = np.zeros((*shape, 3))
-        dipole[:, np.arange(len(rows)), axis.astype(int)] = amplitude * rng.lognormal(
-            0, 0.20, shape
-        )
+        sizes = amplitude * rng.lognormal(0, 0.20, shape)
+        dipole[:, np.arange(len(rows)), axis.astype(int)] = sizes
         centre = phase / (2 * np.pi) + rng.normal(0, spread, shape)
-        heart[name] = Wave(
-            centre,
-            width / (2 * np.pi) * rng.lognormal(0, 0.10, shape),
-            dipole,
-            np.zeros((*shape, 6)),
-        )
+        width = width / (2 * np.pi) * rng.lognormal(0, 0.10, shape)
+        heart[name] = Wave(centre, width, dipole, np.zeros((*shape, 6)))
     _stretch(heart["QRS"], 1.08 * rng.lognormal(0, 0.06, count))
     _stretch(heart["T"], QT_SCALE * rng.lognormal(0, 0.045, count) * np.where(male, 1.0, 1.025))
     heart["P"].centre += np.clip(rng.normal(-0.004, 0.016, count), -0.03, 0.022)[:, None]
@@ -192,11 +190,8 @@ def _draw_directions(rng: np.random.Generator, heart: Heart, age: np.ndarray) ->
     whole = rng.normal(0, 1, (count, 3)) * np.radians((10, 14, 13))
     whole[:, 2] += np.radians(9) - np.radians(0.42) * (age - 45)
     whole[:, 2] = np.clip(whole[:, 2], np.radians(-55), np.radians(55))
-    for name, own in {"P": 10, "QRS": 6, "T": 12}.items():
-        turn(
-            heart[name],
-            whole * (0.7 if name != "QRS" else 1.0) + rng.normal(0, np.radians(own), (count, 3)),
-        )
+    for name, share, own in (("P", 0.7, 10), ("QRS", 1.0, 6), ("T", 0.7, 12)):
+        turn(heart[name], whole * share + rng.normal(0, np.radians(own), (count, 3)))
 
 
 def _draw_sizes(rng: np.random.Generator, heart: Heart, age: np.ndarray, male: np.ndarray) -> None:
@@ -205,12 +200,8 @@ def _draw_sizes(rng: np.random.Generator, heart: Heart, age: np.ndarray, male: n
     habitus = rng.lognormal(0.0, 0.20, count) * np.where(male, 1.0, 0.90)
     heart["P"].dipole *= (habitus**0.5 * rng.lognormal(0, 0.25, count))[:, None, None]
     heart["QRS"].dipole *= (habitus * (1.08 - 0.0025 * (age - 40)))[:, None, None]
-    size = (
-        habitus
-        * rng.lognormal(0, 0.36, count)
-        * (1.12 - 0.006 * (age - 40))
-        * np.where(male, 1.1, 0.85)
-    )
+    size = habitus * rng.lognormal(0, 0.36, count) * (1.12 - 0.006 * (age - 40))
+    size *= np.where(male, 1.1, 0.85)
     heart["T"].dipole *= np.clip(size, 0.3, 2.2)[:, None, None]
 
 
@@ -220,17 +211,18 @@ def _draw_normal_variants(
     """What looks like disease: early repolarisation, T inversion in V1-V3, small inferior Q, poor R
     in V1-V3.
     """
-    count = len(age)
-    early = (rng.random(count) < np.where(male & (age < 45), 0.35, 0.08)) * rng.uniform(
-        0.03, 0.12, count
-    )
-    heart["T"].add(0.11, 0.035, early[:, None] * np.array([0.5, 0.2, -0.8]))
-    juvenile = (rng.random(count) < np.where(male, 0.05, 0.14)) * rng.uniform(0.1, 0.35, count)
-    heart["T"].add(0.27, 0.035, juvenile[:, None] * np.array([-0.1, 0.0, 0.9]))
-    small_q = (rng.random(count) < 0.15) * rng.uniform(0.05, 0.22, count)
-    heart["QRS"].add(-0.025, 0.008, small_q[:, None] * np.array([0.0, -1.0, 0.0]))
-    poor_gain = (rng.random(count) < 0.15) * rng.uniform(0.1, 0.4, count)
-    heart["QRS"].add(-0.022, 0.010, poor_gain[:, None] * np.array([0.0, 0.0, 0.8]))
+
+    def some(share: np.ndarray | float, low: float, high: float) -> np.ndarray:
+        """Sizes from low to high for that share of people, zero for the others."""
+        count = len(age)
+        return (rng.random(count) < share) * rng.uniform(low, high, count)
+
+    early = some(np.where(male & (age < 45), 0.35, 0.08), 0.03, 0.12)
+    heart["T"].add(0.11, 0.035, early, (0.5, 0.2, -0.8))
+    juvenile = some(np.where(male, 0.05, 0.14), 0.1, 0.35)
+    heart["T"].add(0.27, 0.035, juvenile, (-0.1, 0.0, 0.9))
+    heart["QRS"].add(-0.025, 0.008, some(0.15, 0.05, 0.22), (0.0, -1.0, 0.0))
+    heart["QRS"].add(-0.022, 0.010, some(0.15, 0.1, 0.4), (0.0, 0.0, 0.8))
 
 
 def draw_lead_field(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -238,9 +230,8 @@ def draw_lead_field(rng: np.random.Generator, count: int) -> np.ndarray:
     beside their spot.
     """
     field = np.tile(LEAD_FIELD, (count, 1, 1))
-    shift = np.clip(
-        rng.normal(0, 0.22, (count, 6, 1)), -0.6, 0.6
-    )  # in electrode distances, towards the next one
+    # In electrode distances, towards the next one.
+    shift = np.clip(rng.normal(0, 0.22, (count, 6, 1)), -0.6, 0.6)
     ends = np.concatenate([LEAD_FIELD[2:3], LEAD_FIELD[2:], LEAD_FIELD[7:]])
     toward = np.where(shift > 0, ends[2:] - ends[1:-1], ends[1:-1] - ends[:-2])
     field[:, 2:] = (LEAD_FIELD[2:] + shift * toward) * rng.lognormal(0, 0.12, (count, 6, 1))
@@ -262,10 +253,22 @@ def apply_conditions(
     _first_degree_block(heart, severity["1AVB"])
 
 
+def _present(severity: np.ndarray) -> np.ndarray:
+    """How much of a finding is there, from 0 (absent) to 1 (plain)."""
+    return np.clip(severity / PLAIN, 0, 1)
+
+
+def _before(wave: Wave, time: float, width: float) -> np.ndarray:
+    """A step `(n, k)` over the waves: 1 for those that come before a time (s), 0 after it; the
+    other way round for a negative width.
+    """
+    return 1 / (1 + np.exp((wave.centre - time) / width))
+
+
 def _first_degree_block(heart: Heart, severity: np.ndarray) -> None:
     """1AVB: the P wave earlier, PR 0.2 s and longer."""
     interval = -0.05 - (heart["P"].centre - 2 * heart["P"].width).min(axis=1)
-    wanted = 0.185 + 0.025 * np.clip(severity / PLAIN, 0, 1) + 0.10 * severity
+    wanted = 0.185 + 0.025 * _present(severity) + 0.10 * severity
     heart["P"].centre -= np.where(severity > 0, np.clip(wanted - interval, 0, None), 0)[:, None]
 
 
@@ -274,13 +277,13 @@ def _hypertrophy(rng: np.random.Generator, heart: Heart, severity: np.ndarray) -
     away from V5.
     """
     qrs, wave_t = heart["QRS"], heart["T"]
-    main = 1 / (1 + np.exp(-(qrs.centre + 0.014) / 0.003))
-    qrs.dipole *= 1 + (severity[:, None] * main)[:, :, None] * np.array([1.05, 0.50, 1.0])
+    main = severity[:, None] * _before(qrs, -0.014, -0.003)
+    qrs.dipole *= 1 + main[:, :, None] * np.array([1.05, 0.50, 1.0])
     _stretch(qrs, 1 + 0.12 * severity)
     strain = np.clip(severity - 0.25, 0, None) * rng.lognormal(0, 0.4, len(severity))
     wave_t.dipole *= np.clip(1 - strain, 0.1, 1)[:, None, None]
-    wave_t.add(0.13, 0.045, strain[:, None] * np.array([-0.20, -0.04, 0.12]))
-    wave_t.add(0.27, 0.035, strain[:, None] * np.array([-0.42, -0.10, 0.10]))
+    wave_t.add(0.13, 0.045, strain, (-0.20, -0.04, 0.12))
+    wave_t.add(0.27, 0.035, strain, (-0.42, -0.10, 0.10))
 
 
 def _left_anterior_block(heart: Heart, severity: np.ndarray) -> None:
@@ -288,41 +291,36 @@ def _left_anterior_block(heart: Heart, severity: np.ndarray) -> None:
     widening.
     """
     qrs = heart["QRS"]
-    after = 1 / (1 + np.exp(-(qrs.centre + 0.010) / 0.004))
-    angle = np.radians(28 + 42 * severity) * (severity > 0) * np.clip(severity / PLAIN, 0, 1)
-    angle = angle[:, None] * after
-    x, y = qrs.dipole[..., 0].copy(), qrs.dipole[..., 1].copy()
+    angle = np.radians(28 + 42 * severity) * _present(severity)
+    angle = angle[:, None] * _before(qrs, -0.010, -0.004)
+    x, y, _ = np.moveaxis(qrs.dipole.copy(), 2, 0)
     qrs.dipole[..., 0] = x * np.cos(angle) + y * np.sin(angle)
     qrs.dipole[..., 1] = y * np.cos(angle) - x * np.sin(angle)
-    qrs.add(-0.026, 0.008, severity[:, None] * np.array([-0.08, 0.22, 0.0]))
-    qrs.add(0.028, 0.010, severity[:, None] * np.array([0.10, -0.40, 0.05]))
+    qrs.add(-0.026, 0.008, severity, (-0.08, 0.22, 0.0))
+    qrs.add(0.028, 0.010, severity, (0.10, -0.40, 0.05))
 
 
 def _infarct(rng: np.random.Generator, heart: Heart, wall: str, severity: np.ndarray) -> None:
     """Infarct of one wall: early forces turn away from it (Q, lost R); ST toward it when fresh, T
     away when older.
     """
-    count, toward, near = len(severity), np.array(TOWARD[wall]), np.array(NEAR[wall])
-    lost = (
-        (0.14 + 0.78 * severity) * np.clip(severity / PLAIN, 0, 1) * rng.lognormal(0, 0.25, count)
-    )
-    away = -toward + rng.normal(0, 0.22, (count, 3))
-    heart["QRS"].add(
-        -0.023 + rng.normal(0, 0.003, count),
-        0.0095 + 0.004 * severity,
-        lost[:, None] * away * 0.75,
-        -0.40 * lost[:, None] * near,
-    )
-    heart["QRS"].add(0.002, 0.012, lost[:, None] * away * 0.25, -0.35 * lost[:, None] * near)
+    count = len(severity)
+    toward = np.array(TOWARD[wall])
+    near = np.array(NEAR[wall])
+    lost = (0.14 + 0.78 * severity) * _present(severity) * rng.lognormal(0, 0.25, count)
+    away = lost[:, None] * (-toward + rng.normal(0, 0.22, (count, 3)))
+    time = -0.023 + rng.normal(0, 0.003, count)
+    width = 0.0095 + 0.004 * severity
+    whole = np.ones(count)
+    heart["QRS"].add(time, width, whole, away * 0.75, np.outer(-0.40 * lost, near))
+    heart["QRS"].add(0.002, 0.012, whole, away * 0.25, np.outer(-0.35 * lost, near))
     fresh = rng.random(count) < 0.22
-    elevation = severity * np.where(
-        fresh, rng.uniform(0.08, 0.35, count), rng.uniform(0, 0.06, count)
-    )
-    heart["T"].add(0.12, 0.05, elevation[:, None] * toward, 0.5 * elevation[:, None] * near)
-    inversion = severity * np.where(
-        fresh, rng.uniform(-0.2, 0.3, count), rng.uniform(0.0, 0.6, count)
-    )
-    heart["T"].add(0.28, 0.038, -inversion[:, None] * toward, -0.35 * inversion[:, None] * near)
+    elevation = np.where(fresh, rng.uniform(0.08, 0.35, count), rng.uniform(0, 0.06, count))
+    elevation *= severity
+    heart["T"].add(0.12, 0.05, elevation, toward, np.outer(0.5 * elevation, near))
+    inversion = np.where(fresh, rng.uniform(-0.2, 0.3, count), rng.uniform(0.0, 0.6, count))
+    inversion *= severity
+    heart["T"].add(0.28, 0.038, -inversion, toward, np.outer(-0.35 * inversion, near))
 
 
 def _left_bundle_block(rng: np.random.Generator, heart: Heart, severity: np.ndarray) -> None:
@@ -330,23 +328,19 @@ def _left_bundle_block(rng: np.random.Generator, heart: Heart, severity: np.ndar
     ST-T discordant.
     """
     qrs, wave_t = heart["QRS"], heart["T"]
-    present = (severity > 0)[:, None]
-    grade = severity[:, None]
-    early = 1 / (1 + np.exp((qrs.centre + 0.012) / 0.003))
-    qrs.dipole *= (1 - 0.85 * present * early)[:, :, None] * (1 - 0.5 * present)[:, :, None]
-    _stretch(qrs, 1 + (0.45 + 0.20 * severity) * (severity > 0))
+    present = severity > 0
+    septal = 1 - 0.85 * present[:, None] * _before(qrs, -0.012, 0.003)
+    qrs.dipole *= (septal * (1 - 0.5 * present[:, None]))[:, :, None]
+    _stretch(qrs, 1 + (0.45 + 0.20 * severity) * present)
     wide = 0.018 + 0.003 * severity
-    qrs.add(0.012, wide, present * (0.25 + 0.4 * grade) * np.array([0.7, 0.25, 1.1]))
-    qrs.add(
-        0.048 + 0.012 * severity,
-        wide,
-        present * (0.35 + 0.45 * grade) * np.array([1.0, 0.15, 0.55]),
-    )
-    flip = present[:, 0] * (0.55 + 0.5 * severity) * rng.lognormal(0, 0.2, len(severity))
+    qrs.add(0.012, wide, present * (0.25 + 0.4 * severity), (0.7, 0.25, 1.1))
+    late = 0.048 + 0.012 * severity
+    qrs.add(late, wide, present * (0.35 + 0.45 * severity), (1.0, 0.15, 0.55))
+    flip = present * (0.55 + 0.5 * severity) * rng.lognormal(0, 0.2, len(severity))
     wave_t.dipole *= np.clip(1 - 0.9 * flip, 0.1, 1)[:, None, None]
-    wave_t.centre += 0.040 * present
-    wave_t.add(0.17, 0.050, flip[:, None] * np.array([-0.18, -0.03, -0.24]))
-    wave_t.add(0.31, 0.040, flip[:, None] * np.array([-0.32, -0.10, -0.34]))
+    wave_t.centre += 0.040 * present[:, None]
+    wave_t.add(0.17, 0.050, flip, (-0.18, -0.03, -0.24))
+    wave_t.add(0.31, 0.040, flip, (-0.32, -0.10, -0.34))
 
 
 def _right_bundle_block(
@@ -355,15 +349,14 @@ def _right_bundle_block(
     """RBBB: the right ventricle last, to the right and front (R' in V1, wide S in I and V6), T away
     from it.
     """
-    count = len(complete)
     qrs, wave_t = heart["QRS"], heart["T"]
-    right = np.array([-0.62, 0.0, -0.70]) + rng.normal(0, 0.15, (count, 3))
+    right = np.array([-0.62, 0.0, -0.70]) + rng.normal(0, 0.15, (len(complete), 3))
     full = (complete > 0) * (0.45 + 0.65 * complete)
-    qrs.add(0.056 + 0.012 * complete, 0.0155 + 0.003 * complete, full[:, None] * right)
-    partial = np.clip(incomplete / PLAIN, 0, 1) * (0.22 + 0.40 * incomplete) * (incomplete > 0)
-    qrs.add(0.040 + 0.006 * incomplete, 0.0095, partial[:, None] * right)
+    qrs.add(0.056 + 0.012 * complete, 0.0155 + 0.003 * complete, full, right)
+    partial = _present(incomplete) * (0.22 + 0.40 * incomplete)
+    qrs.add(0.040 + 0.006 * incomplete, 0.0095, partial, right)
     wave_t.centre += (0.02 * (complete > 0))[:, None]
-    wave_t.add(0.27, 0.040, (0.35 * full + 0.12 * partial)[:, None] * np.array([0.15, 0.0, 0.9]))
+    wave_t.add(0.27, 0.040, 0.35 * full + 0.12 * partial, (0.15, 0.0, 0.9))
 
 
 def _st_t_change(
@@ -372,18 +365,16 @@ def _st_t_change(
     """Ischaemia of a region (ST and T point away from it) and non-diagnostic low or inverted T of
     the whole heart.
     """
-    wave_t, count = heart["T"], len(severity["NDT"])
-    for code, region in {"ISCAL": (0.82, 0.10, -0.55), "ISCIN": (0.10, 0.98, 0.05)}.items():
+    wave_t = heart["T"]
+    diffuse = severity["NDT"]
+    count = len(diffuse)
+    for code, region in (("ISCAL", (0.82, 0.10, -0.55)), ("ISCIN", (0.10, 0.98, 0.05))):
         away = -(np.array(region) + rng.normal(0, 0.15, (count, 3)))
         depression = severity[code] * rng.uniform(0.05, 0.22, count)
         wave_t.dipole *= (1 - 0.35 * severity[code])[:, None, None]
-        wave_t.add(0.12, 0.045, depression[:, None] * away)
-        wave_t.add(0.28, 0.040, (severity[code] * rng.uniform(0.35, 0.80, count))[:, None] * away)
-    flat = (
-        np.clip(severity["NDT"] / PLAIN, 0, 1)
-        * (0.22 + 0.88 * severity["NDT"])
-        * (severity["NDT"] > 0)
-    )
+        wave_t.add(0.12, 0.045, depression, away)
+        wave_t.add(0.28, 0.040, severity[code] * rng.uniform(0.35, 0.80, count), away)
+    flat = _present(diffuse) * (0.22 + 0.88 * diffuse)
     wave_t.dipole *= (1 - flat * rng.uniform(0.75, 1.2, count))[:, None, None]
 
 
@@ -391,21 +382,25 @@ def ectopic_heart(rng: np.random.Generator, count: int) -> Heart:
     """A ventricular extrasystole for each of n records: no P, wide QRS from one ventricle, T the
     other way.
     """
-    left = rng.random(count) < 0.5
-    direction = np.where(left[:, None], (-0.7, 0.0, -0.7), (0.7, 0.2, 0.65)) + rng.normal(
-        0, 0.45, (count, 3)
-    )
+    left = rng.random((count, 1)) < 0.5
+    direction = np.where(left, (-0.7, 0.0, -0.7), (0.7, 0.2, 0.65))
+    direction += rng.normal(0, 0.45, (count, 3))
     direction *= (rng.uniform(0.8, 1.7, count) / np.linalg.norm(direction, axis=1))[:, None]
-    empty = Wave(
-        np.zeros((count, 0)), np.zeros((count, 0)), np.zeros((count, 0, 3)), np.zeros((count, 0, 6))
-    )
-    heart = {"QRS": empty, "T": empty.take(np.arange(count))}
     skew = rng.normal(0, 0.3, (count, 3))
-    heart["QRS"].add(-0.010, 0.020 + rng.uniform(0, 0.006, count), 0.8 * direction + 0.5 * skew)
-    heart["QRS"].add(0.030, 0.022 + rng.uniform(0, 0.006, count), 0.9 * direction - 0.4 * skew)
-    heart["T"].add(0.16, 0.060, -0.18 * direction)
-    heart["T"].add(0.30, 0.055, -0.42 * direction)
-    return heart
+    early, late = rng.uniform(0, 0.006, (2, count))
+    dipoles = np.stack([0.8 * direction + 0.5 * skew, 0.9 * direction - 0.4 * skew], axis=1)
+    near = np.zeros((count, 2, 6))
+    pair = np.ones((count, 1))
+    widths = np.stack([0.020 + early, 0.022 + late], axis=1)
+    return {
+        "QRS": Wave(pair * (-0.010, 0.030), widths, dipoles, near),
+        "T": Wave(
+            pair * (0.16, 0.30),
+            pair * (0.060, 0.055),
+            np.stack([-0.18 * direction, -0.42 * direction], axis=1),
+            near,
+        ),
+    }
 
 
 def wave_limits(
@@ -415,23 +410,21 @@ def wave_limits(
     times its peak.
     """
     low = float((wave.centre - 3 * wave.width).min())
-    grid = np.arange(
-        low, float((wave.centre + 3 * wave.width).max()) + step, step, dtype=np.float32
-    )
+    high = float((wave.centre + 3 * wave.width).max())
+    grid = np.arange(low, high + step, step, dtype=np.float32)
     bells = gaussians(grid[None], wave.centre, wave.width)
     size = np.square(amplitudes.astype(np.float32) @ bells).sum(axis=1)
     above = size >= np.float32(level) ** 2 * size.max(axis=1, keepdims=True)
-    return np.stack(
-        [grid[above.argmax(axis=1)], grid[above.shape[1] - 1 - above[:, ::-1].argmax(axis=1)]],
-        axis=1,
-    )
+    first = above.argmax(axis=1)
+    last = above.shape[1] - 1 - above[:, ::-1].argmax(axis=1)
+    return grid[np.stack([first, last], axis=1)]
 
 
 def gaussians(times: np.ndarray, centre: np.ndarray, width: np.ndarray) -> np.ndarray:
     """Bells `(b, k, w)` of height 1 at times `(b or 1, w)` for centres and widths `(b, k)`,
     float32.
     """
-    scaled = (times[:, None, :] - centre[:, :, None].astype(np.float32)) / width[:, :, None].astype(
-        np.float32
-    )
+    centre = centre[:, :, None].astype(np.float32)
+    width = width[:, :, None].astype(np.float32)
+    scaled = (times[:, None, :] - centre) / width
     return np.exp(np.float32(-0.5) * np.square(scaled))

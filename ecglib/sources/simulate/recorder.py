@@ -11,9 +11,8 @@ from ecglib.sources.simulate.rhythm import ATRIAL, VENTRICULAR, Beats, Pacing, a
 
 FILTER_WIDTH = 0.33  # samples; a Gaussian anti-alias filter with -3 dB at 0.4 of the sampling rate
 MAINS = 50.0  # Hz
-MAINS_KEPT_FROM = (
-    2.5 * MAINS
-)  # Hz; at lower sampling rates the anti-alias filter has removed the hum
+# Hz; at lower sampling rates the anti-alias filter has removed the hum.
+MAINS_KEPT_FROM = 2.5 * MAINS
 
 
 def record_hearts(
@@ -33,43 +32,37 @@ def record_hearts(
     """
     count = len(field)
     size = rng.lognormal(0, 0.03, len(beats.time))
-    atrial_size = (
-        np.where(beats.kind == ATRIAL, rng.uniform(-0.8, 0.5, count)[beats.record], 1.0) * size
-    )
-    silent_atria = (pacing.fibrillation | (pacing.flutter_cycle > 0))[beats.record]
+    premature = rng.uniform(-0.8, 0.5, count)[beats.record]
+    atrial_size = np.where(beats.kind == ATRIAL, premature, 1.0) * size
     shortening = _shortening(beats, count)
+    stretches = {"P": shortening**0.5, "QRS": np.ones_like(shortening), "T": shortening}
+    ectopic = beats.kind == VENTRICULAR
     eight = np.zeros((count, 8, samples), np.float32)
     marks = []
-    conducted, ectopic = beats.kind != VENTRICULAR, beats.kind == VENTRICULAR
-    for waves, chosen in ((heart, conducted), (ectopic_heart(rng, count), ectopic)):
+    for waves, chosen in ((heart, ~ectopic), (ectopic_heart(rng, count), ectopic)):
         amplitudes = {name: wave.leads(field) for name, wave in waves.items()}
         limits = {
             name: wave_limits(wave, amplitudes[name], LEVEL[name]) for name, wave in waves.items()
         }
         for name, wave in waves.items():
-            rows = np.flatnonzero(chosen & ~silent_atria if name == "P" else chosen)
-            stretch = {"P": shortening**0.5, "QRS": np.ones_like(shortening), "T": shortening}[
-                name
-            ][rows]
+            rows = np.flatnonzero(chosen & pacing.has_p[beats.record] if name == "P" else chosen)
+            stretch = stretches[name][rows]
             height = (atrial_size if name == "P" else size)[rows]
             _add_waves(eight, wave, amplitudes[name], beats, rows, stretch, height, sampling_rate)
             spans = _spans(name, limits, beats.record[rows], stretch)
             marks.append(_marks(name, spans, beats, rows, sampling_rate, samples))
     eight += field.astype(np.float32) @ atrial_waves(rng, pacing, sampling_rate, samples)
     eight += recorder_noise(rng, count, sampling_rate, samples)
-    order = ["record", "beat", "onset"]
-    return twelve_leads(eight), pd.concat(marks, ignore_index=True).sort_values(
-        order, ignore_index=True
-    )
+    table = pd.concat(marks).sort_values(["record", "beat", "onset"], ignore_index=True)
+    return twelve_leads(eight), table
 
 
 def _shortening(beats: Beats, count: int) -> np.ndarray:
     """Cube root of RR `(b,)` (Fridericia), from the record's usual RR and the last one, since QT
     follows slowly.
     """
-    usual = np.bincount(beats.record, beats.interval, count) / np.maximum(
-        np.bincount(beats.record, minlength=count), 1
-    )
+    beaten = np.bincount(beats.record, minlength=count)
+    usual = np.bincount(beats.record, beats.interval, count) / np.maximum(beaten, 1)
     followed = 0.6 * usual[beats.record] + 0.4 * np.clip(beats.interval, 0.5, 1.4)
     return np.clip(followed, 0.35, 1.6) ** (1 / 3)
 
@@ -89,21 +82,23 @@ def _add_waves(
     """
     if not len(rows):
         return
-    record, samples = beats.record[rows], eight.shape[2]
-    centre, width = wave.centre[record] * stretch[:, None], wave.width[record] * stretch[:, None]
+    record = beats.record[rows]
+    centre = wave.centre[record] * stretch[:, None]
+    width = wave.width[record] * stretch[:, None]
     filtered = np.sqrt(width**2 + (FILTER_WIDTH / sampling_rate) ** 2)
-    low, high = (centre - 4 * filtered).min(), (centre + 4 * filtered).max()
+    low = (centre - 4 * filtered).min()
+    high = (centre + 4 * filtered).max()
     first = np.floor((beats.time[rows] + low) * sampling_rate).astype(int)
     steps = np.arange(int(np.ceil((high - low) * sampling_rate)) + 2)
     times = (first[:, None] + steps) / sampling_rate - beats.time[rows, None]
-    heights = (amplitudes[record] * (width / filtered * height[:, None])[:, None]).astype(
-        np.float32
-    )
-    shapes = heights @ gaussians(times.astype(np.float32), centre, filtered)
-    for row, (begin, shape) in enumerate(zip(first, shapes, strict=True)):
-        start, stop = max(begin, 0), min(begin + len(steps), samples)
+    heights = amplitudes[record] * (width / filtered * height[:, None])[:, None]
+    bells = gaussians(times.astype(np.float32), centre, filtered)
+    shapes = heights.astype(np.float32) @ bells
+    for signal, begin, shape in zip(record, first, shapes, strict=True):
+        start = max(begin, 0)
+        stop = min(begin + len(steps), eight.shape[2])
         if start < stop:
-            eight[record[row], :, start:stop] += shape[:, start - begin : stop - begin]
+            eight[signal, :, start:stop] += shape[:, start - begin : stop - begin]
 
 
 def _spans(
@@ -121,7 +116,9 @@ def _spans(
 def _marks(
     name: str, spans: np.ndarray, beats: Beats, rows: np.ndarray, sampling_rate: float, samples: int
 ) -> pd.DataFrame:
-    """Marks of one wave of some beats in samples, of those waves that lie wholly inside the record."""
+    """Marks of one wave of some beats in samples, of those waves that lie wholly inside the
+    record.
+    """
     onset, offset = np.rint((beats.time[rows, None] + spans) * sampling_rate).astype(int).T
     inside = (onset >= 0) & (offset < samples)
     rows = rows[inside]
@@ -174,9 +171,8 @@ def _wander(rng: np.random.Generator, count: int, sampling_rate: float, samples:
     angles = 2 * np.pi * np.outer(frequencies, np.arange(samples) / sampling_rate)
     weights = rng.normal(0, 1, (count, 9, 12)) * np.tile((0.15 / frequencies) ** 0.7, 2)
     weights *= rng.lognormal(-4.7, 0.7, (count, 1, 1))
-    return weights.astype(np.float32) @ np.concatenate([np.sin(angles), np.cos(angles)]).astype(
-        np.float32
-    )
+    waves = np.concatenate([np.sin(angles), np.cos(angles)])
+    return weights.astype(np.float32) @ waves.astype(np.float32)
 
 
 def _muscle(rng: np.random.Generator, count: int, samples: int) -> np.ndarray:
@@ -192,10 +188,10 @@ def _slips(rng: np.random.Generator, count: int, sampling_rate: float, samples: 
     """
     here = rng.random((count, 9)) < 0.01
     start = rng.uniform(-2, samples / sampling_rate, (count, 9))
-    jump, fading = rng.normal(0, 0.4, (count, 9)), rng.uniform(0.3, 2.0, (count, 9))
+    jump = rng.normal(0, 0.4, (count, 9))
+    fading = rng.uniform(0.3, 2.0, (count, 9))
     noise = np.zeros((count, 9, samples), np.float32)
     since = np.arange(samples) / sampling_rate - start[here][:, None]
-    noise[here] = np.where(
-        since > 0, jump[here][:, None] * np.exp(-np.maximum(since, 0) / fading[here][:, None]), 0
-    )
+    faded = jump[here][:, None] * np.exp(-np.maximum(since, 0) / fading[here][:, None])
+    noise[here] = np.where(since > 0, faded, 0)
     return noise
