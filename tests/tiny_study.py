@@ -72,7 +72,8 @@ def tiny_runs(study: Study) -> list[Run]:
     """One run of each method."""
     jobs = [FromScratch(SUBSET, TRAINING)]
     for name in names_of(SelfSupervised):
-        settings = replace(PRETRAINING, options=OPTIONS.get(name, {}))
+        encoder = "cpc_lstm_small" if name == "cpc" else ENCODER
+        settings = replace(PRETRAINING, encoder=encoder, options=OPTIONS.get(name, {}))
         jobs.append(pretraining(name, settings))
     jobs += adapted(names_of(SemiSupervised), Start("random"), [SUBSET], ADAPTATION)
     runs = study.grid(jobs, progress_bar=False)
