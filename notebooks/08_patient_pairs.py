@@ -157,7 +157,7 @@ print(
 # their tapers, the segments are the signal of that place, minus the mean.
 
 # %%
-from ecglib.selfsup.patient_pairs import (
+from ecglib.selfsup.segment_order import (
     all_orders,
     cut_segments,
     describe_segments,
@@ -216,7 +216,8 @@ import pandas as pd
 
 from ecgstudy.results import save_table
 from ecgstudy.runs import Result, RunSpec, run_or_load
-from ecglib.selfsup.patient_pairs import PatientPairs, shortcut_probes
+from ecglib.selfsup.order_shortcuts import shortcut_probes
+from ecglib.selfsup.patient_pairs import PatientPairs
 from ecgstudy.arms.pretrain import encode_run, keep_pretrained, pretrain_run, pretraining_spec
 from ecglib.train import default_device
 
