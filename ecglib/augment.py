@@ -29,22 +29,27 @@ def apply(transforms: Sequence[Transform], signals: Tensor, generator: Generator
 
 
 def _uniform(
-    shape: Sequence[int], low: float, high: float, signals: Tensor, generator: Generator
+    signals: Tensor, generator: Generator, *shape: int, low: float = 0.0, high: float = 1.0
 ) -> Tensor:
-    """Uniform numbers of `shape` on the device of `signals`."""
-    return low + (high - low) * torch.rand(
-        shape, generator=generator, device=signals.device, dtype=signals.dtype
-    )
+    """Uniform numbers of `shape`, of the type and on the device of `signals`."""
+    drawn = torch.rand(shape, generator=generator, device=signals.device, dtype=signals.dtype)
+    return low + (high - low) * drawn
 
 
-def _normal(shape: Sequence[int], signals: Tensor, generator: Generator) -> Tensor:
-    """Standard normal numbers of `shape` on the device of `signals`."""
+def _normal(signals: Tensor, generator: Generator, *shape: int) -> Tensor:
+    """Standard normal numbers of `shape`, of the type and on the device of `signals`."""
     return torch.randn(shape, generator=generator, device=signals.device, dtype=signals.dtype)
+
+
+def _within(start: Tensor, end: Tensor, size: int) -> Tensor:
+    """Which of `size` places lie from `start` to before `end`, bool `(..., size)`."""
+    places = torch.arange(size, device=start.device)
+    return (places >= start) & (places < end)
 
 
 def gaussian_noise(signals: Tensor, generator: Generator, scale: float = 0.005) -> Tensor:
     """Adds white noise of standard deviation `scale` mV to every value."""
-    return signals + scale * _normal(signals.shape, signals, generator)
+    return signals + scale * _normal(signals, generator, *signals.shape)
 
 
 def gaussian_blur(signals: Tensor, generator: Generator) -> Tensor:
@@ -60,10 +65,9 @@ def channel_resize(
     """Multiplies each lead by its own gain, log-uniform from `low` to `high`; breaks Einthoven's
     law on purpose.
     """
-    gain = _uniform(
-        (*signals.shape[:2], 1), math.log(low), math.log(high), signals, generator
-    ).exp()
-    return signals * gain
+    shape = (*signals.shape[:2], 1)
+    gain = _uniform(signals, generator, *shape, low=math.log(low), high=math.log(high))
+    return signals * gain.exp()
 
 
 def time_out(signals: Tensor, generator: Generator, low: float = 0.2, high: float = 0.4) -> Tensor:
@@ -71,13 +75,9 @@ def time_out(signals: Tensor, generator: Generator, low: float = 0.2, high: floa
     record.
     """
     batch, _, time = signals.shape
-    length = (_uniform((batch, 1), low, high, signals, generator) * time).floor()
-    start = (
-        torch.rand((batch, 1), generator=generator, device=signals.device) * (time - length + 1)
-    ).floor()
-    clock = torch.arange(time, device=signals.device)
-    hidden = (clock >= start) & (clock < start + length)
-    return signals.masked_fill(hidden[:, None, :], 0.0)
+    length = (_uniform(signals, generator, batch, 1, low=low, high=high) * time).floor()
+    start = (_uniform(signals, generator, batch, 1) * (time - length + 1)).floor()
+    return signals.masked_fill(_within(start, start + length, time)[:, None], 0.0)
 
 
 def _sample_at(signals: Tensor, positions: Tensor) -> Tensor:
@@ -97,14 +97,11 @@ def _inverse_map(knots: Tensor, values: Tensor, time: int) -> Tensor:
     """Piecewise linear function through (knots, values), both `(batch, k)` with rising knots, at
     0..time-1.
     """
-    clock = (
-        torch.arange(time, device=knots.device, dtype=knots.dtype)
-        .expand(len(knots), -1)
-        .contiguous()
+    clock = torch.arange(time, device=knots.device, dtype=knots.dtype).repeat(len(knots), 1)
+    right = torch.searchsorted(knots, clock, right=True).clamp(1, knots.shape[1] - 1)
+    (x0, x1), (y0, y1) = (
+        (ends.gather(1, right - 1), ends.gather(1, right)) for ends in (knots, values)
     )
-    right = torch.searchsorted(knots.contiguous(), clock, right=True).clamp(1, knots.shape[1] - 1)
-    x0, x1 = knots.gather(1, right - 1), knots.gather(1, right)
-    y0, y1 = values.gather(1, right - 1), values.gather(1, right)
     return y0 + (y1 - y0) * (clock - x0) / (x1 - x0).clamp_min(1e-6)
 
 
@@ -118,19 +115,17 @@ def random_resized_crop(
     one, on all leads.
     """
     batch, _, time = signals.shape
-    kept = (_uniform((batch, 1), low, high, signals, generator) * time).floor().clamp(2, time)
-    start = (
-        torch.rand((batch, 1), generator=generator, device=signals.device) * (time - kept + 1)
-    ).floor()
+    kept = _uniform(signals, generator, batch, 1, low=low, high=high) * time
+    kept = kept.floor().clamp(2, time)
+    start = (_uniform(signals, generator, batch, 1) * (time - kept + 1)).floor()
     # A random subset of `kept` places of the grid: those with the smallest random keys, the ends
     # always among them.
-    keys = torch.rand(
-        (batch, time), generator=generator, device=signals.device, dtype=torch.float64
-    )
-    keys[:, 0], keys[:, -1] = -1.0, -1.0
+    shape, device = (batch, time), signals.device
+    keys = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
+    keys[:, [0, -1]] = -1.0
     chosen = keys <= keys.sort(dim=1).values.gather(1, kept.long() - 1)
     rank = chosen.cumsum(dim=1) - 1  # the sample that stands at the last chosen place up to here
-    clock = torch.arange(time, device=signals.device).expand(batch, -1)
+    clock = torch.arange(time, device=device).expand(shape)
     before = torch.where(chosen, clock, -1).cummax(dim=1).values
     after = torch.where(chosen, clock, time).flip(1).cummin(dim=1).values.flip(1)
     fraction = (clock - before) / (after - before).clamp_min(1)
@@ -147,38 +142,20 @@ def dynamic_time_warp(
     reach = radius * step
     if 2 * reach + 2 > time:
         return signals
+    last, shrunk = time - 1, time - 1 - 2 * reach + 2 * radius
     for _ in range(warps):
-        centre = reach + torch.rand((batch, 1), generator=generator, device=signals.device) * (
-            time - 1 - 2 * reach
-        )
-        shrunk = time - 1 - 2 * reach + 2 * radius
-        knots = torch.cat(
-            [
-                torch.zeros_like(centre),
-                centre - reach,
-                centre - reach + 2 * radius,
-                torch.full_like(centre, shrunk),
-            ],
-            dim=1,
-        ) * ((time - 1) / shrunk)
-        values = torch.cat(
-            [
-                torch.zeros_like(centre),
-                centre - reach,
-                centre + reach,
-                torch.full_like(centre, time - 1),
-            ],
-            dim=1,
-        )
-        signals = _sample_at(signals, _inverse_map(knots, values, time))
+        centre = reach + _uniform(signals, generator, batch, 1) * (last - 2 * reach)
+        begin, first = centre - reach, torch.zeros_like(centre)
+        knots = torch.cat([first, begin, begin + 2 * radius, first + shrunk], dim=1)
+        values = torch.cat([first, begin, centre + reach, first + last], dim=1)
+        signals = _sample_at(signals, _inverse_map(knots * (last / shrunk), values, time))
     return signals
 
 
 def _clock(signals: Tensor, sampling_rate: float) -> Tensor:
     """Time of each sample in seconds."""
-    return (
-        torch.arange(signals.shape[2], device=signals.device, dtype=signals.dtype) / sampling_rate
-    )
+    samples = torch.arange(signals.shape[2], device=signals.device, dtype=signals.dtype)
+    return samples / sampling_rate
 
 
 def baseline_wander(
@@ -188,9 +165,9 @@ def baseline_wander(
     all leads.
     """
     batch, terms = signals.shape[0], 50
-    size = _uniform((batch, 1), 0.0, largest, signals, generator)
-    amplitude = _uniform((batch, terms), 0.0, 1.0, signals, generator)
-    phase = _uniform((batch, terms), 0.0, 2 * math.pi, signals, generator)
+    size = _uniform(signals, generator, batch, 1, high=largest)
+    amplitude = _uniform(signals, generator, batch, terms)
+    phase = _uniform(signals, generator, batch, terms, high=2 * math.pi)
     frequency = 0.01 * torch.arange(terms, device=signals.device, dtype=signals.dtype)
     angle = 2 * math.pi * frequency[:, None] * _clock(signals, sampling_rate)
     # cos(angle + phase) by the addition theorem: two small products instead of a cosine a record,
@@ -205,30 +182,34 @@ def powerline_noise(
     largest: float = 0.2,
     sampling_rate: float = 100.0,
     mains: float = 50.0,
+    folded: bool = False,
 ) -> Tensor:
     """Adds the mains tone and its harmonics below half the sampling rate: U(0, `largest`)^2 mV
     times a gain a lead.
 
-    The published transform adds all three harmonics at 100 Hz, where they alias; those are left out
-    here, so that at 100 Hz nothing remains and the signals come back unchanged.
+    The published transform adds all three harmonics at 100 Hz, where they alias, which `folded`
+    does as well; without it those are left out, so that at 100 Hz nothing remains and the signals
+    come back unchanged.
     """
     batch, leads, _ = signals.shape
-    size = _uniform((batch, 1), 0.0, largest, signals, generator).square()
-    gain = _uniform((batch, leads, 1), -1.0, 1.0, signals, generator)
-    amplitude = _uniform((batch, 3), 0.0, 1.0, signals, generator)
-    phase = _uniform((batch, 1, 1), 0.0, 2 * math.pi, signals, generator)
-    harmonics = mains * torch.arange(1, 4, device=signals.device, dtype=signals.dtype)
-    amplitude = amplitude * (harmonics < sampling_rate / 2)
-    tones = torch.cos(2 * math.pi * harmonics[:, None] * _clock(signals, sampling_rate) + phase)
-    return signals + gain * (size * torch.einsum("bk,bkt->bt", amplitude, tones))[:, None, :]
+    size = _uniform(signals, generator, batch, 1, 1, high=largest).square()
+    gain = _uniform(signals, generator, batch, leads, 1, low=-1.0)
+    amplitude = _uniform(signals, generator, batch, 3)
+    phase = _uniform(signals, generator, batch, 1, 1, high=2 * math.pi)
+    harmonics = mains * torch.arange(1, 4, device=signals.device)
+    if not folded:
+        amplitude = amplitude * (harmonics < sampling_rate / 2)
+    angle = 2 * math.pi * harmonics[:, None] * _clock(signals.double(), sampling_rate)
+    tones = torch.cos(angle + phase).to(signals.dtype)
+    return signals + size * gain * torch.einsum("bk,bkt->bt", amplitude, tones)[:, None]
 
 
 def muscle_noise(signals: Tensor, generator: Generator, largest: float = 0.5) -> Tensor:
     """Adds white noise of standard deviation U(0, `largest`) mV, independent a value (the paper's
     "EM noise").
     """
-    size = _uniform((signals.shape[0], 1, 1), 0.0, largest, signals, generator)
-    return signals + size * _normal(signals.shape, signals, generator)
+    size = _uniform(signals, generator, len(signals), 1, 1, high=largest)
+    return signals + size * _normal(signals, generator, *signals.shape)
 
 
 def baseline_shift(
@@ -250,14 +231,14 @@ def baseline_shift(
     clock = _clock(signals, sampling_rate)
     plateau = signals.new_zeros(batch, time)
     for number in range(most):
-        centre = _uniform((batch, 1), 0.0, time / sampling_rate, signals, generator)
-        length = (3.0 + 0.6 * _normal((batch, 1), signals, generator)).clamp_min(0.0)
-        height = _uniform((batch, 1), -1.0, 1.0, signals, generator)
+        centre = _uniform(signals, generator, batch, 1, high=time / sampling_rate)
+        length = (3.0 + 0.6 * _normal(signals, generator, batch, 1)).clamp_min(0.0)
+        height = _uniform(signals, generator, batch, 1, low=-1.0)
         within = ((clock - centre).abs() <= length / 2) & (number < count)
         plateau = torch.where(within, height, plateau)
-    size = _uniform((batch, 1, 1), 0.0, largest, signals, generator)
-    sign = torch.where(_uniform((batch, leads, 1), 0.0, 1.0, signals, generator) < 0.5, -1.0, 1.0)
-    gain = sign * (1.0 + _normal((batch, leads, 1), signals, generator))
+    size = _uniform(signals, generator, batch, 1, 1, high=largest)
+    sign = torch.where(_uniform(signals, generator, batch, leads, 1) < 0.5, -1.0, 1.0)
+    gain = sign * (1.0 + _normal(signals, generator, batch, leads, 1))
     return signals + size * gain * plateau[:, None, :]
 
 
@@ -290,7 +271,7 @@ def named_transforms(settings: dict[str, dict]) -> list[Transform]:
     return [partial(TRANSFORMS[name], **values) for name, values in settings.items()]
 
 
-def _beta(shape: Sequence[int], alpha: float, signals: Tensor, generator: Generator) -> Tensor:
+def beta(signals: Tensor, generator: Generator, alpha: float, *shape: int) -> Tensor:
     """Numbers of `shape` from Beta(alpha, alpha) on the device of `signals`; DataError unless alpha
     is above 0.
     """
@@ -300,8 +281,8 @@ def _beta(shape: Sequence[int], alpha: float, signals: Tensor, generator: Genera
         )
     # The share of one of two gammas: torch's own Beta distribution takes no generator.
     sizes = torch.full((2, *shape), alpha, device=signals.device, dtype=torch.float64)
-    one, other = torch._standard_gamma(sizes, generator=generator)
-    return (one / (one + other)).to(signals.dtype)
+    gammas = torch._standard_gamma(sizes, generator=generator)
+    return (gammas[0] / gammas.sum(dim=0)).to(signals.dtype)
 
 
 def cutmix(
@@ -316,23 +297,20 @@ def cutmix(
     gone where the rectangle lies.
     """
     batch, leads, time = signals.shape
-    side = (1.0 - _beta((), alpha, signals, generator)).sqrt()
-    pasted = _middle(leads, side, signals, generator)[:, None] & _middle(
-        time, side, signals, generator
-    )
+    side = (1.0 - beta(signals, generator, alpha)).sqrt()
+    rows, columns = (_around_a_place(side, size, generator) for size in (leads, time))
+    pasted = rows[:, None] & columns
     partner = torch.randperm(batch, generator=generator, device=signals.device)
     share = pasted.sum() / pasted.numel()
-    return torch.where(pasted, signals[partner], signals), torch.lerp(
-        targets, targets[partner], share.to(targets)
-    )
+    mixed = torch.where(pasted, signals[partner], signals)
+    return mixed, torch.lerp(targets, targets[partner], share.to(targets))
 
 
-def _middle(size: int, side: Tensor, signals: Tensor, generator: Generator) -> Tensor:
+def _around_a_place(side: Tensor, size: int, generator: Generator) -> Tensor:
     """Which of `size` places lie within the share `side` around a random one, bool `(size,)`."""
     half = (size * side / 2).floor()
-    centre = torch.randint(size, (), generator=generator, device=signals.device)
-    places = torch.arange(size, device=signals.device)
-    return (places >= centre - half) & (places < centre + half)
+    centre = torch.randint(size, (), generator=generator, device=side.device)
+    return _within(centre - half, centre + half, size)
 
 
 def mixup(
@@ -344,7 +322,7 @@ def mixup(
     The record's own share is max(b, 1 - b) with b from Beta(alpha, alpha): it stays mostly itself,
     as in MixMatch (Berthelot et al. 2019), where a row must still count as labelled or unlabelled.
     """
-    other = _beta((len(signals),), alpha, signals, generator)
+    other = beta(signals, generator, alpha, len(signals))
     other = torch.minimum(other, 1.0 - other)
     partner = torch.randperm(len(signals), generator=generator, device=signals.device)
     mixed = torch.lerp(signals, signals[partner], other[:, None, None])
@@ -361,15 +339,9 @@ def burst_dropout(signals: Tensor, generator: Generator) -> Tensor:
     same.
     """
     _, leads, time = signals.shape
-    half = (_uniform((leads, 1), 0.0, time // 2, signals, generator)).floor()
-    centre = (
-        half
-        + (
-            torch.rand((leads, 1), generator=generator, device=signals.device) * (time - 2 * half)
-        ).floor()
-    )
-    clock = torch.arange(time, device=signals.device)
-    return signals.masked_fill((clock >= centre - half) & (clock < centre + half), 0.0)
+    half = _uniform(signals, generator, leads, 1, high=time // 2).floor()
+    centre = half + (_uniform(signals, generator, leads, 1) * (time - 2 * half)).floor()
+    return signals.masked_fill(_within(centre - half, centre + half, time), 0.0)
 
 
 def lead_permutation(signals: Tensor, generator: Generator) -> Tensor:
@@ -386,19 +358,23 @@ def relative_noise(signals: Tensor, generator: Generator, noise: float = 0.05) -
     The published noise has a fixed size, on leads that were brought to unit variance before.
     """
     scale = noise * signals.std(dim=2, correction=0, keepdim=True)
-    return signals + scale * _normal(signals.shape, signals, generator)
+    return signals + scale * _normal(signals, generator, *signals.shape)
 
 
 VIEW_STEPS: tuple[Transform, ...] = (time_reversal, burst_dropout, relative_noise, lead_permutation)
 
 
-def _apply_steps(
-    draws: Sequence[int], signals: Tensor, generator: Generator, noise: float
-) -> Tensor:
-    """The VIEW_STEPS with the numbers `draws`, in their order."""
-    steps = (VIEW_STEPS[number] for number in draws)
-    chosen = [partial(step, noise=noise) if step is relative_noise else step for step in steps]
-    return apply(chosen, signals, generator)
+def _view(signals: Tensor, generator: Generator, noise: float, count: int) -> Tensor:
+    """Those of VIEW_STEPS that `count` draws with replacement hit, each at its first draw: as
+    random an order as shuffling them, and no further draw.
+    """
+    shape, device = (count,), signals.device
+    draws = torch.randint(len(VIEW_STEPS), shape, generator=generator, device=device).tolist()
+    for number in dict.fromkeys(draws):
+        step = VIEW_STEPS[number]
+        options = {"noise": noise} if step is relative_noise else {}
+        signals = step(signals, generator, **options)
+    return signals
 
 
 def weak_view(signals: Tensor, generator: Generator, noise: float = 0.05) -> Tensor:
@@ -407,19 +383,11 @@ def weak_view(signals: Tensor, generator: Generator, noise: float = 0.05) -> Ten
 
     The paper calls it weak, yet only the noise surely leaves the label as it was.
     """
-    draws = torch.randint(
-        len(VIEW_STEPS), (1,), generator=generator, device=signals.device
-    ).tolist()
-    return _apply_steps(draws, signals, generator, noise)
+    return _view(signals, generator, noise, 1)
 
 
 def strong_view(signals: Tensor, generator: Generator, noise: float = 0.5) -> Tensor:
     """CE-SSL's strong view: those of the four that four draws with replacement hit, in random
     order.
     """
-    draws = torch.randint(
-        len(VIEW_STEPS), (4,), generator=generator, device=signals.device
-    ).tolist()
-    # Each at its first draw: as random an order as shuffling the distinct ones, and no further
-    # draw.
-    return _apply_steps(list(dict.fromkeys(draws)), signals, generator, noise)
+    return _view(signals, generator, noise, 4)

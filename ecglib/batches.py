@@ -96,16 +96,12 @@ class CropBatches:
             raise DataError(
                 f"A crop of {crop_seconds} s does not fit into records of {self.time / records.sampling_rate} s."
             )
-        self.batch_size, self.seed, self.device, self.scale = (
-            batch_size,
-            seed,
-            torch.device(device),
-            records.scale,
-        )
-        self.counts = torch.from_numpy(np.asarray(records.signals[self.indices])).to(self.device)
-        self.targets = torch.from_numpy(records.targets[self.indices].astype(np.float32)).to(
-            self.device
-        )
+        self.batch_size, self.seed = batch_size, seed
+        self.device, self.scale = torch.device(device), records.scale
+        counts = np.asarray(records.signals[self.indices])
+        targets = records.targets[self.indices].astype(np.float32)
+        self.counts = torch.from_numpy(counts).to(self.device)
+        self.targets = torch.from_numpy(targets).to(self.device)
         self.record_ids = records.table["record_id"].to_numpy()[self.indices]
         self.units = len(self.indices)  # what one pass goes through
         self._order: tuple[int, np.ndarray] | None = None
@@ -118,11 +114,9 @@ class CropBatches:
 
     def _chosen(self, step: int) -> Tensor:
         """The numbers of the units in the batch of one step, for all processes together."""
-        places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        chosen = np.array(
-            [self._shuffled(place // self.units)[place % self.units] for place in places]
-        )
-        return torch.from_numpy(chosen).to(self.device)
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        chosen = [self._shuffled(place // self.units)[place % self.units] for place in places]
+        return torch.from_numpy(np.array(chosen)).to(self.device)
 
     def _share(
         self, step: int, generator: Generator, *drawn: Tensor
@@ -145,13 +139,8 @@ class CropBatches:
         """The batch of one step, the same whenever it is asked for."""
         picked = self._chosen(step)
         generator = step_generator(self.seed, step, self.device)
-        starts = torch.randint(
-            0,
-            self.time - self.length + 1,
-            (self.batch_size,),
-            generator=generator,
-            device=self.device,
-        )
+        places, shape = self.time - self.length + 1, (self.batch_size,)
+        starts = torch.randint(places, shape, generator=generator, device=self.device)
         generator, (picked, starts) = self._share(step, generator, picked, starts)
         return Batch(self._cut(picked, starts), self.targets[picked], picked, generator)
 
@@ -176,58 +165,45 @@ class PatientBatches(CropBatches):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(records, indices, batch_size, crop_seconds, seed, device)
-        number, self.patient_ids = pd.factorize(
-            records.table["patient_id"].to_numpy()[self.indices]
-        )
-        sizes = np.bincount(number[number >= 0], minlength=len(self.patient_ids))
-        self._check(number, sizes, crop_seconds, records.sampling_rate)
-        self.units = len(self.patient_ids)
-        # The records of patient p are members[first[p] : first[p] + sizes[p]].
-        self.members, self.sizes = (
-            torch.from_numpy(values).to(self.device)
-            for values in (np.argsort(number, kind="stable"), sizes)
-        )
-        self.first = self.sizes.cumsum(0) - self.sizes
-
-    def _check(
-        self, number: np.ndarray, sizes: np.ndarray, crop_seconds: float, sampling_rate: float
-    ) -> None:
-        """DataError where no pairs can be made, naming the record or patient."""
+        patients = records.table["patient_id"].to_numpy()[self.indices]
+        number, self.patient_ids = pd.factorize(patients)
         if (number < 0).any():
             raise DataError(
                 f"Record {self.record_ids[(number < 0).argmax()]} has no patient_id; give it one, or leave "
                 "it out of the pairs."
             )
-        if len(sizes) < 2:
+        sizes = np.bincount(number)
+        self.units = len(sizes)
+        if self.units < 2:
             raise DataError(
                 f"All records come from one patient ({self.patient_ids[0]}); pairs need at least two."
             )
         if 2 * self.length > self.time and (sizes == 1).any():
             raise DataError(
-                f"Patient {self.patient_ids[(sizes == 1).argmax()]} has a single record, of {self.time / sampling_rate}"
-                f" s, in which two crops of {crop_seconds} s overlap; shorten the crop to at most half the record or "
-                "leave such patients out."
+                f"Patient {self.patient_ids[(sizes == 1).argmax()]} has a single record, of "
+                f"{self.time / records.sampling_rate} s, in which two crops of {crop_seconds} s overlap; "
+                "shorten the crop to at most half the record or leave such patients out."
             )
+        # The records of patient p are members[first[p] : first[p] + sizes[p]].
+        self.members = torch.from_numpy(np.argsort(number, kind="stable")).to(self.device)
+        self.sizes = torch.from_numpy(sizes).to(self.device)
+        self.first = self.sizes.cumsum(0) - self.sizes
 
     def __call__(self, step: int) -> PairBatch:
         """The pairs of one step, the same whenever they are asked for."""
         patients = self._chosen(step)
         generator = step_generator(self.seed, step, self.device)
-        draws = torch.rand(
-            (4, len(patients)), generator=generator, device=self.device, dtype=torch.float64
-        )
+        options = {"generator": generator, "device": self.device, "dtype": torch.float64}
+        draws = torch.rand((4, len(patients)), **options)
         generator, (patients, draws) = self._share(step, generator, patients, draws)
         size = self.sizes[patients]
-        one = (draws[0] * size).long()
-        other = (
-            one + 1 + (draws[1] * (size - 1)).long()
-        ) % size  # the same record where there is only one
-        picked = self.members[self.first[patients] + torch.stack([one, other])]
+        first = (draws[0] * size).long()
+        # The same record where there is only one.
+        second = (first + 1 + (draws[1] * (size - 1)).long()) % size
+        picked = self.members[self.first[patients] + torch.stack([first, second])].flatten()
         starts = torch.where(size == 1, self._apart(draws[2:]), self._anywhere(draws[2:]))
-        picked, starts = picked.flatten(), starts.flatten()
-        return PairBatch(
-            self._cut(picked, starts), self.targets[picked], picked, generator, patients
-        )
+        signals = self._cut(picked, starts.flatten())
+        return PairBatch(signals, self.targets[picked], picked, generator, patients)
 
     def _anywhere(self, draws: Tensor) -> Tensor:
         """Starts of two crops, each anywhere in its record; `draws` `(2, pairs)` uniform in [0, 1)."""
@@ -266,35 +242,31 @@ class SemiBatches:
                 "There is no unlabelled record to learn from; choose a label fraction below 1 or train "
                 "supervised."
             )
-        check_apart(records, labelled, unlabelled)
+        need_disjoint(records, labelled, unlabelled)
         count = _unlabelled_count(batch_size, ratio)
         self.labelled = CropBatches(records, labelled, batch_size, crop_seconds, seed, device)
-        self.unlabelled = CropBatches(
-            records, unlabelled, count, crop_seconds, other_stream(seed), device
-        )
+        seed = unlabelled_seed(seed)
+        self.unlabelled = CropBatches(records, unlabelled, count, crop_seconds, seed, device)
         self.record_ids = self.labelled.record_ids
 
     def __call__(self, step: int) -> SemiBatch:
         """The batch of one step, the same whenever it is asked for."""
-        labelled, unlabelled = self.labelled(step), self.unlabelled(step)
+        unlabelled = self.unlabelled(step)
         return SemiBatch(
-            labelled.signals,
-            labelled.targets,
-            labelled.indices,
-            labelled.generator,
-            unlabelled.signals,
-            unlabelled.indices,
+            **vars(self.labelled(step)),
+            unlabelled=unlabelled.signals,
+            unlabelled_indices=unlabelled.indices,
         )
 
 
-def other_stream(seed: int) -> int:
-    """A seed for a second pool: with one and the same, pools of one size would be shuffled and
-    cropped alike.
+def unlabelled_seed(seed: int) -> int:
+    """The seed of the unlabelled pool: with that of the labelled one, pools of one size would be
+    shuffled and cropped alike.
     """
     return int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
 
 
-def check_apart(records: Records, labelled: np.ndarray, unlabelled: np.ndarray) -> None:
+def need_disjoint(records: Records, labelled: np.ndarray, unlabelled: np.ndarray) -> None:
     """DataError where a record is in both pools, naming it."""
     both = np.intersect1d(labelled, unlabelled)
     if len(both):

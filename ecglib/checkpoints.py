@@ -1,14 +1,21 @@
 """Weights as safetensors files, written atomically and checked when they are opened."""
 
+import json
+import time
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ecglib.distributed import rank_and_world
 from ecglib.errors import DataError
 from ecglib.files import atomic_file
+
+CHECKPOINT, LOG = "checkpoint.safetensors", "training.jsonl"
 
 
 def save_tensors(
@@ -39,14 +46,11 @@ def first_difference(expected: Mapping[str, Tensor], tensors: Mapping[str, Tenso
     """The first name, in alphabetical order, that only one of two sets of tensors has or whose
     shapes differ.
     """
-    for name in sorted(set(expected) | set(tensors)):
-        if (
-            name not in tensors
-            or name not in expected
-            or tensors[name].shape != expected[name].shape
-        ):
-            return name
-    return None
+    shapes, others = (
+        {name: value.shape for name, value in each.items()} for each in (expected, tensors)
+    )
+    differing = (name for name in shapes | others if shapes.get(name) != others.get(name))
+    return min(differing, default=None)
 
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
@@ -59,3 +63,78 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Pat
             f"{path}: a checkpoint of another network (first difference at {name}); use the right one."
         )
     module.load_state_dict(tensors)
+
+
+class TrainingLog:
+    """The history of one training, kept with its checkpoint in a folder; without one, in memory.
+
+    `rows` is the history, `recent` holds the losses since its last row.
+    """
+
+    def __init__(self, folder: str | Path | None, steps: int, seed: int) -> None:
+        self.folder = Path(folder) if folder else None
+        self.identity = {"steps": str(steps), "seed": str(seed)}
+        self.rows: list[dict] = []
+        self.recent: list[Tensor] = []
+        self.started = time.perf_counter()
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The last checkpoint, if one was written."""
+        path = self.folder / CHECKPOINT if self.folder else None
+        return path if path and path.exists() else None
+
+    def add_row(self, step: int, learning_rate: float, precision: str) -> dict:
+        """The new row for the steps since the last one, with the mean of their losses."""
+        row = {
+            "step": step,
+            "loss": float(torch.stack(self.recent).mean()),
+            "learning_rate": learning_rate,
+            "seconds": time.perf_counter() - self.started,
+            "precision": precision,
+        }
+        self.rows.append(row)
+        self.recent.clear()
+        return row
+
+    def save(self, objective: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Write the rows, then weights, buffers, optimizer state and recent losses.
+
+        Only the first of several processes writes.
+        """
+        if self.folder is None or rank_and_world()[0]:
+            return
+        with atomic_file(self.folder / LOG) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        tensors = {f"model/{name}": value for name, value in objective.state_dict().items()}
+        for index, state in optimizer.state_dict()["state"].items():
+            for name, value in state.items():
+                tensors[f"optimizer/{index}/{name}"] = value
+        if self.recent:
+            tensors["recent_losses"] = torch.stack(self.recent)
+        save_tensors(self.folder / CHECKPOINT, tensors, {"step": str(step), **self.identity})
+
+    def resume(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """Load the checkpoint, if there is one, and return the next step.
+
+        DataError for the checkpoint of another run or of another network.
+        """
+        path = self.checkpoint
+        if path is None:
+            return 0
+        tensors, about = load_tensors(path)
+        if {key: about.get(key) for key in self.identity} != self.identity:
+            raise DataError(f"{path}: a checkpoint of another run ({about}); use another folder.")
+        self.recent = list(tensors.pop("recent_losses", []))
+        parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for name, value in tensors.items():
+            part, _, key = name.rpartition("/")
+            parts[part][key] = value
+        load_state(objective, parts.pop("model"), path)
+        state = {int(part.removeprefix("optimizer/")): values for part, values in parts.items()}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        step = int(about["step"])
+        rows = map(json.loads, path.with_name(LOG).read_text().splitlines())
+        self.rows = [row for row in rows if row["step"] <= step]
+        self.started -= self.rows[-1]["seconds"] if self.rows else 0.0
+        return step

@@ -60,9 +60,12 @@ class _Fused(nn.Module):
     weights alone.
     """
 
-    def __init__(self, models: int, sizes: Sequence[int], classes: int, votes: bool) -> None:
+    def __init__(
+        self, models: int, sizes: Sequence[int], classes: int, votes: bool, dropout: float
+    ) -> None:
         super().__init__()
         self.sizes = tuple(sizes)
+        self.dropout = dropout
         self.votes = StackedLinear(models, sum(sizes), classes) if votes else None
 
     def _draw(self, seeds: Sequence[int]) -> None:
@@ -77,10 +80,9 @@ class _Fused(nn.Module):
                 silent = self.votes is not None and name.startswith(("head", "votes"))
                 if name.endswith(("weight", "names")) and not silent:
                     deviation = 0.02 if name == "names" else parameter.shape[1] ** -0.5
-                    for place, generator in enumerate(generators):
-                        parameter[place] = deviation * torch.randn(
-                            parameter.shape[1:], generator=generator
-                        )
+                    shape = parameter.shape[1:]
+                    drawn = [torch.randn(shape, generator=generator) for generator in generators]
+                    parameter.copy_(deviation * torch.stack(drawn))
 
     def start_from(self, weights: Tensor, bias: Tensor) -> None:
         """Let the members' probes vote: weights `(models, d, classes)` and bias `(models, members,
@@ -96,19 +98,34 @@ class _Fused(nn.Module):
             self.votes.weight.copy_(weights / len(self.sizes))
             self.votes.bias.copy_(bias.mean(dim=1, keepdim=True))
 
-    def _voted(self, logits: Tensor, features: Tensor, present: Tensor | None) -> Tensor:
-        """Logits `(models, n, classes)` and the votes of the members that are present."""
-        if self.votes is None:
-            return logits
-        return logits + self.votes(
-            features if present is None else features * self._spread(present)
-        )
+    def _classified(
+        self,
+        inputs: Tensor,
+        features: Tensor,
+        present: Tensor | None,
+        generator: Generator | None,
+    ) -> Tensor:
+        """Logits `(models, n, classes)` of `inputs` and, where there are votes, those of the members
+        that are `present` `(n, members)`.
+        """
+        logits = self.head(self._drop(F.gelu(self.hidden(inputs)), generator))
+        return logits if self.votes is None else logits + self.votes(self._only(features, present))
 
-    def _spread(self, present: Tensor) -> Tensor:
-        """The weight of each member `(n, members)` for each of its features `(n, d)`."""
-        return torch.repeat_interleave(
-            present, torch.tensor(self.sizes, device=present.device), dim=1
-        )
+    def _only(self, features: Tensor, present: Tensor | None) -> Tensor:
+        """Features `(n, d)` times the weight `present` `(n, members)` of their member."""
+        if present is None:
+            return features
+        sizes = torch.tensor(self.sizes, device=present.device)
+        return features * present.repeat_interleave(sizes, dim=1)
+
+    def _drop(self, values: Tensor, generator: Generator | None) -> Tensor:
+        """Dropout of `(models, ...)` that is the same for every model, so that none depends on how
+        many there are.
+        """
+        if not self.training or self.dropout == 0.0:
+            return values
+        kept = torch.rand(values.shape[1:], generator=generator, device=values.device)
+        return values * ((kept >= self.dropout) / (1 - self.dropout))
 
 
 class FusionNetwork(_Fused):
@@ -135,13 +152,13 @@ class FusionNetwork(_Fused):
         votes: bool = True,
         seeds: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(models, sizes, classes, votes)
+        super().__init__(models, sizes, classes, votes, dropout)
         if mixing not in MIXINGS or width % heads:
             raise ValueError(
                 f"A fusion mixes by {', '.join(MIXINGS)}, not {mixing!r}, and its width ({width}) is a "
                 f"multiple of its heads ({heads})."
             )
-        self.heads, self.dropout, self.mixing = heads, dropout, mixing
+        self.heads, self.mixing = heads, mixing
         self.project = nn.ModuleList(StackedLinear(models, size, width) for size in sizes)
         self.norm = StackedNorm(models, width)
         self.names = nn.Parameter(torch.zeros(models, 1, len(sizes), width))
@@ -149,14 +166,10 @@ class FusionNetwork(_Fused):
             self.gate = StackedLinear(models, width, 1)
         else:
             self.inner_norm = StackedNorm(models, width)
-            self.qkv, self.mix = (
-                StackedLinear(models, width, 3 * width),
-                StackedLinear(models, width, width),
-            )
-        self.hidden, self.head = (
-            StackedLinear(models, len(sizes) * width, hidden),
-            StackedLinear(models, hidden, classes),
-        )
+            self.qkv = StackedLinear(models, width, 3 * width)
+            self.mix = StackedLinear(models, width, width)
+        self.hidden = StackedLinear(models, len(sizes) * width, hidden)
+        self.head = StackedLinear(models, hidden, classes)
         self._draw(range(models) if seeds is None else seeds)
 
     def tokens(self, features: Tensor) -> Tensor:
@@ -189,22 +202,18 @@ class FusionNetwork(_Fused):
         weights = self.mixing_weights(tokens, keep)
         if self.mixing == "gate":
             return tokens * weights[..., None] * len(self.sizes)
-        weights = drop(weights, self.dropout * self.training, generator)
-        return tokens + self.mix((weights @ self._split(tokens)[2]).transpose(2, 3).flatten(3))
+        taken = self._drop(weights, generator) @ self._split(tokens)[2]
+        return tokens + self.mix(taken.transpose(2, 3).flatten(3))
 
     def forward(
         self, features: Tensor, keep: Tensor | None = None, generator: Generator | None = None
     ) -> Tensor:
         tokens = self.mixed(self.tokens(features), keep, generator)
         present = None if keep is None else _present(keep)
-        if (
-            present is not None and self.mixing != "gate"
-        ):  # a gate's weights make up for dropped tokens already
+        # A gate's weights make up for dropped tokens already.
+        if present is not None and self.mixing != "gate":
             tokens = tokens * present[:, :, None]
-        hidden = F.gelu(self.hidden(tokens.flatten(2)))
-        return self._voted(
-            self.head(drop(hidden, self.dropout * self.training, generator)), features, present
-        )
+        return self._classified(tokens.flatten(2), features, present, generator)
 
 
 class FusionPerceptron(_Fused):
@@ -226,21 +235,16 @@ class FusionPerceptron(_Fused):
         votes: bool = True,
         seeds: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(models, sizes, classes, votes)
-        self.dropout = dropout
-        self.hidden, self.head = (
-            StackedLinear(models, sum(sizes), hidden),
-            StackedLinear(models, hidden, classes),
-        )
+        super().__init__(models, sizes, classes, votes, dropout)
+        self.hidden = StackedLinear(models, sum(sizes), hidden)
+        self.head = StackedLinear(models, hidden, classes)
         self._draw(range(models) if seeds is None else seeds)
 
     def forward(
         self, features: Tensor, keep: Tensor | None = None, generator: Generator | None = None
     ) -> Tensor:
-        if keep is not None:
-            features = features * self._spread(_present(keep))
-        hidden = drop(F.gelu(self.hidden(features)), self.dropout * self.training, generator)
-        return self._voted(self.head(hidden), features, None)
+        features = self._only(features, None if keep is None else _present(keep))
+        return self._classified(features, features, None, generator)
 
 
 def matched_hidden(sizes: Sequence[int], classes: int, **network) -> int:
@@ -276,17 +280,6 @@ def _present(keep: Tensor) -> Tensor:
     return keep * (keep.shape[1] / keep.sum(dim=1, keepdim=True))
 
 
-def drop(values: Tensor, probability: float, generator: Generator | None) -> Tensor:
-    """Dropout of `(models, ...)` that is the same for every model, so that none depends on how many
-    there are.
-    """
-    if probability == 0.0:
-        return values
-    shape = values.shape[1:]
-    kept = torch.rand(shape, generator=generator, device=values.device) >= probability
-    return values * (kept / (1 - probability))
-
-
 def draw_tokens(
     records: int,
     tokens: int,
@@ -316,13 +309,9 @@ class Fusion(nn.Module):
 
     def loss(self, batch: Batch) -> Tensor:
         """Scalar loss of a batch of features `(models, n, d)` and targets `(models, n, classes)`."""
-        keep = draw_tokens(
-            batch.signals.shape[1],
-            len(self.network.sizes),
-            self.token_dropout,
-            batch.generator,
-            batch.signals.device,
-        )
+        records, tokens = batch.signals.shape[1], len(self.network.sizes)
+        device = batch.signals.device
+        keep = draw_tokens(records, tokens, self.token_dropout, batch.generator, device)
         logits = self.network(batch.signals, keep, batch.generator)
         each = F.binary_cross_entropy_with_logits(logits.float(), batch.targets, reduction="none")
         return each.mean(dim=(1, 2)).sum()
@@ -345,17 +334,11 @@ class FusionBatches:
         steps: int,
         batch_size: int,
     ) -> None:
-        self.features, self.targets = list(features), torch.from_numpy(targets.astype(np.float32))
-        self.targets = self.targets.to(self.features[0].device)
-        orders = [
-            _order(subset, seed, steps * batch_size)
-            for subset, seed in zip(subsets, seeds, strict=True)
-        ]
-        self.order = (
-            torch.from_numpy(np.stack(orders))
-            .unflatten(1, (steps, batch_size))
-            .to(self.targets.device)
-        )
+        self.features, device = list(features), features[0].device
+        self.targets = torch.from_numpy(targets.astype(np.float32)).to(device)
+        pairs = zip(subsets, seeds, strict=True)
+        orders = np.stack([_order(subset, seed, steps * batch_size) for subset, seed in pairs])
+        self.order = torch.from_numpy(orders).unflatten(1, (steps, batch_size)).to(device)
 
     def __call__(self, step: int) -> Batch:
         """The batch of one step, the same whenever it is asked for."""
@@ -392,16 +375,9 @@ def train_stack(
     acts on each number apart, so the models do not meet there either; clipping the gradient would
     couple them.
     """
+    options = {"learning_rate": learning_rate, "clip": None, "dtype": "float32"}
     groups = [{"params": list(network.parameters()), "weight_decay": 0.0}]
-    history = fit(
-        Fusion(network, token_dropout),
-        batches,
-        steps,
-        learning_rate=learning_rate,
-        groups=groups,
-        clip=None,
-        dtype="float32",
-    )
+    history = fit(Fusion(network, token_dropout), batches, steps, groups=groups, **options)
     return history["loss"].iloc[-1] / len(batches.order)
 
 

@@ -51,19 +51,8 @@ class _FrozenConvolution(torch.autograd.Function):
         elif to_input:
             # Only the shape of the input matters here: one number stands for all of it.
             place = torch.empty(1, dtype=dtype, device=gradient.device).expand(shape)
-            by_input = torch.ops.aten.convolution_backward(
-                gradient,
-                place,
-                weight,
-                None,
-                stride,
-                padding,
-                dilation,
-                False,
-                [0],
-                1,
-                [True, False, False],
-            )[0]
+            form = (None, stride, padding, dilation, False, [0], 1, [True, False, False])
+            by_input = torch.ops.aten.convolution_backward(gradient, place, weight, *form)[0]
         # Not left to the line above, which on a CPU would compute the kernel's gradient along with
         # the bias's.
         by_bias = gradient.sum(dim=(0, 2)) if to_bias else None
@@ -91,13 +80,9 @@ class LowRankLayer(nn.Module):
         singular_values: bool = False,
     ) -> None:
         super().__init__()
-        self.base, self.rank, self.factored, self.nested, self.deactivation = (
-            base,
-            rank,
-            factored,
-            nested,
-            0.0,
-        )
+        self.base, self.rank = base, rank
+        self.factored, self.nested = factored, nested
+        self.deactivation = 0.0
         self.parts = getattr(base, "parts", 1)
         weight = base.weight
         self.A = nn.Parameter(weight.new_empty(self.parts * rank, weight[0].numel()))
@@ -107,11 +92,8 @@ class LowRankLayer(nn.Module):
         # score again.
         nn.init.normal_(self.A, std=self.start_deviation)
         if self.parts > 1:
-            nn.init.uniform_(
-                self.A,
-                -math.sqrt(3.0) * self.start_deviation,
-                math.sqrt(3.0) * self.start_deviation,
-            )
+            reach = math.sqrt(3.0) * self.start_deviation
+            nn.init.uniform_(self.A, -reach, reach)
         if singular_values:
             nn.init.normal_(self.B, std=START)
 
@@ -124,13 +106,12 @@ class LowRankLayer(nn.Module):
 
     def pairs(self, rank: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """The (A, B) of each part, cut to the first `rank` ranks; singular values are already in A."""
-        rank, scaled = (
-            rank or self.rank,
-            self.A if self.values is None else self.values[:, None] * self.A,
-        )
+        rank = rank or self.rank
+        scaled = self.A if self.values is None else self.values[:, None] * self.A
         for a, b in zip(scaled.chunk(self.parts), self.B.chunk(self.parts), strict=True):
             # The scale is alpha / rank with alpha = rank, 1, but for the ranks that DyLoRA cuts.
-            yield a[:rank], b[:, :rank] * (self.rank / rank) if rank < self.rank else b[:, :rank]
+            b = b[:, :rank]
+            yield a[:rank], b * (self.rank / rank) if rank < self.rank else b
 
     def difference(self, rank: int | None = None) -> Tensor:
         """BA in the shape of the weight."""
@@ -155,13 +136,16 @@ class LowRankLayer(nn.Module):
         weight = self.base.weight if difference is None else self.base.weight + difference
         if isinstance(self.base, nn.Linear):
             return F.linear(x, weight, self.base.bias)
-        how = list(self.base.stride), list(self.base.padding), list(self.base.dilation)
         if difference is not None:
-            return F.conv1d(x, weight, self.base.bias, *how)
+            return F.conv1d(x, weight, self.base.bias, *self._form())
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         bias = None if self.base.bias is None else self.base.bias.to(dtype)
-        return _FrozenConvolution.apply(x.to(dtype), weight.to(dtype), bias, *how)
+        return _FrozenConvolution.apply(x.to(dtype), weight.to(dtype), bias, *self._form())
+
+    def _form(self) -> tuple[list[int], list[int], list[int]]:
+        """Stride, padding and dilation of a convolution."""
+        return list(self.base.stride), list(self.base.padding), list(self.base.dilation)
 
     def _with_two_products(self, y: Tensor, x: Tensor, share: float, rank: int | None) -> Tensor:
         """y + `share` x BA x, written into y, by two small products and without forming BA."""
@@ -171,9 +155,7 @@ class LowRankLayer(nn.Module):
         if isinstance(self.base, nn.Conv1d):
             ((a, b),) = pairs
             kernel = a.view(len(a), *self.base.weight.shape[1:])
-            inner = F.conv1d(
-                x, kernel, None, self.base.stride, self.base.padding, self.base.dilation
-            )
+            inner = F.conv1d(x, kernel, None, *self._form())
             return y.baddbmm_(b.to(y.dtype).expand(len(y), -1, -1), inner)
         inner = F.linear(x, torch.cat([a for a, _ in pairs])).chunk(len(pairs), dim=-1)
         outer = [F.linear(part, b) for part, (_, b) in zip(inner, pairs, strict=True)]
@@ -186,14 +168,13 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     DataError for a grouped convolution, whose weight is not one matrix.
     """
+    last = last_linear(model)
     layers = {
         name: layer
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Conv1d | nn.Linear)
-    }
-    layers.pop(last_linear(model))
-    layers = {
-        name: layer for name, layer in layers.items() if name.rpartition(".")[2] != PROJECTION
+        and name != last
+        and name.rpartition(".")[2] != PROJECTION
     }
     for name, layer in layers.items():
         if isinstance(layer, nn.Conv1d) and layer.groups > 1:
@@ -296,17 +277,10 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """Everything that training changes: the trained parameters and the running statistics of batch
     norm.
     """
-    trained = {
-        name: value.detach() for name, value in model.named_parameters() if value.requires_grad
-    }
-    return {
-        **trained,
-        **{
-            name: value
-            for name, value in model.named_buffers()
-            if not name.endswith("batches_tracked")
-        },
-    }
+    parameters, buffers = model.named_parameters(), model.named_buffers()
+    trained = {name: value.detach() for name, value in parameters if value.requires_grad}
+    statistics = {name: value for name, value in buffers if not name.endswith("batches_tracked")}
+    return trained | statistics
 
 
 def backbone_checksum(model: nn.Module) -> str:
@@ -336,10 +310,8 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
             "The network has no low-rank layers, so there is no adapter to save; call add_lora first."
         )
     about = {f"rank/{name}": str(layer.rank) for name, layer in layers.items()}
-    about |= {
-        "deactivation": str(max(layer.deactivation for layer in layers.values())),
-        "backbone": backbone_checksum(model),
-    }
+    about["deactivation"] = str(max(layer.deactivation for layer in layers.values()))
+    about["backbone"] = backbone_checksum(model)
     save_tensors(path, adapter_state(model), about)
     return Path(path)
 
@@ -354,11 +326,8 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
             f"{path}: an adapter for another backbone (the checksums of the weights differ); load it onto "
             "the weights that it was trained on."
         )
-    ranks = {
-        name.removeprefix("rank/"): int(rank)
-        for name, rank in about.items()
-        if name.startswith("rank/")
-    }
+    ranks = {name: rank for name, rank in about.items() if name.startswith("rank/")}
+    ranks = {name.removeprefix("rank/"): int(rank) for name, rank in ranks.items()}
     add_lora(model, ranks, float(about["deactivation"]))
     name = first_difference(adapter_state(model), tensors)
     if name is not None:

@@ -14,6 +14,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from scipy.fft import next_fast_len
 from scipy.signal import firwin, kaiserord
 from torch import Generator, Tensor
 
-from ecglib.augment import baseline_shift, baseline_wander, muscle_noise
+from ecglib.augment import baseline_shift, baseline_wander, muscle_noise, powerline_noise
 from ecglib.errors import DataError
 from ecglib.records import FLAT_RANGE, LEADS, LIMB_FROM_I_AND_II
 from ecglib.sources.assemble import resample
@@ -89,18 +90,19 @@ class Draws:
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers `(records, *shape)`."""
-        return self._stack(lambda g: torch.randn(shape, generator=g, device=g.device))
+        return self._drawn(torch.randn, shape)
 
     def uniform(self, *shape: int) -> Tensor:
         """Numbers `(records, *shape)` uniform in [0, 1)."""
-        return self._stack(lambda g: torch.rand(shape, generator=g, device=g.device))
+        return self._drawn(torch.rand, shape)
 
-    def sizes(self, channels: int, spread: float) -> Tensor:
-        """How strong each channel of each record is, log-normal `(records, channels, 1)`."""
-        return (spread * self.normal(channels, 1)).exp()
+    def sizes(self, spread: float) -> Tensor:
+        """How strong the noise of each electrode is, log-normal `(records, 9, 1)`."""
+        return (spread * self.normal(len(ELECTRODES), 1)).exp()
 
-    def _stack(self, draw: Callable[[Generator], Tensor]) -> Tensor:
-        return torch.stack([draw(generator) for generator in self.generators]).to(self.device)
+    def _drawn(self, draw: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+        each = [draw(shape, generator=own, device=own.device) for own in self.generators]
+        return torch.stack(each).to(self.device)
 
 
 def record_generator(seed: int, record_id: object, kind: str = "") -> Generator:
@@ -129,9 +131,8 @@ def add_noise(
     closely as float32 can, up to about 80 dB. A record without power stays unchanged; a
     `FlatLeadWarning` counts these and those with a flat lead. DataError for a bad input.
     """
-    return prepare_noise(
-        signals, kind, sampling_rate, generator, mains=mains, recorded=recorded
-    ).at(snr_db)
+    options = {"mains": mains, "recorded": recorded}
+    return prepare_noise(signals, kind, sampling_rate, generator, **options).at(snr_db)
 
 
 def prepare_noise(
@@ -149,11 +150,9 @@ def prepare_noise(
     draws = Draws(_generators(generator, len(signals)), signals.device)
     known = _known(signals)
     make = Maker(draws, signals.shape[2], float(sampling_rate), mains, recorded or {})
-    return (
-        LeadLoss(signals, known, make)
-        if kind == "lead_loss"
-        else AdditiveNoise(signals, known, make, kind)
-    )
+    if kind == "lead_loss":
+        return LeadLoss(signals, known, make)
+    return AdditiveNoise(signals, known, make, kind)
 
 
 class PreparedNoise:
@@ -170,7 +169,7 @@ class PreparedNoise:
         are.
         """
         ratio = torch.as_tensor(snr_db, dtype=torch.float64, device=self.signals.device)
-        if ratio.ndim > 1 or (ratio.ndim == 1 and len(ratio) != len(self.signals)):
+        if tuple(ratio.shape) not in ((), (len(self.signals),)):
             raise DataError(
                 f"Ratios of shape {tuple(ratio.shape)} do not fit {len(self.signals)} records; give one "
                 "number or one a record."
@@ -206,9 +205,8 @@ class AdditiveNoise(PreparedNoise):
         return noise * gain[:, None, None].to(noise.dtype)
 
     def _noisy(self, snr_db: Tensor) -> Tensor:
-        return self.signals + self.noise * (10 ** (-snr_db / 20))[:, None, None].to(
-            self.noise.dtype
-        )
+        size = (10 ** (-snr_db / 20)).to(self.noise.dtype)
+        return self.signals + self.noise * size[:, None, None]
 
 
 class LeadLoss(PreparedNoise):
@@ -224,8 +222,8 @@ class LeadLoss(PreparedNoise):
         super().__init__(signals, known)
         self.make = make
         leads, time = signals.shape[1:]
-        draws = make.draws
-        order, start = draws.uniform(leads).argsort(dim=1), (draws.uniform(leads) * time).long()
+        order = make.draws.uniform(leads).argsort(dim=1)
+        start = (make.draws.uniform(leads) * time).long()
         clock = torch.arange(time, device=signals.device)
         # (records, leads x time): the samples of each record in the order in which they are lost.
         self.path = (order[:, :, None] * time + (clock + start[:, :, None]) % time).flatten(1)
@@ -242,22 +240,15 @@ class LeadLoss(PreparedNoise):
         kept = (self.lost > wanted).double()
         last = torch.searchsorted(self.lost, wanted, right=True).clamp(max=self.lost.shape[1] - 1)
         before = (self.lost - self.energies).gather(1, last)
-        part = (
-            ((wanted - before).clamp_min(0) / self.energies.gather(1, last).clamp_min(1e-300))
-            .sqrt()
-            .clamp(max=1)
-        )
+        part = (wanted - before).clamp_min(0) / self.energies.gather(1, last).clamp_min(1e-300)
+        part = part.sqrt().clamp(max=1)
         kept.scatter_(1, last, kept.gather(1, last) * (1 - part))
-        map_ = (
-            torch.zeros_like(kept).scatter_(1, self.path, kept).unflatten(1, self.signals.shape[1:])
-        )
-        noisy = self.clean * map_.to(self.clean.dtype)
+        places = torch.zeros_like(kept).scatter_(1, self.path, kept)
+        noisy = self.clean * places.view(self.clean.shape).to(self.clean.dtype)
         below = snr_db < 0
-        return (
-            noisy + self._open_inputs(wanted[:, 0]) * below[:, None, None]
-            if bool(below.any())
-            else noisy
-        )
+        if bool(below.any()):
+            noisy = noisy + self._open_inputs(wanted[:, 0]) * below[:, None, None]
+        return noisy
 
     def _open_inputs(self, wanted: Tensor) -> Tensor:
         """c w with |c w - s|^2 = `wanted` `(records,)`."""
@@ -268,62 +259,46 @@ class LeadLoss(PreparedNoise):
         return self.white * size[:, None, None].to(self.white.dtype)
 
 
+@dataclass
 class Maker:
     """Makes noise `(records, 12, samples)` of any additive kind at the rate of the records, at no
     particular size.
     """
 
-    def __init__(
-        self,
-        draws: Draws,
-        samples: int,
-        sampling_rate: float,
-        mains: float,
-        recorded: Mapping[str, np.ndarray],
-    ) -> None:
-        self.draws, self.samples, self.rate, self.mains, self.recorded = (
-            draws,
-            samples,
-            sampling_rate,
-            mains,
-            recorded,
-        )
-        self.factor = math.ceil(MAKING_RATE / sampling_rate)
+    draws: Draws
+    samples: int
+    rate: float
+    mains: float
+    recorded: Mapping[str, np.ndarray]
 
     def leads(self, kind: str) -> Tensor:
         """Noise of one kind in the twelve leads."""
         device = self.draws.device
         channels = torch.from_numpy(LEADS_FROM_CHANNELS).to(device)
         if kind == "white":
-            return channels @ self._decimated(lambda samples, rate: self.draws.normal(8, samples))
+            return channels @ self._decimated(lambda _, samples, __: self.draws.normal(8, samples))
         leads = channels @ torch.from_numpy(CHANNELS_FROM_ELECTRODES).to(device)
         if kind in self.recorded:
             return leads @ excerpts(self.draws, self.recorded[kind], self.samples, self.rate)
         if kind == "powerline":
-            # A sum of tones below half the rate, written down as it is: there is nothing for a
-            # filter to remove.
+            # A sum of tones below half the rate: there is nothing for a filter to remove.
             return leads @ mains_tones(self.draws, self.samples, self.rate, self.mains)
-        make = {
-            "baseline_wander": wander,
-            "muscle": muscle,
-            "electrode_motion": motion,
-            "baseline_shift": shifts,
-        }[kind]
-        return leads @ self._decimated(lambda samples, rate: make(self.draws, samples, rate))
+        return leads @ self._decimated(WAVES[kind])
 
-    def _decimated(self, make: Callable[[int, float], Tensor]) -> Tensor:
-        """What `make(samples, rate)` gives at the making rate, low-passed and every factor-th
-        sample taken.
+    def _decimated(self, make: Callable[[Draws, int, float], Tensor]) -> Tensor:
+        """What `make(draws, samples, rate)` gives at the making rate, low-passed and every
+        factor-th sample taken.
         """
-        if self.factor == 1:
-            return make(self.samples, self.rate)
-        taps = anti_alias_taps(self.factor)
+        factor = math.ceil(MAKING_RATE / self.rate)
+        if factor == 1:
+            return make(self.draws, self.samples, self.rate)
+        taps = anti_alias_taps(factor)
         # The filter sees real noise before the first and after the last sample, so that no end is
         # weaker.
-        blocks = self.samples + len(taps) // self.factor - 1
-        waves = make(blocks * self.factor, self.rate * self.factor)
-        phases = waves.flatten(0, 1).unflatten(1, (blocks, self.factor)).transpose(1, 2)
-        kernel = torch.from_numpy(taps).to(waves).reshape(1, -1, self.factor).transpose(1, 2)
+        blocks = self.samples + len(taps) // factor - 1
+        waves = make(self.draws, blocks * factor, self.rate * factor)
+        phases = waves.flatten(0, 1).unflatten(1, (blocks, factor)).transpose(1, 2)
+        kernel = torch.from_numpy(taps).to(waves).reshape(1, -1, factor).transpose(1, 2)
         return F.conv1d(phases, kernel).reshape(*waves.shape[:2], self.samples)
 
 
@@ -338,15 +313,9 @@ def anti_alias_taps(factor: int) -> np.ndarray:
 
 
 def band_noise(
-    draws: Draws,
-    channels: int,
-    samples: int,
-    rate: float,
-    low: float,
-    high: float,
-    slope: float = 0.0,
+    draws: Draws, samples: int, rate: float, low: float, high: float, slope: float = 0.0
 ) -> Tensor:
-    """Gaussian noise `(records, channels, samples)` of variance 1 from `low` to `high` Hz,
+    """Gaussian noise of electrodes, `(records, 9, samples)` of variance 1 from `low` to `high` Hz,
     amplitude as f^-slope.
     """
     length = next_fast_len(max(samples, math.ceil(PERIOD * rate)), real=True)
@@ -354,45 +323,36 @@ def band_noise(
     inside = ((frequency >= low) & (frequency <= high)).nonzero()[:, 0]
     weights = frequency[inside] ** -slope
     weights = weights * (length / (2 * weights.square().sum().sqrt()))
-    drawn = draws.normal(channels, 2, len(inside)) * weights
-    spectrum = torch.zeros(
-        *drawn.shape[:2], len(frequency), dtype=torch.complex64, device=draws.device
-    )
+    drawn = draws.normal(len(ELECTRODES), 2, len(inside)) * weights
+    shape = (*drawn.shape[:2], len(frequency))
+    spectrum = torch.zeros(shape, dtype=torch.complex64, device=draws.device)
     spectrum[:, :, inside] = torch.complex(drawn[:, :, 0], drawn[:, :, 1])
     return torch.fft.irfft(spectrum, n=length)[:, :, :samples]
 
 
 def bursts(draws: Draws, samples: int, rate: float) -> Tensor:
-    """An envelope `(records, electrodes, samples)` that is mostly low and swells now and then,
-    never 0.
-    """
-    return (
-        0.1 + torch.relu(band_noise(draws, len(ELECTRODES), samples, rate, 0.1, 1.0) - 0.3).square()
-    )
+    """An envelope `(records, 9, samples)` that is mostly low and swells now and then, never 0."""
+    return 0.1 + torch.relu(band_noise(draws, samples, rate, 0.1, 1.0) - 0.3).square()
 
 
 def wander(draws: Draws, samples: int, rate: float) -> Tensor:
     """Baseline wander of electrodes by breath and skin: 0.05 to 0.5 Hz, the slowest largest."""
-    waves = band_noise(draws, len(ELECTRODES), samples, rate, 0.05, 0.5, slope=1.0)
-    return draws.sizes(len(ELECTRODES), 0.5) * waves
+    waves = band_noise(draws, samples, rate, 0.05, 0.5, slope=1.0)
+    return draws.sizes(0.5) * waves
 
 
 def muscle(draws: Draws, samples: int, rate: float) -> Tensor:
     """Muscle noise of electrodes: 20 to 150 Hz in bursts."""
-    waves = band_noise(draws, len(ELECTRODES), samples, rate, 20.0, 150.0) * bursts(
-        draws, samples, rate
-    )
-    return draws.sizes(len(ELECTRODES), 0.5) * waves
+    waves = band_noise(draws, samples, rate, 20.0, 150.0) * bursts(draws, samples, rate)
+    return draws.sizes(0.5) * waves
 
 
 def motion(draws: Draws, samples: int, rate: float) -> Tensor:
     """Electrode motion: transients of 1 to 10 Hz, which look like beats, as those of the NSTDB
     record em.
     """
-    waves = band_noise(draws, len(ELECTRODES), samples, rate, 1.0, 10.0, slope=1.0) * bursts(
-        draws, samples, rate
-    )
-    return draws.sizes(len(ELECTRODES), 1.0) * waves
+    waves = band_noise(draws, samples, rate, 1.0, 10.0, slope=1.0) * bursts(draws, samples, rate)
+    return draws.sizes(1.0) * waves
 
 
 def shifts(draws: Draws, samples: int, rate: float) -> Tensor:
@@ -400,13 +360,10 @@ def shifts(draws: Draws, samples: int, rate: float) -> Tensor:
     stretches = math.ceil(samples / rate) + 2
     lengths = rate * (1.0 + 4.0 * draws.uniform(len(ELECTRODES), stretches))
     ends = lengths.cumsum(dim=2) - lengths[:, :, :1] * draws.uniform(len(ELECTRODES), 1)
-    clock = (
-        torch.arange(samples, device=draws.device, dtype=torch.float32)
-        .expand(*ends.shape[:2], -1)
-        .contiguous()
-    )
-    levels = draws.normal(len(ELECTRODES), stretches) * draws.sizes(len(ELECTRODES), 1.0)
-    return levels.gather(2, torch.searchsorted(ends.contiguous(), clock).clamp(max=stretches - 1))
+    clock = torch.arange(samples, device=draws.device, dtype=torch.float32)
+    clock = clock.repeat(*ends.shape[:2], 1)
+    levels = draws.normal(len(ELECTRODES), stretches) * draws.sizes(1.0)
+    return levels.gather(2, torch.searchsorted(ends, clock).clamp(max=stretches - 1))
 
 
 def mains_tones(draws: Draws, samples: int, rate: float, mains: float) -> Tensor:
@@ -418,9 +375,7 @@ def mains_tones(draws: Draws, samples: int, rate: float, mains: float) -> Tensor
     back. Harmonics above are left out.
     """
     tone = min(mains, rate / 2 - MAINS_MARGIN)
-    count = max(
-        1, sum(order * (tone + MAINS_MARGIN) <= rate / 2 for order in range(1, len(HARMONICS) + 1))
-    )
+    count = min(max(1, math.floor(rate / 2 / (tone + MAINS_MARGIN))), len(HARMONICS))
     clock = torch.arange(samples, device=draws.device, dtype=torch.float64) / rate
     slow = 0.03 + 0.07 * draws.uniform(2, 1).double()  # Hz, of the frequency and of the amplitude
     phase = 2 * math.pi * draws.uniform(2, 1).double()
@@ -431,13 +386,19 @@ def mains_tones(draws: Draws, samples: int, rate: float, mains: float) -> Tensor
     heights = torch.tensor(HARMONICS, device=draws.device) * draws.normal(len(HARMONICS)).abs()
     heights[:, 0] = 1.0
     offsets = 2 * math.pi * draws.uniform(len(ELECTRODES), len(HARMONICS)).double()
-    tones = torch.zeros(
-        len(angle), len(ELECTRODES), samples, dtype=torch.float64, device=draws.device
-    )
+    tones = 0.0
     for order in range(count):
         own = (order + 1) * angle[:, None] + offsets[:, :, order, None]
-        tones += heights[:, order, None, None] * torch.cos(own)
-    return draws.sizes(len(ELECTRODES), 0.5) * (swell[:, None] * tones).float()
+        tones = tones + heights[:, order, None, None] * torch.cos(own)
+    return draws.sizes(0.5) * (swell[:, None] * tones).float()
+
+
+WAVES = {  # of electrodes, by kind
+    "baseline_wander": wander,
+    "muscle": muscle,
+    "electrode_motion": motion,
+    "baseline_shift": shifts,
+}
 
 
 def excerpts(draws: Draws, recording: np.ndarray, samples: int, rate: float) -> Tensor:
@@ -498,44 +459,20 @@ def published_noise(
     law, as the shift does with a gain of its own in each lead. No level fixes a ratio. DataError
     for an unknown level.
     """
-    _check(signals, MIXED, sampling_rate, None)
+    _check_signals(signals, sampling_rate)
     if level not in PUBLISHED_LEVELS:
         raise DataError(
             f"There is no published noise level {level!r}; choose one of {min(PUBLISHED_LEVELS)} to "
             f"{max(PUBLISHED_LEVELS)}."
         )
     if not isinstance(generator, Generator):
-        generators = _generators(generator, len(signals))
-        return torch.cat(
-            [
-                published_noise(signals[place : place + 1], level, sampling_rate, own)
-                for place, own in enumerate(generators)
-            ]
-        )
+        each = zip(signals.split(1), _generators(generator, len(signals)), strict=True)
+        return torch.cat([published_noise(one, level, sampling_rate, own) for one, own in each])
     largest = PUBLISHED_LEVELS[level]
     noisy = baseline_wander(signals, generator, largest["baseline_wander"], sampling_rate)
-    noisy = _folded_powerline(noisy, generator, largest["powerline"], sampling_rate)
+    noisy = powerline_noise(noisy, generator, largest["powerline"], sampling_rate, folded=True)
     noisy = muscle_noise(noisy, generator, largest["muscle"])
     return baseline_shift(noisy, generator, largest["baseline_shift"], sampling_rate)
-
-
-def _folded_powerline(
-    signals: Tensor, generator: Generator, largest: float, sampling_rate: float
-) -> Tensor:
-    """C^2 g_lead sum_k a_k cos(2 pi 50 k t + phase) with k = 1, 2, 3, whatever the sampling rate
-    makes of it.
-    """
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator, device=signals.device, dtype=signals.dtype)
-
-    batch, leads, time = signals.shape
-    size, gain = (largest * uniform(batch, 1, 1)).square(), 2 * uniform(batch, leads, 1) - 1
-    heights, phase = uniform(batch, 3), 2 * math.pi * uniform(batch, 1, 1)
-    clock = torch.arange(time, device=signals.device, dtype=torch.float64) / sampling_rate
-    harmonics = 50.0 * torch.arange(1, 4, device=signals.device)
-    tones = torch.cos(2 * math.pi * harmonics[:, None] * clock + phase).to(signals.dtype)
-    return signals + size * gain * torch.einsum("bk,bkt->bt", heights, tones)[:, None]
 
 
 def measured_snr(clean: Tensor, noisy: Tensor, by_variance: bool = False) -> Tensor:
@@ -570,24 +507,24 @@ def _known(signals: Tensor) -> Tensor:
     low = torch.where(finite, signals, torch.inf).amin(dim=2)
     flat = high - low < FLAT_RANGE  # of a lead without any sample the range is minus infinity
     known = finite & ~flat[:, :, None]
-    some, none = (
-        int((flat & finite.any(dim=2)).any(dim=1).sum()),
-        int((~known.any(dim=2).any(dim=1)).sum()),
-    )
+    some = int((flat & finite.any(dim=2)).any(dim=1).sum())
+    none = int((~known.flatten(1).any(dim=1)).sum())
     if some or none:
-        message = f"{some} of {len(signals)} records have a flat lead, which stays as it is and does not count"
         whole = f"; {none} have no lead that moves and stay unchanged" if none else ""
-        warnings.warn(f"{message}{whole}.", FlatLeadWarning, stacklevel=4)
+        warnings.warn(
+            f"{some} of {len(signals)} records have a flat lead, which stays as it is and does not "
+            f"count{whole}.",
+            FlatLeadWarning,
+            stacklevel=4,
+        )
     return known
 
 
 def _generators(generator: Generator | Sequence[Generator], count: int) -> list[Generator]:
     """One generator a record: those given, or new ones with seeds from the one given."""
     if isinstance(generator, Generator):
-        seeds = torch.randint(
-            2**62, (count,), generator=generator, device=generator.device
-        ).tolist()
-        return [torch.Generator().manual_seed(seed) for seed in seeds]
+        seeds = torch.randint(2**62, (count,), generator=generator, device=generator.device)
+        return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
     if len(generator) != count:
         raise DataError(
             f"{len(generator)} generators were given for {count} records; give one, or one a record."
@@ -595,20 +532,24 @@ def _generators(generator: Generator | Sequence[Generator], count: int) -> list[
     return list(generator)
 
 
-def _check(signals: Tensor, kind: str, sampling_rate: float, mains: float | None) -> None:
-    """DataError where this noise cannot be added to these signals; without `mains` the mains are
-    not looked at.
-    """
-    if kind not in (*KINDS, MIXED):
+def _check(signals: Tensor, kind: str, sampling_rate: float, mains: float) -> None:
+    """DataError where this noise cannot be added to these signals."""
+    kinds = (*KINDS, MIXED)
+    if kind not in kinds:
+        raise DataError(f"There is no noise of kind {kind!r}; choose one of {', '.join(kinds)}.")
+    _check_signals(signals, sampling_rate)
+    if kind in ("powerline", MIXED) and not 0 < mains <= sampling_rate / 2:
         raise DataError(
-            f"There is no noise of kind {kind!r}; choose one of {', '.join((*KINDS, MIXED))}."
+            f"Mains of {mains:g} Hz lie above {sampling_rate / 2:g} Hz, half the sampling rate, where a "
+            "recorder's filter has removed them; take records of a higher rate or another kind of "
+            "noise."
         )
-    if (
-        signals.ndim != 3
-        or signals.shape[1] != len(LEADS)
-        or not signals.is_floating_point()
-        or not signals.numel()
-    ):
+
+
+def _check_signals(signals: Tensor, sampling_rate: float) -> None:
+    """DataError where noise cannot be added to these signals."""
+    twelve_leads = signals.ndim == 3 and signals.shape[1] == len(LEADS)
+    if not (twelve_leads and signals.is_floating_point() and signals.numel()):
         raise DataError(
             f"Noise is added to float signals (batch, 12, time) in mV, not {signals.dtype} "
             f"{tuple(signals.shape)}; give at least one record as mV."
@@ -617,14 +558,6 @@ def _check(signals: Tensor, kind: str, sampling_rate: float, mains: float | None
         raise DataError(
             f"At {sampling_rate} Hz there is no telling noise from heart; resample to {SMALLEST_RATE:g} Hz "
             "or more."
-        )
-    if mains is None or kind not in ("powerline", MIXED):
-        return
-    if not 0 < mains <= sampling_rate / 2:
-        raise DataError(
-            f"Mains of {mains:g} Hz lie above {sampling_rate / 2:g} Hz, half the sampling rate, where a "
-            "recorder's filter has removed them; take records of a higher rate or another kind of "
-            "noise."
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ecglib.batches import Batch
 from ecglib.errors import DataError
-from ecglib.lora import LowRankLayer, add_lora, low_rank_layers
+from ecglib.lora import LOW_RANK_PARTS, LowRankLayer, add_lora, low_rank_layers
 
 
 def importance(
@@ -77,14 +77,14 @@ def allocate_ranks(
     rank: int,
     share: float,
     score: str = "corrected",
-    seed: int = 0,
 ) -> dict[str, int]:
     """Ranks for `lora.add_lora`: the full `rank` for the important `share` of the layers, half of
     it for the others.
 
     One pass over the labelled `batches` before any training; `score` is a column of `importance`.
     """
-    return ranks_by_importance(importance(model, batches, rank, seed)[score].to_dict(), rank, share)
+    scores = importance(model, batches, rank)[score]
+    return ranks_by_importance(scores.to_dict(), rank, share)
 
 
 class AdaptiveRanks(nn.Module):
@@ -116,17 +116,15 @@ class AdaptiveRanks(nn.Module):
         self.goal = sum(rank * layer.parts for layer in self.layers)
         self.penalty, self.smoothing, self.begin, self.end = penalty, smoothing, begin, end
         for index, layer in enumerate(self.layers):
-            for part in ("A", "B", "values"):
+            for part in LOW_RANK_PARTS:
                 for kind in ("mean", "spread"):
-                    self.register_buffer(
-                        f"{kind}_{part}_{index}", torch.zeros_like(getattr(layer, part))
-                    )
+                    start = torch.zeros_like(getattr(layer, part))
+                    self.register_buffer(f"{kind}_{part}_{index}", start)
 
     def loss(self, batch: Batch) -> Tensor:
         """The objective's loss and the penalty on vectors that are not orthonormal."""
-        return self.objective.loss(batch) + self.penalty * sum(
-            _lack_of_orthogonality(layer) for layer in self.layers
-        )
+        penalty = sum(_lack_of_orthogonality(layer) for layer in self.layers)
+        return self.objective.loss(batch) + self.penalty * penalty
 
     def budget(self, progress: float) -> int:
         """How many values may differ from 0."""
@@ -143,31 +141,23 @@ class AdaptiveRanks(nn.Module):
         scores = torch.cat([self._triples(index, layer) for index, layer in enumerate(self.layers)])
         kept = scores.new_zeros(len(scores), dtype=torch.bool)
         kept[scores.topk(self.budget(progress)).indices] = True
-        for layer, mask in zip(
-            self.layers, kept.split([len(layer.values) for layer in self.layers]), strict=True
-        ):
+        masks = kept.split([len(layer.values) for layer in self.layers])
+        for layer, mask in zip(self.layers, masks, strict=True):
             layer.values.mul_(mask)
 
     def _triples(self, index: int, layer: LowRankLayer) -> Tensor:
         """Importance of each (value, row of A, column of B) of a layer, `(parts x rank,)`."""
-        rows = self._sensitivity("A", index, layer).mean(dim=1)
-        columns = (
-            self._sensitivity("B", index, layer)
-            .unflatten(0, (layer.parts, -1))
-            .mean(dim=1)
-            .flatten()
-        )
-        return self._sensitivity("values", index, layer) + rows + columns
+        rows, columns, values = (self._sensitivity(part, index, layer) for part in LOW_RANK_PARTS)
+        columns = columns.unflatten(0, (layer.parts, -1)).mean(dim=1).flatten()
+        return values + rows.mean(dim=1) + columns
 
     def _sensitivity(self, part: str, index: int, layer: LowRankLayer) -> Tensor:
         """Smoothed |weight x gradient| times its smoothed deviation, updated with this step's
         gradient.
         """
         weight = getattr(layer, part)
-        mean, spread = (
-            getattr(self, f"mean_{part}_{index}"),
-            getattr(self, f"spread_{part}_{index}"),
-        )
+        mean = getattr(self, f"mean_{part}_{index}")
+        spread = getattr(self, f"spread_{part}_{index}")
         if weight.grad is not None:
             now = (weight * weight.grad).abs()
             mean.lerp_(now, 1.0 - self.smoothing)
@@ -176,11 +166,9 @@ class AdaptiveRanks(nn.Module):
 
     def report(self) -> dict:
         """What the objective tells, and the number of values in use."""
-        told = self.objective.report() if hasattr(self.objective, "report") else {}
-        return {
-            **told,
-            "ranks_in_use": int(sum((layer.values != 0).sum() for layer in self.layers)),
-        }
+        shares = self.objective.report() if hasattr(self.objective, "report") else {}
+        in_use = int(sum((layer.values != 0).sum() for layer in self.layers))
+        return {**shares, "ranks_in_use": in_use}
 
 
 def _lack_of_orthogonality(layer: LowRankLayer) -> Tensor:

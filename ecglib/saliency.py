@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 from ecglib.encoders.conv_transformer import ConvBlock
 from ecglib.encoders.transformer import TransformerBlock
@@ -57,21 +56,21 @@ def attribute(
         )
     fitting = fitting_methods(model)
     if method not in fitting:
+        name = type(getattr(model, "encoder", model)).__name__
         raise DataError(
-            f"{_encoder_name(model)} has no {LAYERS[method]}, which {method} looks at; for this network "
-            f"choose one of {', '.join(fitting)}."
+            f"{name} has no {LAYERS[method]}, which {method} looks at; for this network choose one "
+            f"of {', '.join(fitting)}."
         )
     place = next(iter(model.parameters()), signals).device
-    with (
-        evaluation(model),
-        torch.backends.cudnn.flags(enabled=False),
-    ):  # cuDNN's LSTM has no gradient in evaluation
+    # cuDNN's LSTM has no gradient in evaluation.
+    with evaluation(model), torch.backends.cudnn.flags(enabled=False):
         inputs = signals.detach().to(place, torch.float32)
         with torch.no_grad():
             classes = model(inputs[:1]).shape[1]
         if not 0 <= class_index < classes:
             raise DataError(
-                f"Class {class_index} does not exist: the network has {classes} classes, counted from 0."
+                f"Class {class_index} does not exist: the network has {classes} classes, counted "
+                "from 0."
             )
         found = METHODS[method](model, inputs, int(class_index), **options)
     return found.detach().float().to(signals.device)
@@ -79,17 +78,14 @@ def attribute(
 
 def fitting_methods(model: nn.Module) -> tuple[str, ...]:
     """Names of the methods for which `model` has the layers."""
-    convolutional, attentive = (
-        bool(_convolutional_stages(model)),
-        bool(_of_type(model, TransformerBlock)),
-    )
+    convolutional = bool(_convolutional_stages(model))
     smooth = bool(_of_type(model, (nn.GELU, nn.SiLU, nn.LSTM)))
-    lacking = {
-        "gradcam": not convolutional,
-        "guided_gradcam": not convolutional or smooth,
-        "attention_rollout": not attentive,
+    fits = {
+        "gradcam": convolutional,
+        "guided_gradcam": convolutional and not smooth,
+        "attention_rollout": bool(_of_type(model, TransformerBlock)),
     }
-    return tuple(method for method in METHODS if not lacking.get(method, False))
+    return tuple(method for method in METHODS if fits.get(method, True))
 
 
 def attribute_records(
@@ -204,20 +200,15 @@ class HealthyBeats:
 
         DataError where none of them shows a beat.
         """
-        found = [
-            median_beat(signal, records.sampling_rate)
-            for signal in np.nan_to_num(records.millivolts(indices))
-        ]
-        kept = [(beat, rate) for beat, rate, _ in found if beat is not None]
+        signals, rate = np.nan_to_num(records.millivolts(indices)), records.sampling_rate
+        found = [median_beat(signal, rate)[:2] for signal in signals]
+        kept = [(beat, beats_a_minute) for beat, beats_a_minute in found if beat is not None]
         if not kept:
             raise DataError(
                 "No healthy record shows three whole beats; give more records without a finding."
             )
-        return cls(
-            np.stack([beat for beat, _ in kept]),
-            np.array([rate for _, rate in kept]),
-            records.sampling_rate,
-        )
+        beats, rates = zip(*kept)
+        return cls(np.stack(beats), np.array(rates), rate)
 
     def baseline(self, millivolts: np.ndarray, nearest: int = 100) -> np.ndarray:
         """The records `(n, 12, time)` with a healthy heart, float32: in each beat what is departed
@@ -228,32 +219,29 @@ class HealthyBeats:
         without three whole beats stays as it is.
         """
         filled = np.nan_to_num(np.asarray(millivolts, np.float32))
-        return np.stack([self._one(signal, nearest) for signal in filled])
+        return np.stack([self._mended(signal, nearest) for signal in filled])
 
-    def _one(self, signal: np.ndarray, nearest: int) -> np.ndarray:
+    def _mended(self, signal: np.ndarray, nearest: int) -> np.ndarray:
         """The baseline of one record."""
         beat, rate, peaks = median_beat(signal, self.sampling_rate)
         if beat is None:
             return signal
-        healthy = self.beats[np.argsort(np.abs(self.rates - rate), kind="stable")[:nearest]].mean(
-            axis=0
+        closest = np.argsort(np.abs(self.rates - rate), kind="stable")[:nearest]
+        length = beat.shape[1]
+        ramp = np.arange(1, length + 1) / max(2, length // 20)
+        # The departure rises and ends softly.
+        departure = (beat - self.beats[closest].mean(axis=0)) * np.minimum(
+            1.0, np.minimum(ramp, ramp[::-1])
         )
-        before, length = round(BEFORE * self.sampling_rate), beat.shape[1]
-        edge = max(2, length // 20)  # the departure rises and ends softly
-        taper = np.minimum(
-            1.0, np.minimum(np.arange(1, length + 1), np.arange(length, 0, -1)) / edge
-        )
-        departure, result = (beat - healthy) * taper, signal.copy()
+        starts = peaks - round(BEFORE * self.sampling_rate)
         # Where the stretches of two beats overlap, each has its half.
-        borders = (peaks[:-1] + peaks[1:] + length - 2 * before) // 2
-        for place, peak in enumerate(peaks):
-            first = max(peak - before, borders[place - 1] if place else 0, 0)
-            last = min(
-                peak - before + length,
-                borders[place] if place < len(borders) else signal.shape[1],
-                signal.shape[1],
-            )
-            result[:, first:last] -= departure[:, first - peak + before : last - peak + before]
+        borders = (starts[:-1] + starts[1:] + length) // 2
+        firsts = np.maximum(starts, np.r_[0, borders])
+        ends = np.minimum(starts + length, signal.shape[1])
+        lasts = np.minimum(ends, np.r_[borders, signal.shape[1]])
+        result = signal.copy()
+        for start, first, last in zip(starts, firsts, lasts, strict=True):
+            result[:, first:last] -= departure[:, first - start : last - start]
         return result
 
 
@@ -294,13 +282,12 @@ def integrated_gradients(
     line. That is no healthy heart: where a wave is lost, nothing differs from it and nothing is
     attributed. `HealthyBeats` gives one.
     """
-    start = torch.zeros_like(signals) if baseline is None else baseline.to(signals)
     return (
         _captum()
-        .IntegratedGradients(model, multiply_by_inputs=True)
+        .IntegratedGradients(model)
         .attribute(
             signals,
-            start,
+            None if baseline is None else baseline.to(signals),
             class_index,
             n_steps=steps,
             internal_batch_size=max(WINDOWS_TOGETHER, len(signals)),
@@ -308,63 +295,54 @@ def integrated_gradients(
     )
 
 
-def gradcam(
-    model: nn.Module, signals: Tensor, class_index: int, coarsest: int = COARSEST
-) -> Tensor:
+def gradcam(model: nn.Module, signals: Tensor, class_index: int) -> Tensor:
     """Grad-CAM (Selvaraju et al. 2017): the channels of a convolutional stage weighted by their
     mean gradient.
 
-    The stage is the last one whose steps stand for at most `coarsest` samples. Its map knows no
+    The stage is the last one whose steps stand for at most `COARSEST` samples. Its map knows no
     leads: all get the same.
     """
-    return _class_activation(model, signals, class_index, coarsest).expand(signals.shape).clone()
+    return _class_activation(model, signals, class_index).expand(signals.shape)
 
 
-def guided_gradcam(
-    model: nn.Module, signals: Tensor, class_index: int, coarsest: int = COARSEST
-) -> Tensor:
-    """Grad-CAM times guided backpropagation (Springenberg et al. 2015): where and in which leads."""
-    return _class_activation(model, signals, class_index, coarsest) * guided_backpropagation(
-        model, signals, class_index
-    )
+def guided_gradcam(model: nn.Module, signals: Tensor, class_index: int) -> Tensor:
+    """Grad-CAM times guided backpropagation (Springenberg et al. 2015): where, and which leads."""
+    guided = guided_backpropagation(model, signals, class_index)
+    return _class_activation(model, signals, class_index) * guided
 
 
 def guided_backpropagation(model: nn.Module, signals: Tensor, class_index: int) -> Tensor:
     """Gradient that rectifiers let through only where it is positive.
 
-    captum changes the backward pass of `nn.ReLU` modules alone; rectifiers that are called as
-    functions, in place or leaky get theirs from `_GuidedRectifiers`.
+    captum's changes the backward pass of `nn.ReLU` modules alone; here functions, in-place and
+    leaky rectifiers are guided as well.
     """
-    with _GuidedRectifiers(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Setting backward hooks on ReLU")
-        return (
-            _captum()
-            .GuidedBackprop(model)
-            .attribute(signals.detach().requires_grad_(), class_index)
-        )
+    with _GuidedRectifiers():
+        return gradient(model, signals.detach(), class_index)
 
 
-def occlusion(model: nn.Module, signals: Tensor, class_index: int, patch: int = PATCH) -> Tensor:
-    """Fall of the logit when `patch` samples of one lead are drawn as a straight line (Zeiler &
+@torch.no_grad()
+def occlusion(model: nn.Module, signals: Tensor, class_index: int) -> Tensor:
+    """Fall of the logit when `PATCH` samples of one lead are drawn as a straight line (Zeiler &
     Fergus 2014).
 
     A fill with zeros would leave isoelectric stretches as they are and cut steps into the others.
     """
-    with torch.no_grad():
-        return (
-            _captum()
-            .Occlusion(model)
-            .attribute(
-                signals,
-                (1, patch),
-                (1, patch),
-                bridged(signals, patch),
-                class_index,
-                perturbations_per_eval=max(1, WINDOWS_TOGETHER // len(signals)),
-            )
+    return (
+        _captum()
+        .Occlusion(model)
+        .attribute(
+            signals,
+            (1, PATCH),
+            (1, PATCH),
+            bridged(signals, PATCH),
+            class_index,
+            perturbations_per_eval=max(1, WINDOWS_TOGETHER // len(signals)),
         )
+    )
 
 
+@torch.no_grad()
 def attention_rollout(model: nn.Module, signals: Tensor, class_index: int) -> Tensor:
     """Product over the blocks of (attention + identity) / 2, mean over heads (Abnar & Zuidema
     2020).
@@ -372,24 +350,16 @@ def attention_rollout(model: nn.Module, signals: Tensor, class_index: int) -> Te
     Read from `model` itself while it answers: mean over its tokens of what each takes from each
     piece of the signal. It knows neither classes nor leads: all get the same.
     """
-    maps: list[Tensor] = []
     blocks = _of_type(model, TransformerBlock)
-    _answer_watched(
-        model,
-        signals,
-        [
-            block.register_forward_pre_hook(
-                lambda block, inputs: maps.append(block.attention(inputs[0]))
-            )
-            for block in blocks
-        ],
-    )
-    rolled = torch.eye(maps[0].shape[2], device=signals.device)
-    for attention in maps:
-        mean = attention.float().mean(dim=1)
-        rolled = (0.5 * (mean + torch.eye(mean.shape[1], device=mean.device))) @ rolled
+    activation = _captum().LayerActivation(model, blocks)
+    entering = activation.attribute(signals, attribute_to_layer_input=True)
+    identity = torch.eye(entering[0].shape[1], device=signals.device)
+    rolled = identity
+    for block, tokens in zip(blocks, entering, strict=True):
+        attention = block.attention(tokens).float().mean(dim=1)
+        rolled = 0.5 * (attention + identity) @ rolled
     taken, time = rolled.mean(dim=1), signals.shape[2]  # (batch, tokens)
-    if hasattr(_transformer(model), "class_token"):
+    if any(hasattr(module, "class_token") for module in model.modules()):
         # Half of the features is [CLS], half the mean of the patches; [CLS] itself is no place in
         # the signal.
         taken = (0.5 * (rolled[:, 0] + rolled[:, 1:].mean(dim=1)))[:, 1:]
@@ -426,55 +396,33 @@ def bridged(signals: Tensor, patch: int) -> Tensor:
     return left + (right - left) * ((time - before) / (after - before))
 
 
-def _class_activation(model: nn.Module, signals: Tensor, class_index: int, coarsest: int) -> Tensor:
+def _class_activation(model: nn.Module, signals: Tensor, class_index: int) -> Tensor:
     """Rectified Grad-CAM map over time, `(batch, 1, time)`."""
-    layer = _cam_layer(model, signals[:1], coarsest)
-    coarse = (
-        _captum().LayerGradCam(model, layer).attribute(signals, class_index, relu_attributions=True)
-    )
-    coarse = coarse.detach().flatten(1)  # (batch, steps)
-    # A kernel is centred on its step's first sample, which a plain stretching would miss by half a
-    # step.
-    step = -(-signals.shape[2] // coarse.shape[1])
-    place = (torch.arange(signals.shape[2], device=coarse.device) / step).clamp(
-        max=coarse.shape[1] - 1
-    )
-    left = place.floor().long().clamp(max=max(coarse.shape[1] - 2, 0))
-    right = (left + 1).clamp(max=coarse.shape[1] - 1)
-    return (coarse[:, left] + (place - left) * (coarse[:, right] - coarse[:, left])).unsqueeze(1)
+    layer = _cam_layer(model, signals[:1])
+    cam = _captum().LayerGradCam(model, layer)
+    coarse = cam.attribute(signals, class_index, relu_attributions=True).detach()
+    coarse = coarse.flatten(1)[:, None]  # (batch, 1, steps)
+    # A kernel is centred on its step's first sample, which stretching to the whole time would miss
+    # by half a step.
+    step, time = -(-signals.shape[2] // coarse.shape[2]), torch.arange(signals.shape[2])
+    fine = step * (coarse.shape[2] - 1) + 1
+    stretched = F.interpolate(coarse, fine, mode="linear", align_corners=True)
+    return stretched[:, :, time.clamp(max=fine - 1)]
 
 
-def _cam_layer(model: nn.Module, signals: Tensor, coarsest: int) -> nn.Module:
-    """The last convolutional stage whose output has a step for each `coarsest` samples or fewer,
+def _cam_layer(model: nn.Module, signals: Tensor) -> nn.Module:
+    """The last convolutional stage whose output has a step for each `COARSEST` samples or fewer,
     else the first.
     """
-    stages, lengths = _convolutional_stages(model), {}
-    _answer_watched(
-        model,
-        signals,
-        [
-            stage.register_forward_hook(
-                lambda stage, _, output: lengths.update({stage: output.shape[-1]})
-            )
-            for stage in stages
-        ],
-    )
-    fine = [stage for stage in stages if lengths.get(stage, 0) * coarsest >= signals.shape[2]]
-    return fine[-1] if fine else stages[0]
-
-
-def _answer_watched(model: nn.Module, signals: Tensor, hooks: Sequence[RemovableHandle]) -> None:
-    """Let the network answer once for its `hooks`, and remove these."""
-    try:
-        with torch.no_grad():
-            model(signals)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    stages = _convolutional_stages(model)
+    outputs = _captum().LayerActivation(model, stages).attribute(signals)
+    steps = [output.shape[-1] for output in outputs]
+    fine = [place for place, count in enumerate(steps) if count * COARSEST >= signals.shape[2]]
+    return stages[fine[-1] if fine else 0]
 
 
 def _convolutional_stages(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a convolutional encoder, else the convolutions that reach over time, in order."""
+    """The blocks of a convolutional encoder, else its convolutions that reach over time."""
     blocks = _of_type(model, (Bottleneck, ConvBlock))
     convolutions = _of_type(model, (nn.Conv1d, nn.Conv2d))
     return blocks or [layer for layer in convolutions if layer.kernel_size[-1] > 1]
@@ -493,22 +441,6 @@ def _captum() -> ModuleType:
 def _of_type(model: nn.Module, types: type | tuple[type, ...]) -> list[nn.Module]:
     """The modules of these types inside `model`."""
     return [module for module in model.modules() if isinstance(module, types)]
-
-
-def _transformer(model: nn.Module) -> nn.Module:
-    """The innermost module that holds the attention blocks and their tokens."""
-    holders = [
-        module
-        for module in model.modules()
-        if _of_type(module, TransformerBlock)
-        and not isinstance(module, (TransformerBlock, nn.ModuleList, nn.Sequential))
-    ]
-    return holders[-1]
-
-
-def _encoder_name(model: nn.Module) -> str:
-    """What a message calls the network."""
-    return type(getattr(model, "encoder", model)).__name__
 
 
 class _Guided(torch.autograd.Function):

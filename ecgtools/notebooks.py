@@ -53,13 +53,12 @@ def notebook_sources(folder: str | Path) -> list[Path]:
     two share a number.
     """
     sources = sorted(path for path in Path(folder).glob("*.py") if NAME.fullmatch(path.stem))
-    numbers = [path.stem[:2] for path in sources]
     for first, second in zip(sources, sources[1:], strict=False):
         if first.stem[:2] == second.stem[:2]:
             raise DataError(
                 f"{second}: has the number of {first.name}; give each notebook its own."
             )
-    if not numbers:
+    if not sources:
         raise DataError(
             f"{folder}: holds no notebook NN_name.py; restore the folder from the repository."
         )

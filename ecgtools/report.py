@@ -73,10 +73,9 @@ def write_report(results: Path, names: list[str], profile: str, about: str, root
     index = folder / "index.html"
     if index.exists() and f'content="{key}"' in index.read_text(encoding="utf-8"):
         return False
-    state = read_json(results / "study.json") if (results / "study.json").exists() else {}
+    state = read_if_there(results / "study.json")
     lessons = [read_lesson(results, name, profile, state.get(name, {})) for name in names]
-    records = results / "records" / "records.json"
-    data = read_json(records) if records.exists() else {}
+    data = read_if_there(results / "records" / "records.json")
     facts = run_facts(results, lessons, data, f"{profile}: {about}", root)
     shared = {"notice": data_notice(data.get("about", {})), "key": key}
     with atomic_folder(folder) as temporary:
@@ -90,6 +89,11 @@ def write_report(results: Path, names: list[str], profile: str, about: str, root
             linked = reference_linker(name, names, copied)(text)
             (temporary / f"{name}.html").write_text(linked, encoding="utf-8")
     return True
+
+
+def read_if_there(path: Path) -> dict:
+    """A JSON file, empty where there is none."""
+    return read_json(path) if path.exists() else {}
 
 
 def report_key(results: Path, names: list[str], profile: str) -> str:

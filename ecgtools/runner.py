@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import metadata
@@ -23,7 +23,7 @@ from pathlib import Path, PurePath
 from joblib import cpu_count
 
 from ecglib.errors import DataError, StorageError, explain_storage
-from ecglib.files import atomic_file, read_json, short_hash, write_json
+from ecglib.files import atomic_file, short_hash, write_json
 from ecgstudy.code import fingerprint, imported_modules
 from ecgtools.environment import ROOT, read_command, say
 from ecgtools.exercises import write_exercises
@@ -40,7 +40,7 @@ from ecgtools.notebooks import (
     shown,
     write_pairs,
 )
-from ecgtools.report import write_report
+from ecgtools.report import read_if_there, write_report
 
 NUMERICAL_PACKAGES = ("torch", "numpy", "pandas", "scipy", "scikit-learn")
 STATE = "study.json"
@@ -164,7 +164,7 @@ def read_config(path: Path) -> dict:
             raise DataError(
                 f"{path}: `{name}` must be a mapping of parameters, not {value!r}; correct it."
             )
-    return {name: {} if value is None else value for name, value in config.items()}
+    return {name: value or {} for name, value in config.items()}
 
 
 def plan(root: Path, config: dict, data: Path | None, results: Path) -> list[Step]:
@@ -173,12 +173,8 @@ def plan(root: Path, config: dict, data: Path | None, results: Path) -> list[Ste
     """
     sources = notebook_sources(root / "notebooks")
     known = {source.stem: parameter_names(source) for source in sources}
-    special, groups = config.get("with_data", {}), config.get("side_by_side", [])
-    config = {
-        name: part
-        for name, part in config.items()
-        if name not in ("about", "with_data", "side_by_side")
-    }
+    config = {name: part for name, part in config.items() if name != "about"}
+    special, groups = config.pop("with_data", {}), config.pop("side_by_side", [])
     unknown = [name for group in groups for name in group if name not in known]
     if unknown:
         raise DataError(
@@ -201,11 +197,22 @@ def plan(root: Path, config: dict, data: Path | None, results: Path) -> list[Ste
         given["results"] = os.path.relpath(results, source.parent)
         offered = config.get("common", {}) | config.get(source.stem, {}) | given
         parameters = {name: value for name, value in offered.items() if name in known[source.stem]}
-        text = hashlib.sha256(source.read_bytes()).hexdigest()
-        code = fingerprint(imported_modules("\n".join(code_cells(source))))
-        key = [source.stem, text, parameters, code, versions, ecgs if "data" in parameters else []]
+        key = [source.stem, source.read_text(encoding="utf-8"), parameters, versions]
+        key += [fingerprint(code_imports(source)), ecgs if "data" in parameters else []]
         steps.append(Step(source, parameters, short_hash(key)))
     return steps
+
+
+def code_imports(source: Path) -> set[str]:
+    """Names of the study's modules that a notebook's code cells import; a cell with an error in its
+    syntax imports nothing, and will say so itself.
+    """
+    names: set[str] = set()
+    for cell in code_cells(source):
+        lines = [line for line in cell.splitlines() if not line.lstrip().startswith(("%", "!"))]
+        with suppress(SyntaxError):
+            names.update(imported_modules("\n".join(lines)))
+    return names
 
 
 def check_config(config: dict, known: dict[str, tuple[str, ...]]) -> None:
@@ -232,15 +239,12 @@ def folder_fingerprint(folder: Path | None) -> list:
     """
     if folder is None:
         return []
-    if not folder.is_dir():
-        raise DataError(
-            f"--data {folder}: there is no such folder; give the folder that holds the ECG files."
-        )
     try:
         entries = sorted(folder.iterdir())
-    except PermissionError:
+    except OSError as error:
         raise DataError(
-            f"--data {folder}: you may not read this folder; change its permissions."
+            f"--data {folder}: there is no such folder, or you may not read it ({error.strerror}); "
+            "give the folder that holds the ECG files."
         ) from None
     return [[path.name, *(size_and_time(path) if path.is_file() else ())] for path in entries]
 
@@ -303,7 +307,7 @@ def is_done(step: Step, results: Path, title: str) -> bool:
 
     What it wrote must be there, and what it read from other steps must be as it was.
     """
-    state = read_state(results)
+    state = read_if_there(results / STATE)
     done = state.pop(step.name, None)
     if (
         done
@@ -333,7 +337,7 @@ def note_done(step: Step, results: Path, execution: Execution) -> None:
         "files": files,
         "read": {name: content(results, name) for name in read},
     }
-    write_json(results / STATE, read_state(results) | {step.name: entry})
+    write_json(results / STATE, read_if_there(results / STATE) | {step.name: entry})
 
 
 def content(results: Path, name: str) -> str | None:
@@ -354,11 +358,6 @@ def hash_of_file(path: Path, size: int, time_ns: int) -> str:
     """Hash of a file's content, computed once for a size and time."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_state(results: Path) -> dict:
-    """What is known of the steps that are done."""
-    return read_json(results / STATE) if (results / STATE).exists() else {}
 
 
 def written_files(results: Path) -> dict[str, tuple[int, int]]:
@@ -423,11 +422,7 @@ def run_tests(arguments: list[str]) -> int:
         "Running the tests: about 8 minutes on 2 CPU cores, and 5 more for notebooks that "
         "`smoke` has not yet run."
     )
-    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    environment = os.environ | {"PYTHONPATH": python_path}
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", *arguments], cwd=ROOT, env=environment
-    ).returncode
+    return subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT).returncode
 
 
 def check_style() -> int:

@@ -157,7 +157,7 @@ print(
 # their tapers, the segments are the signal of that place, minus the mean.
 
 # %%
-from ecglib.selfsup.patient_pairs import (
+from ecglib.selfsup.segment_order import (
     all_orders,
     cut_segments,
     describe_segments,

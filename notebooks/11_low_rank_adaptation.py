@@ -459,8 +459,8 @@ from ecglib.evaluate.windows import predict_windows
 
 
 def answers_on_fold_9() -> np.ndarray:
-    """Probabilities of `network` as it is now."""
-    return predict_windows(network, records, asked, crop_seconds, device)
+    """Probabilities of `network` as it is now: its `forward` alone is not put in evaluation mode."""
+    return predict_windows(network.forward, records, asked, crop_seconds, device)
 
 
 network.to(device)

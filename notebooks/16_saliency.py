@@ -165,15 +165,15 @@ normal_beats = HealthyBeats.of(
     source, np.flatnonzero(source.targets[:, source.classes.index("NORM")])[:50]
 )
 rows = []
-for place, (output, (wave, lead)) in enumerate(height_regression.HEIGHTS.items()):
-    mask, counted = height_regression.wave_masks(cohort, asked, output), np.array([[[True]]])
+for place, (output, (_, lead)) in enumerate(height_regression.HEIGHTS.items()):
+    region = height_regression.wave_region(cohort, asked, output)
     maps = localisation.baseline_maps(source.millivolts(asked), rate)
     maps |= {
         arm: relevance(attributed(arm, source, asked, place, regressor, 2.5, normal_beats, 2.5))
         for arm in ARMS
     }
     found = localisation.measure_rows(
-        maps, mask, counted, source.table["patient_id"].iloc[asked], rate, draws=draws
+        maps, region, source.table["patient_id"].iloc[asked], rate, draws=draws
     )
     rows += [{"class": f"height of {output} in {lead}", "r2": r2[output], **row} for row in found]
 gate = pd.DataFrame(rows)
@@ -228,7 +228,7 @@ for group in [group for group in bars if group in tuning.groups("validation", 1)
     positions = tuning.positions(group, "validation")[
         : records_per_class if marked else records_few
     ]
-    mask, place = tuning.regions(group, positions), records.classes.index(GROUPS[group][0])
+    region, place = tuning.region(group, positions), records.classes.index(GROUPS[group][0])
     signals = tuning.records.millivolts(positions)
     for arm in [
         arm for arm in usable if arm != "occlusion" or len(usable) == 1
@@ -237,7 +237,7 @@ for group in [group for group in bars if group in tuning.groups("validation", 1)
         for sign, smoothing, power in kinds:
             one = relevance(found, sign, smoothing, power)
             value = (
-                np.log(localisation.enrichment(one, mask).mean())
+                np.log(localisation.enrichment(one, region).mean())
                 if marked
                 else localisation.deletion_area(network, signals, one, place, rate, window).mean()
             )
@@ -265,6 +265,8 @@ print(f"{chosen} (by {'enrichment' if marked else 'deletion'} on fold 9 of {tuni
 # nothing.
 
 # %%
+from types import SimpleNamespace
+
 validation = records.split["validation"]
 thresholds = choose_thresholds(
     records.targets[validation], scored.predictions()["validation/probabilities"]
@@ -278,7 +280,7 @@ for group in groups:
     place, positives = records.classes.index(GROUPS[group][0]), truth.positions(group)
     hits = positives[probabilities[positives, place] > thresholds[place]]
     positions = (hits if len(hits) >= 3 else positives)[:records_per_class]
-    mask, counted = truth.regions(group, positions), truth.marked(positions)
+    region = truth.region(group, positions)
     signals = truth.records.millivolts(positions)
     kept = {
         arm: attributed(
@@ -291,15 +293,16 @@ for group in groups:
     }
     maps |= {arm: relevance(found) for arm, found in kept.items() if arm != "occlusion"}
     maps[chosen] = relevance(kept[best], *form)
-    cases[group] = (place, positions, mask, counted, signals, maps, kept)
-    shares = localisation.chance_mass(mask, counted)
-    rows = localisation.measure_rows(maps, mask, counted, patients[positions], rate, draws=draws)
+    cases[group] = SimpleNamespace(
+        place=place, positions=positions, region=region, signals=signals, maps=maps, kept=kept
+    )
+    shares = localisation.chance_mass(region)
+    rows = localisation.measure_rows(maps, region, patients[positions], rate, draws=draws)
     if "occlusion" in ARMS:
         part = {"occlusion": relevance(kept["occlusion"]), "|input|": maps["|input|"][:records_few]}
         extra = localisation.measure_rows(
             part,
-            mask[:records_few],
-            counted[:records_few],
+            region[:records_few],
             patients[positions[:records_few]],
             rate,
             draws=draws,
@@ -363,22 +366,22 @@ for other, signal in zip(test, truth.records.millivolts(test)):
     peaks = find_r_peaks(np.nan_to_num(signal), rate)
     rates[other] = 60 * rate / np.median(np.diff(peaks)) if len(peaks) > 2 else 70.0
 rows = []
-for group, (place, positions, mask, counted, signals, maps, kept) in cases.items():
+for group, case in cases.items():
+    positions = case.positions
     stated = truth.stated(group)
     quiet = [
         other
         for other in test
-        if not stated[other] and not probabilities[other, place] > thresholds[place]
+        if not stated[other] and not probabilities[other, case.place] > thresholds[case.place]
     ]
     here = min(len(quiet), len(positions))
     if not here:
         continue
     others = localisation.matched_negatives(rates, positions[:here], np.array(quiet))
-    absent = truth.regions(group, others, like=positions[:here])
-    found = relevance(attributed(best, truth.records, others, place), *form)
-    difference = localisation.enrichment(maps[chosen], mask, counted)[
-        :here
-    ] - localisation.enrichment(found, absent, truth.marked(others))
+    absent = truth.region(group, others, like=positions[:here])
+    found = relevance(attributed(best, truth.records, others, case.place), *form)
+    present = localisation.enrichment(case.maps[chosen][:here], case.region[:here])
+    difference = present - localisation.enrichment(found, absent)
     gap = localisation.mean_interval(difference, patients[positions[:here]], draws)
     rows.append(
         {
@@ -404,16 +407,16 @@ against[["class", "records", "value", "low", "high", "passes"]].round(2)
 # %%
 rows = []
 for group in bars:
-    place, positions, _, _, signals, maps, kept = cases[group]
-    few, who = signals[:records_few], patients[positions[:records_few]]
+    case = cases[group]
+    few, who = case.signals[:records_few], patients[case.positions[:records_few]]
     areas = {
-        name: localisation.deletion_area(network, few, one[:records_few], place, rate, window)
-        for name, one in maps.items()
+        name: localisation.deletion_area(network, few, one[:records_few], case.place, rate, window)
+        for name, one in case.maps.items()
         if name in (*ARMS, "random", "|input|", chosen)
     }
-    if "occlusion" in kept:
+    if "occlusion" in case.kept:
         areas["occlusion"] = localisation.deletion_area(
-            network, few, relevance(kept["occlusion"]), place, rate, window
+            network, few, relevance(case.kept["occlusion"]), case.place, rate, window
         )
     for name, area in areas.items():
         over = localisation.mean_interval(area - areas["random"], who, draws)
@@ -442,7 +445,7 @@ deleted.pivot_table("value", "attribution", "class", sort=False).style.format(pr
 from ecgstudy.analysis.localisation import plot_randomisation
 
 rows, group = [], bars[0]
-place, positions, *_, kept = cases[group]
+place, positions = cases[group].place, cases[group].positions
 for arm in [arm for arm in ARMS if arm != "occlusion"]:
     first = attributed(arm, truth.records, positions[:records_few], place, stride=window)
     for layer, copy in localisation.randomised_cascade(network):
@@ -483,7 +486,7 @@ for method, members in arms.items():
                 best,
                 truth.records,
                 positions,
-                cases[group][0],
+                cases[group].place,
                 other,
                 own_window,
                 stride=own_window,
@@ -531,13 +534,13 @@ for method, group in [
     (method, group) for method in arms if method != "supervised" for group in bars
 ]:
     positions, pairs, gaps = truth.positions(group)[:records_few], [], []
-    mask, counted = truth.regions(group, positions), truth.marked(positions)
+    region = truth.region(group, positions)
     for run in arms[method]:
         nearest = min(
             controls, key=lambda seed: abs(auroc["supervised", seed] - auroc[method, run.spec.seed])
         )
         two = [
-            localisation.enrichment(relevance(maps_of[key], *form), mask, counted)
+            localisation.enrichment(relevance(maps_of[key], *form), region)
             for key in ((method, run.spec.seed, group), ("supervised", nearest, group))
         ]
         pairs.append(two[0] - two[1])
@@ -577,18 +580,21 @@ if (Path(results) / "run_lists" / "self_evolving.json").exists():
     )
     transformer, own_window = trained_classifier(last, records, results)
     for group in bars if "attention_rollout" in fitting_methods(transformer) else []:
-        place, positions, mask, counted, signals, *_ = cases[group]
+        case = cases[group]
         maps = {
             f"{method} ({last.spec.settings['encoder']})": relevance(
-                attributed(method, truth.records, positions, place, transformer, own_window)
+                attributed(
+                    method, truth.records, case.positions, case.place, transformer, own_window
+                )
             )
             for method in ("gradient", "attention_rollout")
         }
         found = localisation.measure_rows(
-            maps, mask, counted, patients[positions], rate, draws=draws
+            maps, case.region, patients[case.positions], rate, draws=draws
         )
         rows += [
-            {"class": group, "records": len(positions), "method": "distl", **row} for row in found
+            {"class": group, "records": len(case.positions), "method": "distl", **row}
+            for row in found
         ]
 rolled = pd.DataFrame(rows)
 shown = rolled[rolled["measure"] == "enrichment"] if rows else rolled
@@ -604,7 +610,7 @@ shown.reindex(columns=["class", "attribution", "value", "low", "high"]).round(2)
 from ecglib.plot_ecg import plot_attributed_ecgs
 
 group = bars[0]
-place, stated = cases[group][0], truth.stated(group)
+place, stated = cases[group].place, truth.stated(group)
 said, has = probabilities[:, place] > thresholds[place], np.array([bool(codes) for codes in stated])
 wanted = {"true positive": said & has, "false positive": said & ~has, "false negative": ~said & has}
 if truth.records.classes == records.classes:  # a false positive has no statement of the whole class
@@ -659,14 +665,16 @@ print("right")
 # On the first class, paired: does |a| of integrated gradients from a flat line lie there more than the signal's own
 # size?
 
+
 # %%
-group = bars[0]
-_, positions, mask, counted, _, maps, _ = cases[group]
-two = [
-    localisation.enrichment(maps[name], mask, counted)
-    for name in ("integrated gradients", "|input|")
-]
-localisation.mean_interval(two[0] - two[1], patients[positions], draws)
+def enrichment_over(group, name, other):
+    """How much more one map enriches the region than another one, record by record."""
+    case = cases[group]
+    two = [localisation.enrichment(case.maps[each], case.region) for each in (name, other)]
+    return localisation.mean_interval(two[0] - two[1], patients[case.positions], draws)
+
+
+enrichment_over(bars[0], "integrated gradients", "|input|")
 
 # %% [markdown]
 # ## What was seen
@@ -747,9 +755,7 @@ for group in judged:
             f"{group}: {over['value']:+.2f} over {other} ({over['low']:+.2f} to {over['high']:+.2f})",
             over["low"] > 0,
         )
-    _, positions, mask, counted, _, maps, _ = cases[group]
-    two = [localisation.enrichment(maps[name], mask, counted) for name in (chosen, "R peaks")]
-    peaks = localisation.mean_interval(two[0] - two[1], patients[positions], draws)
+    peaks = enrichment_over(group, chosen, "R peaks")
     bar(
         f"{group}: {peaks.value:+.2f} over R peaks ({peaks.low:+.2f} to {peaks.high:+.2f})",
         peaks.low > 0,

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from ecglib.augment import gaussian_noise, time_out
 from ecglib.batches import Batch, CropBatches, SemiBatch, SemiBatches, step_generator
-from ecglib.checkpoints import load_tensors
+from ecglib.checkpoints import CHECKPOINT, load_tensors
 from ecglib.encoders.xresnet1d import XResNet1d
 from ecglib.records import LEADS, LIMB_FROM_I_AND_II, Records
 from ecglib.selfsup import Pretraining
 from ecglib.train import (
-    CHECKPOINT,
     fit,
 )
 from ecgstudy.methods import pretraining

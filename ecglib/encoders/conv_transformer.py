@@ -51,11 +51,9 @@ def mean_of_fours(x: Tensor) -> Tensor:
     """
     whole = x.shape[2] // 4
     means = x[:, :, : 4 * whole].unflatten(2, (whole, 4)).mean(dim=3)
-    return (
-        means
-        if x.shape[2] == 4 * whole
-        else torch.cat([means, x[:, :, 4 * whole :].mean(2, keepdim=True)], dim=2)
-    )
+    if x.shape[2] == 4 * whole:
+        return means
+    return torch.cat([means, x[:, :, 4 * whole :].mean(2, keepdim=True)], dim=2)
 
 
 class ConvTransformer(nn.Module):
@@ -92,11 +90,9 @@ class ConvTransformer(nn.Module):
         )
         # Two layers with nothing in between, as published: the first is adapted at low rank, the
         # second trained whole.
-        self.head = (
-            nn.Identity()
-            if classes is None
-            else nn.Sequential(nn.Linear(width, width), nn.Linear(width, classes))
-        )
+        self.head = nn.Identity()
+        if classes is not None:
+            self.head = nn.Sequential(nn.Linear(width, width), nn.Linear(width, classes))
 
     def layers(self) -> list[nn.Module]:
         """The blocks from input to output, each to get its own learning rate in fine-tuning."""

@@ -58,15 +58,11 @@ class Latents(nn.Module):
         self.samples, self.centred = samples, centred
         scale = torch.tensor(PTB_XL_DEVIATIONS) if standardised else torch.ones(leads)
         self.register_buffer("scale", scale[:, None], persistent=False)
-        inputs = [leads * samples] + [width] * (layers - 1)
-        self.layers = nn.Sequential(
-            *(
-                nn.Sequential(
-                    Pointwise(size, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
-                )
-                for size in inputs
-            )
-        )
+        each = [
+            nn.Sequential(Pointwise(size, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+            for size in [leads * samples] + [width] * (layers - 1)
+        ]
+        self.layers = nn.Sequential(*each)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, signals: Tensor) -> Tensor:

@@ -28,10 +28,10 @@ class _NormLeaky(torch.autograd.Function):
     def backward(context, gradient):  # noqa: ANN001, ANN205
         """Gradients of x, gain and bias by torch's own backward pass, for the x found again."""
         y, gain, bias, mean, inverse = context.saved_tensors
+        shape = (1, -1) + (1,) * (y.ndim - 2)
         scale = 1.0 / (gain * inverse)
-        scale, shift = (
-            (values.view(1, -1, *(1,) * (y.ndim - 2))) for values in (scale, mean - bias * scale)
-        )
+        shift = (mean - bias * scale).view(shape)
+        scale = scale.view(shape)
         # The inverse of a leaky rectifier is one with the inverse slope; float32 also where y is
         # bfloat16.
         x = F.leaky_relu(y, 1.0 / SLOPE).to(mean.dtype).mul_(scale).add_(shift).to(context.dtype)
@@ -49,15 +49,8 @@ class _NormLeaky(torch.autograd.Function):
             context.epsilon,
             [True, to_gain, to_bias],
         )
-        return (
-            by_x,
-            by_gain if to_gain else None,
-            by_bias if to_bias else None,
-            None,
-            None,
-            None,
-            None,
-        )
+        given = by_x, by_gain if to_gain else None, by_bias if to_bias else None
+        return *given, None, None, None, None
 
 
 def norm_leaky(norm: nn.BatchNorm1d, x: Tensor) -> Tensor:
@@ -67,9 +60,8 @@ def norm_leaky(norm: nn.BatchNorm1d, x: Tensor) -> Tensor:
     well: half the memory of a convolutional block. Where a gain is too near to 0 to get the input
     back, both are kept as usual.
     """
-    if not (norm.training and torch.is_grad_enabled()) or bool(
-        (norm.weight.abs() < SMALLEST_GAIN).any()
-    ):
+    trains = norm.training and torch.is_grad_enabled()
+    if not trains or bool((norm.weight.abs() < SMALLEST_GAIN).any()):
         return F.leaky_relu_(norm(x), SLOPE)
     norm.num_batches_tracked.add_(1)
     return _NormLeaky.apply(

@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from ecglib.encoders.cpc_lstm import Latents, pool
 
-SHORTEST, LONGEST = (
-    0.001,
-    0.1,
-)  # time steps at the start, log-uniform: memories of about 10 to 1,000 latents
+# Time steps at the start, log-uniform: memories of about 10 to 1,000 latents.
+SHORTEST, LONGEST = 0.001, 0.1
 
 
 class StateSpace(nn.Module):
@@ -38,9 +36,8 @@ class StateSpace(nn.Module):
         # towards zero.
         self.log_decay = nn.Parameter(torch.full((filters * state,), math.log(0.5)))
         self.frequency = nn.Parameter(math.pi * torch.arange(state).float().repeat(filters))
-        self.readout = nn.Parameter(
-            torch.randn(filters, state, 2) * math.sqrt(0.5)
-        )  # C, real and imaginary
+        # C, real and imaginary.
+        self.readout = nn.Parameter(torch.randn(filters, state, 2) * math.sqrt(0.5))
         self.skip = nn.Parameter(torch.randn(width))  # D
 
     def discrete(self) -> tuple[Tensor, Tensor]:
@@ -66,21 +63,18 @@ class StateSpace(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         time = inputs.shape[1]
-        with torch.autocast(
-            inputs.device.type, enabled=False
-        ):  # FFTs have no kernels for low precision
+        # FFTs have no kernels for low precision.
+        with torch.autocast(inputs.device.type, enabled=False):
             inputs = inputs.float()
             response = self.impulse_response(time)
-            if (
-                not self.causal
-            ):  # the second half acts on later samples: lag -1 stands last, and wraps around
+            if not self.causal:
+                # The second half acts on later samples: lag -1 stands last, and wraps around.
                 forwards, backwards = response.chunk(2)
                 response = F.pad(forwards, (0, time)) + F.pad(backwards.flip(1), (time, 0))
             # Twice the length, so that nothing of the end comes round to the beginning; time last,
             # twice as fast.
-            spectrum = torch.fft.rfft(inputs.transpose(1, 2), 2 * time) * torch.fft.rfft(
-                response, 2 * time
-            )
+            spectrum = torch.fft.rfft(inputs.transpose(1, 2), 2 * time)
+            spectrum = spectrum * torch.fft.rfft(response, 2 * time)
             filtered = torch.fft.irfft(spectrum, 2 * time)[..., :time]
             return filtered.transpose(1, 2) + self.skip * inputs
 
@@ -136,15 +130,11 @@ class S4Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.causal = causal
-        self.latent_size, self.context_size, self.feature_size = (
-            width,
-            width,
-            (3 if causal else 2) * width,
-        )
+        self.latent_size, self.context_size = width, width
+        self.feature_size = (3 if causal else 2) * width
         self.latents = Latents(leads, width, latent_layers, samples, standardised, centred)
-        self.blocks = nn.Sequential(
-            *(Block(width, state, dropout, causal) for _ in range(layers)), nn.LayerNorm(width)
-        )
+        blocks = [Block(width, state, dropout, causal) for _ in range(layers)]
+        self.blocks = nn.Sequential(*blocks, nn.LayerNorm(width))
 
     def layers(self) -> list[nn.Module]:
         """Fully connected layers and blocks, from input to output, each to get its own learning

@@ -39,7 +39,6 @@ class TransformerBlock(nn.Module):
         width: int,
         heads: int,
         *,
-        drop_path: float = 0.0,
         activation: type[nn.Module] = nn.GELU,
         epsilon: float = 1e-6,
         causal: bool = False,
@@ -51,16 +50,12 @@ class TransformerBlock(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), activation(), nn.Linear(4 * width, width)
         )
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = DropPath(0.0)  # see `set_drop_path`
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each `(batch, heads, tokens, width / heads)`."""
-        return (
-            self.qkv(self.norm1(x))
-            .unflatten(2, (3, self.heads, -1))
-            .permute(2, 0, 3, 1, 4)
-            .unbind(0)
-        )
+        parts = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))
+        return parts.permute(2, 0, 3, 1, 4).unbind(0)
 
     def _weights(self, q: Tensor, k: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(d)), `(batch, heads, tokens, tokens)`."""
@@ -86,7 +81,8 @@ class TransformerBlock(nn.Module):
         return self._weights(q, k)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.mix(self._take(*self._split(x)).transpose(1, 2).flatten(2)))
+        taken = self._take(*self._split(x)).transpose(1, 2).flatten(2)
+        x = x + self.drop_path(self.mix(taken))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 

@@ -98,9 +98,8 @@ class ViT1d(nn.Module):
                     f"Crops of {time} samples must start at a multiple of the patch ({self.patch}) and end "
                     f"within {self.length} samples, not start at {start.tolist()}."
                 )
-        return self.positions[
-            (start // self.patch)[:, None] + torch.arange(count, device=start.device)
-        ]
+        patches = torch.arange(count, device=start.device)
+        return self.positions[(start // self.patch)[:, None] + patches]
 
     def states(self, signals: Tensor, start: Tensor | None = None, blocks: int = 1) -> list[Tensor]:
         """Normalised tokens after each of the last `blocks` blocks, `(batch, 1 + patches, width)`
@@ -113,17 +112,17 @@ class ViT1d(nn.Module):
                 states.append(self.norm(x))
         return states
 
-    def class_tokens(self, signals: Tensor, start: Tensor | None = None, blocks: int = 4) -> Tensor:
+    def class_tokens(self, signals: Tensor, blocks: int = 4) -> Tensor:
         """[CLS] of the last `blocks` blocks, first to last, `(batch, blocks x width)`: DINO's
         features for probing.
         """
-        return torch.cat([state[:, 0] for state in self.states(signals, start, blocks)], dim=1)
+        return torch.cat([state[:, 0] for state in self.states(signals, None, blocks)], dim=1)
 
-    def attention(self, signals: Tensor, start: Tensor | None = None) -> Tensor:
+    def attention(self, signals: Tensor) -> Tensor:
         """Attention of every block, `(blocks, batch, heads, tokens, tokens)`, [CLS] first, for maps
         and rollout.
         """
-        x, maps = self.tokens(signals, start), []
+        x, maps = self.tokens(signals), []
         for block in self.blocks:
             maps.append(block.attention(x))
             x = block(x)
@@ -131,9 +130,10 @@ class ViT1d(nn.Module):
 
     def forward(self, signals: Tensor, start: Tensor | None = None) -> Tensor:
         states = self.states(signals, start, self.class_blocks)
-        return torch.cat([state[:, 0] for state in states] + [states[-1][:, 1:].mean(dim=1)], dim=1)
+        classes = [state[:, 0] for state in states]
+        return torch.cat([*classes, states[-1][:, 1:].mean(dim=1)], dim=1)
 
 
-def vit1d_small(leads: int = 12, length: int = 1000) -> ViT1d:
+def vit1d_small(leads: int = 12) -> ViT1d:
     """A laptop's transformer: patches of 0.25 s, width 96, 4 blocks, crops centred, 192 features."""
-    return ViT1d(leads, patch=25, width=96, depth=4, heads=3, length=length, centred=True)
+    return ViT1d(leads, patch=25, width=96, depth=4, heads=3, centred=True)

@@ -22,9 +22,8 @@ class Pointwise(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(
-            0, 3, 1, 2
-        )
+        y = functional.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
+        return y.permute(0, 3, 1, 2)
 
 
 def convolution(
@@ -94,21 +93,15 @@ class XResNet1d(nn.Module):
         for position, (inputs, outputs) in enumerate(zip(channels, stem, strict=False)):
             # The first convolution has a bias and PyTorch's default start, as in the published
             # model.
-            layers += [
-                normalised(
-                    convolution(
-                        inputs, outputs, kernel, 2 if position == 0 else 1, bias=position == 0
-                    )
-                ),
-                nn.ReLU(),
-            ]
+            first = position == 0
+            layer = convolution(inputs, outputs, kernel, 2 if first else 1, bias=first)
+            layers += [normalised(layer), nn.ReLU()]
         self.stem = nn.Sequential(*layers, nn.MaxPool2d((1, 3), (1, 2), (0, 1)))
         inputs, stages = stem[-1], []
         for stage, count in enumerate(blocks):
             for block in range(count):
-                stages.append(
-                    Bottleneck(inputs, width, kernel, 2 if stage > 0 and block == 0 else 1)
-                )
+                stride = 2 if stage > 0 and block == 0 else 1
+                stages.append(Bottleneck(inputs, width, kernel, stride))
                 inputs = width * EXPANSION
         self.stages = nn.Sequential(*stages)
         self.feature_size = 2 * inputs
@@ -119,11 +112,8 @@ class XResNet1d(nn.Module):
 
     def layers(self) -> list[nn.Module]:
         """Stem and stages from input to output, each to get its own learning rate in fine-tuning."""
-        ends = list(accumulate(self.blocks))
-        return [
-            self.stem,
-            *(self.stages[end - count : end] for end, count in zip(ends, self.blocks, strict=True)),
-        ]
+        ends = zip(accumulate(self.blocks), self.blocks, strict=True)
+        return [self.stem, *(self.stages[end - count : end] for end, count in ends)]
 
     def feature_map(self, signals: Tensor) -> Tensor:
         """Last stage before pooling, `(batch, channels, time / 32)`."""

@@ -21,10 +21,9 @@ def draw_negatives(
     """Times `(batch, time - steps, negatives)` uniform with replacement over all but the positive,
     position+steps.
     """
-    drawn = torch.randint(
-        time - 1, (batch, time - steps, negatives), generator=generator, device=generator.device
-    )
-    positive = torch.arange(steps, time, device=generator.device)[:, None]
+    shape, device = (batch, time - steps, negatives), generator.device
+    drawn = torch.randint(time - 1, shape, generator=generator, device=device)
+    positive = torch.arange(steps, time, device=device)[:, None]
     return drawn + (drawn >= positive)
 
 
@@ -102,10 +101,9 @@ class CPC(nn.Module):
         """
         latents = self.encoder.latents(apply(self.transforms, batch.signals, batch.generator))
         context = self.encoder.context(latents)
+        options = self.negatives, batch.generator, self.reduction
         losses = [
-            info_nce(
-                predict(context), latents, horizon, self.negatives, batch.generator, self.reduction
-            )
+            info_nce(predict(context), latents, horizon, *options)
             for horizon, predict in zip(self.horizons, self.predictors, strict=True)
         ]
         return torch.stack(losses).mean()

@@ -10,9 +10,8 @@ from torch import Generator, Tensor, nn
 from ecglib.augment import Transform, apply
 from ecglib.errors import DataError
 
-View = tuple[
-    Tensor, Tensor
-]  # signals `(batch, leads, time)` and the sample of the record where each begins `(batch,)`
+# Signals `(batch, leads, time)` and the sample of the record where each begins `(batch,)`.
+View = tuple[Tensor, Tensor]
 
 
 def window_length(time: int, share: float, multiple: int = 1) -> int:
@@ -29,6 +28,15 @@ def window_length(time: int, share: float, multiple: int = 1) -> int:
     return length
 
 
+def windows_at(signals: Tensor, starts: Tensor, length: int) -> Tensor:
+    """The windows of each record that begin at its `starts` `(batch, windows)`: `(batch, leads,
+    windows, length)`.
+    """
+    places = (starts[:, :, None] + torch.arange(length, device=signals.device)).flatten(1)
+    index = places[:, None].expand(-1, signals.shape[1], -1)
+    return signals.gather(2, index).unflatten(2, (-1, length))
+
+
 def random_windows(
     signals: Tensor, length: int, generator: Generator, multiple: int = 1
 ) -> tuple[Tensor, Tensor]:
@@ -38,11 +46,10 @@ def random_windows(
     The samples stay as they are: stretching a window to another length would change rate and
     intervals.
     """
-    batch, leads, time = signals.shape
+    batch, _, time = signals.shape
     places = (time - length) // multiple + 1
     starts = multiple * torch.randint(places, (batch,), generator=generator, device=signals.device)
-    index = starts[:, None] + torch.arange(length, device=signals.device)
-    return signals.gather(2, index[:, None, :].expand(-1, leads, -1)), starts
+    return windows_at(signals, starts[:, None], length).squeeze(2), starts
 
 
 def random_views(
@@ -57,9 +64,8 @@ def random_views(
     """
     views = []
     for share in shares:
-        window, start = random_windows(
-            signals, window_length(signals.shape[2], share, multiple), generator, multiple
-        )
+        length = window_length(signals.shape[2], share, multiple)
+        window, start = random_windows(signals, length, generator, multiple)
         views.append((apply(transforms, window, generator), start))
     return views
 

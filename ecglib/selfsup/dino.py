@@ -16,7 +16,7 @@ from ecglib.distributed import gathered
 from ecglib.ema import average_of, momentum_at, update_average
 from ecglib.errors import DataError
 from ecglib.selfsup.crops import encode_views, random_views
-from ecglib.selfsup.heads import Prototypes, need_two_records
+from ecglib.selfsup.heads import Prototypes, cross_view_entropy, need_two_records
 
 
 def dino_loss(
@@ -35,13 +35,9 @@ def dino_loss(
     `student` and `teacher` are outputs `(batch, prototypes)`, one a view, the teacher's views first
     among the student's; `center` is `(prototypes,)`. The teacher gets no gradient.
     """
-    told = torch.log_softmax(torch.stack(list(student)).float() / student_temperature, dim=2)
-    aims = torch.stack(list(teacher)).detach().float() - center
-    aims = torch.softmax(aims / teacher_temperature, dim=2)
-    # What view b must say is the sum of all aims but its own: one product a view, not one a pair.
-    others = aims.sum(dim=0).repeat(len(told), 1, 1)
-    others[: len(aims)] -= aims
-    return -(others * told).sum() / (len(aims) * (len(told) - 1) * told.shape[1])
+    answers = torch.stack(list(student)).float() / student_temperature
+    aims = (torch.stack(list(teacher)).detach().float() - center) / teacher_temperature
+    return cross_view_entropy(torch.softmax(aims, dim=2), torch.log_softmax(answers, dim=2))
 
 
 @torch.no_grad()
@@ -66,11 +62,8 @@ class DINOHead(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for size in (inputs, hidden):
-            layers += [
-                nn.Linear(size, hidden),
-                *([nn.BatchNorm1d(hidden)] if norm else []),
-                nn.GELU(),
-            ]
+            middle = [nn.BatchNorm1d(hidden)] if norm else []
+            layers += [nn.Linear(size, hidden), *middle, nn.GELU()]
         self.layers = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
         self.prototypes = Prototypes(bottleneck, prototypes)
 

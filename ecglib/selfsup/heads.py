@@ -43,11 +43,9 @@ class Prototypes(nn.Module):
         """
         # A gradient of zero rather than none, which data parallel training would take for a part
         # left out.
-        weight = (
-            self.weight
-            if trained is None
-            else torch.lerp(self.weight.detach(), self.weight, trained)
-        )
+        weight = self.weight
+        if trained is not None:
+            weight = torch.lerp(weight.detach(), weight, trained)
         with torch.autocast(features.device.type, enabled=False):
             return F.linear(F.normalize(features.float(), dim=-1), F.normalize(weight, dim=1))
 
@@ -55,6 +53,18 @@ class Prototypes(nn.Module):
     def normalise(self) -> None:
         """Bring every prototype back to length 1."""
         self.weight.copy_(F.normalize(self.weight, dim=1))
+
+
+def cross_view_entropy(aims: Tensor, answers: Tensor) -> Tensor:
+    """Mean over (view a with an aim, other view b) and the batch of -sum_k aims_ak answers_bk.
+
+    `aims` are probabilities `(views with an aim, batch, k)`, `answers` log-probabilities `(views,
+    batch, k)` whose first views are those of the aims; a view never answers its own aim.
+    """
+    # What view b must answer is the sum of all aims but its own: one product a view, not one a pair.
+    others = aims.sum(dim=0).repeat(len(answers), 1, 1)
+    others[: len(aims)] -= aims
+    return -(others * answers).sum() / (len(aims) * (len(answers) - 1) * answers.shape[1])
 
 
 def need_two_records(signals: Tensor, method: str) -> None:

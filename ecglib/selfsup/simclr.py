@@ -38,9 +38,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5, same: Tensor | Non
         )
     rows = torch.arange(batch, device=own.device) + rank * batch
     rows = torch.cat([rows, rows + joint])
-    with torch.autocast(
-        own.device.type, enabled=False
-    ):  # cosines of bfloat16 differ in the third digit
+    # In float32: cosines of bfloat16 differ in the third digit.
+    with torch.autocast(own.device.type, enabled=False):
         similarity = own @ everyone.T / temperature
     excluded = F.one_hot(rows, 2 * joint).bool()
     positive = (rows + joint) % (2 * joint)
@@ -53,10 +52,8 @@ def _gather_views(own: Tensor) -> tuple[Tensor, int]:
     """Views of all processes, all first views before all second ones, and this process's rank;
     gradients flow back.
     """
-    parts = [part.chunk(2) for part in gathered(own)]
-    return torch.cat(
-        [first for first, _ in parts] + [second for _, second in parts]
-    ), rank_and_world()[0]
+    firsts, seconds = zip(*(part.chunk(2) for part in gathered(own)), strict=True)
+    return torch.cat([*firsts, *seconds]), rank_and_world()[0]
 
 
 class SimCLR(nn.Module):

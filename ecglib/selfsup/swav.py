@@ -16,7 +16,7 @@ from ecglib.batches import Batch
 from ecglib.distributed import gathered, rank_and_world
 from ecglib.errors import DataError
 from ecglib.selfsup.crops import random_windows, window_length
-from ecglib.selfsup.heads import Prototypes, need_two_records, projection_head
+from ecglib.selfsup.heads import Prototypes, cross_view_entropy, need_two_records, projection_head
 
 CODE_VIEWS = 2  # codes are made from the first two views only
 
@@ -44,12 +44,7 @@ def swav_loss(scores: Tensor, codes: Tensor, temperature: float = 0.1) -> Tensor
     `scores` are cosines `(views, batch, prototypes)`, `codes` those of the first views, `(code
     views, batch, prototypes)`; a view never predicts its own code.
     """
-    told = torch.log_softmax(scores.float() / temperature, dim=2)
-    # The views that predict view v's code are all but v: the sum over pairs needs one product a
-    # view, not one a pair.
-    others = codes.sum(dim=0).repeat(len(scores), 1, 1)
-    others[: len(codes)] -= codes
-    return -(others * told).sum() / (len(codes) * (len(scores) - 1) * scores.shape[1])
+    return cross_view_entropy(codes, torch.log_softmax(scores.float() / temperature, dim=2))
 
 
 class SwAV(nn.Module):
@@ -90,17 +85,10 @@ class SwAV(nn.Module):
         self.projector = projection_head(encoder.feature_size, hidden, outputs, norm=True)
         self.prototypes = Prototypes(outputs, prototypes)
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
-        self.batch_size, self.batches_queued, self.queue_from, self.frozen = (
-            batch_size,
-            queue,
-            queue_from,
-            frozen,
-        )
-        self.global_views, self.local_views, self.local_share = (
-            views - local_views,
-            local_views,
-            local_share,
-        )
+        self.batch_size, self.batches_queued = batch_size, queue
+        self.queue_from, self.frozen = queue_from, frozen
+        self.global_views = views - local_views
+        self.local_views, self.local_share = local_views, local_share
         self.register_buffer("queue", torch.zeros(CODE_VIEWS, queue * batch_size, outputs))
         self.register_buffer("queued", torch.tensor(0))
         self.register_buffer("progress", torch.tensor(0.0))
@@ -119,9 +107,8 @@ class SwAV(nn.Module):
         groups = [[signals] * self.global_views]
         if self.local_views:
             length = window_length(signals.shape[2], self.local_share)
-            groups.append(
-                [random_windows(signals, length, generator)[0] for _ in range(self.local_views)]
-            )
+            cuts = [random_windows(signals, length, generator) for _ in range(self.local_views)]
+            groups.append([window for window, _ in cuts])
         # Views of one length go through the encoder together.
         features = [
             self.encoder(torch.cat([apply(self.transforms, view, generator) for view in group]))
@@ -136,7 +123,8 @@ class SwAV(nn.Module):
         full, the queue.
         """
         batch = embeddings.shape[1]
-        joint, first = torch.cat(gathered(embeddings.transpose(0, 1))), rank_and_world()[0] * batch
+        joint = torch.cat(gathered(embeddings.transpose(0, 1)))
+        first = rank_and_world()[0] * batch
         if self.batches_queued and len(joint) != self.batch_size:
             raise DataError(
                 f"SwAV's queue was made for batches of {self.batch_size} records, this one has "
@@ -151,10 +139,8 @@ class SwAV(nn.Module):
         if self.training:
             self.queue.copy_(torch.cat([joint, self.queue], dim=1)[:, : self.queue.shape[1]])
             self.queued += 1
-        codes = [
-            sinkhorn(view, self.epsilon, self.iterations)[first : first + batch] for view in scores
-        ]
-        return torch.stack(codes)
+        codes = [sinkhorn(view, self.epsilon, self.iterations) for view in scores]
+        return torch.stack(codes)[:, first : first + batch]
 
     def after_step(self, progress: float) -> None:
         """Prototypes back to length 1; the progress decides about queue and freezing."""

@@ -25,18 +25,16 @@ class CESSL(nn.Module):
     `semi_supervised_norm=False` leaves the unlabelled records out.
     """
 
-    def __init__(
-        self, network: nn.Module, *, semi_supervised_norm: bool = True, noise: float = 0.05
-    ) -> None:
+    def __init__(self, network: nn.Module, *, semi_supervised_norm: bool = True) -> None:
         super().__init__()
-        self.network, self.semi_supervised_norm, self.noise = network, semi_supervised_norm, noise
+        self.network, self.semi_supervised_norm = network, semi_supervised_norm
 
     def loss(self, batch: Batch) -> Tensor:
         """Scalar loss of one batch, which has unlabelled records where the norm wants them."""
         signals, targets = cutmix(batch.signals, batch.targets, batch.generator)
         if self.semi_supervised_norm:
             need_unlabelled(batch, "CE-SSL")
-            signals = torch.cat([signals, weak_view(batch.unlabelled, batch.generator, self.noise)])
+            signals = torch.cat([signals, weak_view(batch.unlabelled, batch.generator)])
         logits = self.network.head(first_features(self.network, signals, len(targets)))
         return F.binary_cross_entropy_with_logits(logits.float(), targets)
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ecglib.augment import Transform
-from ecglib.batches import Batch, CropBatches, check_apart, other_stream
+from ecglib.batches import Batch, CropBatches, need_disjoint, unlabelled_seed
 from ecglib.ema import average_of, momentum_at, momentum_for_steps, update_average
 from ecglib.errors import DataError
 from ecglib.records import Records
@@ -78,7 +78,7 @@ class StageBatches:
                 f"The labelled records cannot come after every {correction_every:g} unlabelled ones; "
                 "choose a number above 0."
             )
-        check_apart(records, labelled, unlabelled)
+        need_disjoint(records, labelled, unlabelled)
         self.record_ids = records.table["record_id"].to_numpy()
         options = {"batch_size": batch_size, "crop_seconds": crop_seconds, "device": device}
         self.pools = {"labelled": CropBatches(records, labelled, seed=seed, **options)}
@@ -86,13 +86,12 @@ class StageBatches:
         # rounds.
         self.without_labels, self.with_labels = 0, math.ceil(len(labelled) / batch_size)
         if len(unlabelled):
-            self.pools["unlabelled"] = CropBatches(
-                records, unlabelled, seed=other_stream(seed), **options
-            )
-            self.without_labels = (
-                1 if math.isinf(correction_every) else max(1, round(correction_every / batch_size))
-            )
-            self.with_labels = 0 if math.isinf(correction_every) else self.with_labels
+            own = unlabelled_seed(seed)
+            self.pools["unlabelled"] = CropBatches(records, unlabelled, seed=own, **options)
+            if math.isinf(correction_every):
+                self.without_labels, self.with_labels = 1, 0
+            else:
+                self.without_labels = max(1, round(correction_every / batch_size))
 
     def unlabelled_steps(self, steps: int) -> int:
         """How many of `steps` have an unlabelled batch."""
@@ -103,16 +102,15 @@ class StageBatches:
         """The batch of one step, the same whenever it is asked for."""
         rounds, place = divmod(step, self.without_labels + self.with_labels)
         labelled = place >= self.without_labels
-        own = (
-            rounds * self.with_labels + place - self.without_labels
-            if labelled
-            else rounds * self.without_labels + place
-        )
-        pool = self.pools["labelled" if labelled else "unlabelled"]
-        batch = pool(own)
-        targets = batch.targets if labelled else batch.targets[:, :0]
-        indices = torch.from_numpy(pool.indices).to(batch.indices.device)[batch.indices]
-        return StageBatch(batch.signals, targets, indices, batch.generator, labelled)
+        if labelled:
+            pool = self.pools["labelled"]
+            batch = pool(rounds * self.with_labels + place - self.without_labels)
+        else:
+            pool = self.pools["unlabelled"]
+            batch = pool(rounds * self.without_labels + place)
+            batch.targets = batch.targets[:, :0]
+        batch.indices = torch.from_numpy(pool.indices).to(batch.indices.device)[batch.indices]
+        return StageBatch(**vars(batch), labelled=labelled)
 
 
 class DISTL(nn.Module):
@@ -156,9 +154,8 @@ class DISTL(nn.Module):
                 f"The pretext cannot weigh {pretext}; choose from 0, self-training, to 1, DINO alone."
             )
         self.network, self.teacher = network, average_of(network)
-        self.network_head = DINOHead(
-            network.encoder.feature_size, hidden, bottleneck, prototypes, norm
-        )
+        size = network.encoder.feature_size
+        self.network_head = DINOHead(size, hidden, bottleneck, prototypes, norm)
         self.teacher_head = average_of(self.network_head)
         self.transforms, self.patch = list(transforms), getattr(network.encoder, "patch", 1)
         self.pretext, self.noised, self.most = pretext, noised, most
@@ -171,31 +168,25 @@ class DISTL(nn.Module):
     def loss(self, batch: StageBatch) -> Tensor:
         """Scalar loss of one batch."""
         self.labelled = batch.labelled
-        whole = (batch.signals, torch.zeros_like(batch.indices))
-        shares = self.shares if self.pretext else self.shares[:1]
-        views = [
-            whole,
-            *random_views(batch.signals, shares, batch.generator, self.transforms, self.patch),
-        ]
+        generator, shares = batch.generator, self.shares if self.pretext else self.shares[:1]
+        pieces = random_views(batch.signals, shares, generator, self.transforms, self.patch)
+        views = [(batch.signals, torch.zeros_like(batch.indices)), *pieces]
         # Views of one length go through together, and each network sees a view once, for both
         # losses.
         groups, classified = [views[:1], views[1:2], views[2:]], int(self.noised)
-        seen = range(3) if self.pretext else [classified]
         features = {
-            place: encode_views(self.network.encoder, groups[place])
-            for place in seen
-            if groups[place]
+            place: encode_views(self.network.encoder, group)
+            for place, group in enumerate(groups)
+            if group and (self.pretext or place == classified)
         }
-        asked = (
-            2 if self.pretext else int(not batch.labelled)
-        )  # the teacher is asked of the first views
+        # The teacher sees the first views only.
+        count = 2 if self.pretext else int(not batch.labelled)
         with torch.no_grad():
-            answers = [encode_views(self.teacher.encoder, [view]) for view in views[:asked]]
+            answers = [encode_views(self.teacher.encoder, [view]) for view in views[:count]]
         loss = batch.signals.new_zeros(())
         if self.pretext:
-            loss = loss + self.pretext * self._pretext(
-                torch.cat(list(features.values())), answers, len(views)
-            )
+            student = torch.cat(list(features.values()))
+            loss = loss + self.pretext * self._pretext(student, answers, len(views))
         if self.pretext < 1:
             logits = self.network.head(features[classified])
             loss = loss + (1 - self.pretext) * self._classes(batch, logits, answers)

@@ -22,6 +22,7 @@ from ecglib.distributed import gathered
 from ecglib.errors import DataError
 from ecglib.ranks import AdaptiveRanks
 from ecglib.semisup import Task
+from ecglib.semisup.tally import Tally
 
 
 def pseudo_label_loss(logits: Tensor, probabilities: Tensor, weights: Tensor) -> Tensor:
@@ -96,20 +97,17 @@ class FlexThreshold(FixedThreshold):
     def forward(self, probabilities: Tensor, indices: Tensor) -> Tensor:
         """Weights `(n, classes)`, 1 or 0, by the levels before this batch."""
         negative, positive = self.levels()
-        weights = (
-            confidence(probabilities) >= torch.where(probabilities > 0.5, positive, negative)
-        ).float()
+        level = torch.where(probabilities > 0.5, positive, negative)
         if self.training:
             self._remember(torch.cat(gathered(probabilities)), torch.cat(gathered(indices)))
-        return weights
+        return (confidence(probabilities) >= level).float()
 
     @torch.no_grad()
     def _remember(self, probabilities: Tensor, indices: Tensor) -> None:
         """Keep the confident decisions of a batch."""
         confident = confidence(probabilities) >= self.threshold
-        latest = torch.where(
-            confident, (probabilities > 0.5).to(torch.int8), self.decisions[indices]
-        )
+        decided = (probabilities > 0.5).to(torch.int8)
+        latest = torch.where(confident, decided, self.decisions[indices])
         # Where a batch holds a record twice, all its rows write what the last one says: the order
         # cannot matter.
         rows = torch.arange(len(indices), device=indices.device)
@@ -143,12 +141,8 @@ class SoftThreshold(nn.Module):
             raise DataError(
                 f"SoftMatch cannot average with momentum {momentum}; choose one from 0 to below 1."
             )
-        self.classes, self.momentum, self.deviations, self.aligned = (
-            classes,
-            momentum,
-            deviations,
-            aligned,
-        )
+        self.classes, self.momentum = classes, momentum
+        self.deviations, self.aligned = deviations, aligned
         self.register_buffer("positive", torch.full((classes,), 0.5))
         self.register_buffer("mean", torch.full((classes,), 0.5))
         self.register_buffer("variance", torch.ones(classes))
@@ -158,9 +152,8 @@ class SoftThreshold(nn.Module):
         if self.training:
             self._follow(torch.cat(gathered(probabilities)))
         below = (self._confidence(probabilities) - self.mean).clamp_max(0.0)
-        return torch.exp(
-            -(self.deviations * below).square() / (2.0 * self.variance.clamp_min(1e-12))
-        )
+        distance = (self.deviations * below).square()
+        return torch.exp(-distance / (2.0 * self.variance.clamp_min(1e-12)))
 
     def _confidence(self, probabilities: Tensor) -> Tensor:
         """The probability of each pseudo-label, aligned if so wished."""
@@ -208,9 +201,7 @@ class FixMatch(nn.Module):
             )
         self.network, self.thresholds, self.weight = network, thresholds, weight
         self.weak_noise, self.strong_noise, self.transforms = weak_noise, strong_noise, transforms
-        # Weight and number of all decisions since the last report, then of the positive ones;
-        # float64 counts exactly.
-        self.register_buffer("tally", torch.zeros(4, dtype=torch.float64))
+        self.tally = Tally("passed", "passed_positive")
 
     def loss(self, batch: SemiBatch) -> Tensor:
         """BCE of labelled records plus `weight` times that of the strong view against its
@@ -225,46 +216,32 @@ class FixMatch(nn.Module):
         views, targets = self._views(batch)
         # float32 from here on: around a threshold of 0.95 bfloat16 knows probabilities only in
         # steps of 0.004.
-        told, weak, strong = (
-            self.network(torch.cat(views)).float().split([len(view) for view in views])
-        )
-        self._check_classes(told.shape[1])
+        logits = self.network(torch.cat(views)).float()
+        if logits.shape[1] != self.thresholds.classes:
+            raise DataError(
+                f"The network has {logits.shape[1]} outputs and the thresholds are for "
+                f"{self.thresholds.classes} classes; give both the same number."
+            )
+        labelled, weak, strong = logits.split([len(view) for view in views])
         with torch.no_grad():
             probabilities = torch.sigmoid(weak)
             weights = self.thresholds(probabilities, batch.unlabelled_indices)
-            self._count(weights, probabilities > 0.5)
-        supervised = F.binary_cross_entropy_with_logits(told, targets)
+            positive = probabilities > 0.5
+            everything = torch.ones_like(weights)
+            self.tally.add((weights, everything), (weights * positive, positive))
+        supervised = F.binary_cross_entropy_with_logits(labelled, targets)
         return supervised + self.weight * pseudo_label_loss(strong, probabilities, weights)
 
     def _views(self, batch: SemiBatch) -> tuple[list[Tensor], Tensor]:
         """Labelled, weak and strong views, and the labelled ones' targets."""
+        weak, generator = batch.unlabelled, batch.generator
         if self.transforms is not None:
-            labelled, strong = (
-                apply(self.transforms, signals, batch.generator)
-                for signals in (batch.signals, batch.unlabelled)
-            )
-            return [labelled, batch.unlabelled, strong], batch.targets
-        labelled, targets = cutmix(batch.signals, batch.targets, batch.generator)
-        weak = weak_view(batch.unlabelled, batch.generator, self.weak_noise)
-        return [
-            labelled,
-            weak,
-            strong_view(batch.unlabelled, batch.generator, self.strong_noise),
-        ], targets
-
-    def _check_classes(self, outputs: int) -> None:
-        """DataError where the network decides about other classes than the thresholds."""
-        if outputs != self.thresholds.classes:
-            raise DataError(
-                f"The network has {outputs} outputs and the thresholds are for {self.thresholds.classes} "
-                "classes; give both the same number."
-            )
-
-    def _count(self, weights: Tensor, positive: Tensor) -> None:
-        """Add a batch to the tally."""
-        if self.training:
-            parts = (weights, torch.ones_like(weights), weights * positive, positive)
-            self.tally += torch.stack([part.sum(dtype=torch.float64) for part in parts])
+            labelled = apply(self.transforms, batch.signals, generator)
+            return [labelled, weak, apply(self.transforms, weak, generator)], batch.targets
+        labelled, targets = cutmix(batch.signals, batch.targets, generator)
+        weak = weak_view(batch.unlabelled, generator, self.weak_noise)
+        strong = strong_view(batch.unlabelled, generator, self.strong_noise)
+        return [labelled, weak, strong], targets
 
     def report(self) -> dict[str, float]:
         """Since the last report, `passed`: mean weight of all decisions; `passed_positive`: of the
@@ -273,12 +250,7 @@ class FixMatch(nn.Module):
         With weights of 0 and 1 these are the shares that pass; NaN where there was no such
         decision.
         """
-        passed, decisions, passed_positive, positive = self.tally.tolist()
-        self.tally.zero_()
-        return {
-            "passed": passed / decisions if decisions else math.nan,
-            "passed_positive": passed_positive / positive if positive else math.nan,
-        }
+        return self.tally.report()
 
 
 def make_fixmatch(network: nn.Module, task: Task) -> FixMatch:

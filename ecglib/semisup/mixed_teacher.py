@@ -20,6 +20,8 @@ from ecglib.batches import SemiBatch, need_unlabelled
 from ecglib.ema import average_of, momentum_at, momentum_for_steps, update_average
 from ecglib.errors import DataError
 from ecglib.semisup import Task
+from ecglib.semisup.fixmatch import confidence
+from ecglib.semisup.tally import Tally
 
 
 def sharpen(logits: Tensor, temperature: float = 0.5) -> Tensor:
@@ -53,8 +55,7 @@ class MixedTeacher(nn.Module):
     and normalises by its batch while training; running statistics are the student's. Its momentum
     rises to 1 along a cosine and is fitted to the `steps` of the run (`ema.momentum_for_steps`): of
     the first weights exp(-`turnover`) is left at the end. The unlabelled part grows linearly to
-    `weight` over the first share `ramp` of the run, while the teacher knows little. `noise` is that
-    of the weak views, a share of each lead's standard deviation.
+    `weight` over the first share `ramp` of the run, while the teacher knows little.
     """
 
     def __init__(
@@ -67,16 +68,25 @@ class MixedTeacher(nn.Module):
         temperature: float = 0.5,
         alpha: float = 0.75,
         turnover: float = 10.0,
-        noise: float = 0.05,
     ) -> None:
         super().__init__()
-        _check_settings(weight, ramp, temperature)
+        if not 0.0 <= weight < math.inf:
+            raise DataError(
+                f"The unlabelled part of the loss cannot have weight {weight}; choose 0 or more."
+            )
+        if not 0.0 < ramp <= 1.0:
+            raise DataError(
+                f"The weight cannot grow over the share {ramp} of a run; choose above 0 and at most 1."
+            )
+        if not 0.0 < temperature <= 1.0:
+            raise DataError(
+                f"Temperature {temperature} sharpens nothing; choose above 0 and at most 1."
+            )
         self.network, self.teacher = network, average_of(network)
         self.weight, self.ramp, self.temperature = weight, ramp, temperature
-        self.alpha, self.noise, self.momentum = alpha, noise, momentum_for_steps(steps, turnover)
+        self.alpha, self.momentum = alpha, momentum_for_steps(steps, turnover)
         self.register_buffer("progress", torch.tensor(0.0))
-        # Confidence, positive answers and number of the teacher's answers since the last report.
-        self.register_buffer("tally", torch.zeros(3, dtype=torch.float64))
+        self.tally = Tally("confidence", "positive")
 
     def loss(self, batch: SemiBatch) -> Tensor:
         """The student on labelled records and unlabelled weak views, mixed; DataError for a batch
@@ -85,14 +95,15 @@ class MixedTeacher(nn.Module):
         Teacher and student see different views of the unlabelled crops.
         """
         need_unlabelled(batch, "MixedTeacher")
-        asked, learnt = (weak_view(batch.unlabelled, batch.generator, self.noise) for _ in range(2))
+        asked, learnt = (weak_view(batch.unlabelled, batch.generator) for _ in range(2))
         with torch.no_grad():
             answers = self.teacher(asked).float()
-            self._count(torch.sigmoid(answers))
+            probabilities = torch.sigmoid(answers)
+            sure, everything = confidence(probabilities), torch.ones_like(probabilities)
+            self.tally.add((sure, everything), (probabilities > 0.5, everything))
         targets = torch.cat([batch.targets, sharpen(answers, self.temperature)])
-        signals, targets = mixup(
-            torch.cat([batch.signals, learnt]), targets, batch.generator, self.alpha
-        )
+        signals = torch.cat([batch.signals, learnt])
+        signals, targets = mixup(signals, targets, batch.generator, self.alpha)
         weight = self.weight * (self.progress / self.ramp).clamp_max(1.0)
         return mixed_loss(self.network(signals), targets, len(batch.signals), weight)
 
@@ -103,44 +114,13 @@ class MixedTeacher(nn.Module):
         update_average(self.teacher, self.network, momentum_at(progress, self.momentum))
         self.progress.fill_(progress)
 
-    def _count(self, probabilities: Tensor) -> None:
-        """Add the teacher's answers to the tally."""
-        if self.training:
-            parts = (
-                torch.maximum(probabilities, 1.0 - probabilities),
-                probabilities > 0.5,
-                torch.ones_like(probabilities),
-            )
-            self.tally += torch.stack([part.sum(dtype=torch.float64) for part in parts])
-
     def report(self) -> dict[str, float]:
         """Of the teacher's answers since the last report: mean `confidence` before sharpening,
         share `positive`.
 
         NaN where there was none. There is no threshold that an answer could pass.
         """
-        confident, positive, answers = self.tally.tolist()
-        self.tally.zero_()
-        return {
-            "confidence": confident / answers if answers else math.nan,
-            "positive": positive / answers if answers else math.nan,
-        }
-
-
-def _check_settings(weight: float, ramp: float, temperature: float) -> None:
-    """DataError for settings with which the loss would mean nothing."""
-    if not 0.0 <= weight < math.inf:
-        raise DataError(
-            f"The unlabelled part of the loss cannot have weight {weight}; choose 0 or more."
-        )
-    if not 0.0 < ramp <= 1.0:
-        raise DataError(
-            f"The weight cannot grow over the share {ramp} of a run; choose above 0 and at most 1."
-        )
-    if not 0.0 < temperature <= 1.0:
-        raise DataError(
-            f"Temperature {temperature} sharpens nothing; choose above 0 and at most 1."
-        )
+        return self.tally.report()
 
 
 def make_mixed_teacher(network: nn.Module, task: Task) -> MixedTeacher:

@@ -1,7 +1,7 @@
 """Where the evidence for a class truly lies: from the simulator, or from marks of cardiologists."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -35,22 +35,49 @@ LUDB_EVIDENCE = {
 FETCH = "python -m ecglib.sources.download ludb ../data/ludb"
 
 
+@dataclass(frozen=True)
+class Region:
+    """Where the evidence lies in some records, and what may be counted at all.
+
+    mask: bool `(n, 12, time)`. counted: bool, of the same shape or `(n, 1, time)`; all by default.
+    DataError for a mask of another form.
+    """
+
+    mask: np.ndarray
+    counted: np.ndarray = field(default_factory=lambda: np.array([[[True]]]))
+
+    def __post_init__(self) -> None:
+        if self.mask.ndim != 3 or self.mask.dtype != bool:
+            form = f"{self.mask.dtype} {self.mask.shape}"
+            raise DataError(f"A mask is bool (records, leads, time), not {form}.")
+        object.__setattr__(self, "counted", np.broadcast_to(self.counted, self.mask.shape))
+
+    def __getitem__(self, part: slice | np.ndarray) -> "Region":
+        """The region of some of the records."""
+        return Region(self.mask[part], self.counted[part])
+
+    @property
+    def evidence(self) -> np.ndarray:
+        """What is counted of the mask."""
+        return self.mask & self.counted
+
+
 @dataclass(eq=False)
 class Truth:
     """Records whose evidence is known.
 
     codes: each record's statements. split: positions on which choices may be made ("validation")
     and that are reported ("test"). find: from positions and the statements to look for to the mask
-    `(n, 12, time)`. marked: from positions to `counted (n, 1, time)`. note: what the reader must
-    know, such as that nothing is marked.
+    `(n, 12, time)`. marked: from positions to `counted (n, 1, time)`, everything where it is None.
+    note: what the reader must know, such as that nothing is marked.
     """
 
     name: str
     records: Records
     codes: list[set[str]]
-    split: dict[str, np.ndarray]
+    split: Mapping[str, np.ndarray]
     find: Callable[[np.ndarray, Sequence[set[str]]], np.ndarray]
-    marked: Callable[[np.ndarray], np.ndarray]
+    marked: Callable[[np.ndarray], np.ndarray] | None = None
     note: str = ""
 
     def stated(self, group: str) -> list[set[str]]:
@@ -74,26 +101,25 @@ class Truth:
             )
         return found
 
-    def regions(
-        self, group: str, positions: np.ndarray, like: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Where the evidence of the group lies, bool `(n, 12, time)`.
+    def region(self, group: str, positions: np.ndarray, like: np.ndarray | None = None) -> Region:
+        """Where the evidence of the group lies in the records at `positions`.
 
         With `like`, where it would lie had each record the statements of another one: for records
         without the disease.
         """
         stated = self.stated(group)
-        return self.find(
-            positions, [stated[place] for place in (positions if like is None else like)]
-        )
+        wanted = [stated[place] for place in (positions if like is None else like)]
+        counted = {} if self.marked is None else {"counted": self.marked(positions)}
+        return Region(self.find(positions, wanted), **counted)
 
     def groups(self, split: str = "test", least: int = 3) -> tuple[str, ...]:
         """The groups with at least `least` records in a split."""
-        return tuple(
-            group
-            for group in GROUPS
-            if sum(bool(self.stated(group)[place]) for place in self.split[split]) >= least
-        )
+        places = self.split[split]
+        counts = {
+            group: sum(bool(self.codes[place] & set(codes)) for place in places)
+            for group, (_, codes) in GROUPS.items()
+        }
+        return tuple(group for group, count in counts.items() if count >= least)
 
 
 def ground_truth(records: Records, results: str | Path, ludb: Path | None = None) -> Truth:
@@ -122,23 +148,18 @@ def find_ludb(*folders: str | Path) -> Path | None:
 def simulated_truth(simulation: Simulation) -> Truth:
     """Fold 9 to choose on and fold 10 to report, with the cohort's own evidence."""
     records = simulation.records
-    fold = records.table["fold"].to_numpy()
 
     def find(positions: np.ndarray, wanted: Sequence[set[str]]) -> np.ndarray:
         part = records.select(positions)
         part.table["statements"] = [" ".join(codes) for codes in wanted]
         waves = simulation.waves[simulation.waves["record_id"].isin(part.table["record_id"])]
-        known, every = Simulation(part, waves), np.arange(len(part))
-        masks = [known.evidence(every, code) for code in sorted(set().union(*wanted))]
-        return (
-            np.any(masks, axis=0)
-            if masks
-            else np.zeros((len(part), *records.signals.shape[1:]), bool)
-        )
+        known, mask = Simulation(part, waves), _no_mask(records, positions)
+        for code in set().union(*wanted):
+            mask |= known.evidence(np.arange(len(part)), code)
+        return mask
 
     codes = [set(text.split()) for text in records.table["statements"]]
-    split = {"validation": np.flatnonzero(fold == 9), "test": np.flatnonzero(fold == 10)}
-    return Truth("simulated cohort", records, codes, split, find, _all_counted(records))
+    return Truth("simulated cohort", records, codes, records.split, find)
 
 
 def ludb_truth(folder: str | Path, sampling_rate: float) -> Truth:
@@ -149,73 +170,57 @@ def ludb_truth(folder: str | Path, sampling_rate: float) -> Truth:
     what is counted.
     """
     records = read_ludb(folder, sampling_rate=sampling_rate)
-    marks = read_ludb_marks(folder, records.table["record_id"], sampling_rate=sampling_rate)
-    beats = {
-        key: lead_beats(rows) for key, rows in marks.groupby(["record_id", "lead"], sort=False)
-    }
-    names, time = records.table["record_id"].tolist(), records.signals.shape[2]
+    names = records.table["record_id"]
+    marks = read_ludb_marks(folder, names, sampling_rate=sampling_rate)
+    beats = {key: lead_beats(rows) for key, rows in marks.groupby(["record_id", "lead"])}
 
     def find(positions: np.ndarray, wanted: Sequence[set[str]]) -> np.ndarray:
-        mask = np.zeros((len(positions), len(LEADS), time), bool)
-        for row, (place, codes) in enumerate(zip(positions, wanted, strict=True)):
-            for code in codes:
-                leads, first, last = LUDB_EVIDENCE[code]
-                for lead in leads.split():
-                    known = beats.get((names[place], lead))
-                    for onset, offset in (
-                        [] if known is None else known[[first, last]].dropna().to_numpy(int)
-                    ):
-                        mask[row, LEADS.index(lead), onset : offset + 1] = True
+        mask = _no_mask(records, positions)
+        for row, name, codes in zip(mask, names.iloc[positions], wanted, strict=True):
+            for leads, first, last in (LUDB_EVIDENCE[code] for code in codes):
+                for lead in set(leads.split()) & {lead for key, lead in beats if key == name}:
+                    mark_beats(row[LEADS.index(lead)], beats[name, lead], first, last)
         return mask
 
-    spans = marks.groupby("record_id").agg(first=("onset", "min"), last=("offset", "max"))
+    spans = marks.groupby("record_id").agg({"onset": "min", "offset": "max"}).reindex(names)
+    first, last = (spans[[end]].to_numpy(float, na_value=np.nan) for end in spans)
+    clock = np.arange(records.signals.shape[2])
 
     def marked(positions: np.ndarray) -> np.ndarray:
-        counted = np.zeros((len(positions), 1, time), bool)
-        for row, place in enumerate(positions):
-            if names[place] in spans.index:
-                counted[
-                    row,
-                    0,
-                    int(spans.loc[names[place], "first"]) : int(spans.loc[names[place], "last"])
-                    + 1,
-                ] = True
-        return counted
+        return ((clock >= first[positions]) & (clock <= last[positions]))[:, None]
 
-    codes = [
-        {name for name, here in zip(records.classes, row, strict=True) if here}
-        for row in records.targets
-    ]
     split = {"validation": np.array([], int), "test": np.arange(len(records))}
-    return Truth(
-        "LUDB", records, codes, split, find, marked, "every record of LUDB is a test record"
-    )
+    note = "every record of LUDB is a test record"
+    return Truth("LUDB", records, _classes(records), split, find, marked, note)
 
 
 def targets_truth(records: Records) -> Truth:
     """Records with classes but without marks: each class stands for its groups' first statement,
     masks are empty.
     """
-    stands_for = {class_name: codes[0] for class_name, codes in reversed(GROUPS.values())}
-    codes = [
-        {
-            stands_for[name]
-            for name, here in zip(records.classes, row, strict=True)
-            if here and name in stands_for
-        }
-        for row in records.targets
-    ]
-    split = records.split
-    shape = records.signals.shape[1:]
-    return Truth(
-        records.name,
-        records,
-        codes,
-        {name: split[name] for name in ("validation", "test")},
-        lambda positions, wanted: np.zeros((len(positions), *shape), bool),
-        _all_counted(records),
-        f"no wave is marked; `{FETCH}` fetches LUDB, where cardiologists marked them",
-    )
+    stands_for = {name: codes[0] for name, codes in reversed(GROUPS.values())}
+    codes = [{stands_for[name] for name in found & set(stands_for)} for found in _classes(records)]
+    note = f"no wave is marked; `{FETCH}` fetches LUDB, where cardiologists marked them"
+
+    def find(positions: np.ndarray, wanted: Sequence[set[str]]) -> np.ndarray:
+        return _no_mask(records, positions)
+
+    return Truth(records.name, records, codes, records.split, find, note=note)
+
+
+def mark_beats(mask: np.ndarray, beats: pd.DataFrame, first: str, last: str) -> None:
+    """Mark in one lead `(time,)` what lies between two marks of each beat, ends included."""
+    for onset, offset in beats[[first, last]].dropna().to_numpy(int):
+        mask[onset : offset + 1] = True
+
+
+def _no_mask(records: Records, positions: np.ndarray) -> np.ndarray:
+    return np.zeros((len(positions), *records.signals.shape[1:]), bool)
+
+
+def _classes(records: Records) -> list[set[str]]:
+    """The names of each record's classes."""
+    return [set(np.array(records.classes)[row > 0]) for row in records.targets]
 
 
 def lead_beats(marks: pd.DataFrame) -> pd.DataFrame:
@@ -224,27 +229,17 @@ def lead_beats(marks: pd.DataFrame) -> pd.DataFrame:
 
     A P belongs to the QRS that follows it, a T to the one before it.
     """
-    waves = {wave: rows.sort_values("peak") for wave, rows in marks.groupby("wave")}
     columns = [f"{wave} {end}" for wave in ("P", "QRS", "T") for end in ("onset", "offset")]
+    waves = {wave: rows.sort_values("peak") for wave, rows in marks.groupby("wave")}
     if "QRS" not in waves:
         return pd.DataFrame(columns=columns, dtype=float)
     peaks = waves["QRS"]["peak"].to_numpy(float)
     beats = pd.DataFrame(np.nan, index=range(len(peaks)), columns=columns)
     for wave, rows in waves.items():
-        at = rows["peak"].to_numpy(float)
-        own = {
-            "QRS": np.arange(len(peaks)),
-            "P": np.searchsorted(peaks, at),
-            "T": np.searchsorted(peaks, at) - 1,
-        }[wave]
+        side = "right" if wave == "QRS" else "left"
+        own = np.searchsorted(peaks, rows["peak"].to_numpy(float), side) - (wave != "P")
         inside = (own >= 0) & (own < len(peaks))
         for end in ("onset", "offset"):
-            beats.loc[own[inside], f"{wave} {end}"] = rows[end].to_numpy(float, na_value=np.nan)[
-                inside
-            ]
+            values = rows[end].to_numpy(float, na_value=np.nan)
+            beats.loc[own[inside], f"{wave} {end}"] = values[inside]
     return beats
-
-
-def _all_counted(records: Records) -> Callable[[np.ndarray], np.ndarray]:
-    """Every sample of every record counts."""
-    return lambda positions: np.ones((len(positions), 1, records.signals.shape[2]), bool)

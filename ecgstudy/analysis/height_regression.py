@@ -1,4 +1,4 @@
-"""A network whose answer is known to rest on one wave: the gate that every attribution must pass."""
+"""A network whose answer is known to rest on one wave: a gate that attributions must pass."""
 
 from dataclasses import replace
 
@@ -15,8 +15,7 @@ from ecglib.records import LEADS
 from ecglib.sources.simulate import Simulation
 from ecglib.supervised import Classifier
 from ecglib.train import fit
-
-# Regressors of wave heights, for which the true place is known
+from ecgstudy.analysis.evidence import Region
 
 HEIGHTS = {"P": ("P", "II"), "R": ("QRS", "V5"), "T": ("T", "V3")}  # output: wave and lead
 
@@ -28,48 +27,35 @@ def wave_heights(simulation: Simulation) -> np.ndarray:
     The median over a record's normal beats; for R the highest point. NaN where there is no such
     wave.
     """
-    signals, rows = simulation.records.millivolts(), []
-    for record, signal in zip(simulation.records.table["record_id"], signals, strict=True):
-        beats = simulation.beats.get(record)
-        rows.append(
-            [
-                np.nan if beats is None else _height(signal[LEADS.index(lead)], beats, wave)
-                for wave, lead in HEIGHTS.values()
-            ]
-        )
-    return np.array(rows)
+    names = simulation.records.table["record_id"]
+    heights = np.full((len(names), len(HEIGHTS)), np.nan)
+    for row, (name, signal) in enumerate(zip(names, simulation.records.millivolts(), strict=True)):
+        for column, (wave, lead) in enumerate(HEIGHTS.values()):
+            trace, tops = signal[LEADS.index(lead)], []
+            for onset, offset in _normal_waves(simulation, name, wave):
+                part = trace[onset : offset + 1] - trace[onset]
+                tops.append(part.max() if wave == "QRS" else part[np.abs(part).argmax()])
+            if tops:
+                heights[row, column] = np.median(tops)
+    return heights
 
 
-def _height(trace: np.ndarray, beats: pd.DataFrame, wave: str) -> float:
-    """Median height of one wave in the trace of its lead."""
-    normal = (
-        beats.loc[beats["kind"] == "normal", [f"{wave} onset", f"{wave} offset"]]
-        .dropna()
-        .to_numpy(int)
-    )
-    over = [trace[onset : offset + 1] - trace[onset] for onset, offset in normal]
-    tops = [
-        part.max() if wave == "QRS" else part[np.abs(part).argmax()] for part in over if len(part)
-    ]
-    return float(np.median(tops)) if tops else np.nan
+def _normal_waves(simulation: Simulation, record: str, wave: str) -> np.ndarray:
+    """Onset and offset of a wave in each normal beat of a record, in samples `(beats, 2)`."""
+    if record not in simulation.beats:
+        return np.empty((0, 2), int)
+    beats = simulation.beats[record].query("kind == 'normal'")
+    return beats[[f"{wave} onset", f"{wave} offset"]].dropna().to_numpy(int)
 
 
-def wave_masks(simulation: Simulation, positions: np.ndarray, output: str) -> np.ndarray:
-    """Where the height of an output of `HEIGHTS` is measured, bool `(n, 12, time)`: its wave, in
-    its lead alone.
-    """
+def wave_region(simulation: Simulation, positions: np.ndarray, output: str) -> Region:
+    """Where the height of an output of `HEIGHTS` is measured: its wave, in its lead only."""
     wave, lead = HEIGHTS[output]
     mask = np.zeros((len(positions), *simulation.records.signals.shape[1:]), bool)
-    for row, record in enumerate(simulation.records.table["record_id"].iloc[positions]):
-        beats = simulation.beats[record]
-        normal = (
-            beats.loc[beats["kind"] == "normal", [f"{wave} onset", f"{wave} offset"]]
-            .dropna()
-            .to_numpy(int)
-        )
-        for onset, offset in normal:
-            mask[row, LEADS.index(lead), onset : offset + 1] = True
-    return mask
+    for row, record in zip(mask, simulation.records.table["record_id"].iloc[positions]):
+        for onset, offset in _normal_waves(simulation, record, wave):
+            row[LEADS.index(lead), onset : offset + 1] = True
+    return Region(mask)
 
 
 class HeightRegression(nn.Module):
@@ -114,11 +100,13 @@ def height_regressor(
     Folds 1-8 of the cohort teach, fold 10 is asked. R2 is that of the mean over a record's windows.
     """
     records, heights = simulation.records, wave_heights(simulation)
-    usable, fold = ~np.isnan(heights).any(axis=1), simulation.records.table["fold"].to_numpy()
-    taught, asked = np.flatnonzero(usable & (fold <= 8)), np.flatnonzero(usable & (fold == 10))
+    known, fold = ~np.isnan(heights).any(axis=1), records.table["fold"].to_numpy()
+    taught = np.flatnonzero(known & (fold <= 8))
+    asked = np.flatnonzero(known & (fold == 10))
     if not len(taught) or not len(asked):
         raise DataError(
-            f"{len(records)} simulated records are too few to teach and to ask; simulate more patients."
+            f"{len(records)} simulated records are too few to teach and to ask; simulate more "
+            "patients."
         )
     torch.manual_seed(seed)
     objective = HeightRegression(Classifier(make_encoder(encoder), len(HEIGHTS)), heights[taught])
@@ -126,14 +114,12 @@ def height_regressor(
 
     def batches(step: int) -> Batch:
         batch = crops(step)
-        return replace(
-            batch,
-            targets=torch.as_tensor(heights[taught[batch.indices.numpy()]], dtype=torch.float32),
-        )
+        targets = torch.as_tensor(heights[taught[batch.indices.numpy()]], dtype=torch.float32)
+        return replace(batch, targets=targets)
 
     fit(objective, batches, steps, learning_rate=learning_rate, seed=seed)
     network = objective.network.eval()
-    said = encode_windows(network, records, asked, seconds)
-    said = said * objective.deviation.numpy() + objective.mean.numpy()
-    r2 = 1 - ((said - heights[asked]) ** 2).mean(axis=0) / heights[asked].var(axis=0)
+    answers = encode_windows(network, records, asked, seconds)
+    answers = answers * objective.deviation.numpy() + objective.mean.numpy()
+    r2 = 1 - ((answers - heights[asked]) ** 2).mean(axis=0) / heights[asked].var(axis=0)
     return network, asked, pd.Series(r2, index=list(HEIGHTS))

@@ -1,14 +1,15 @@
 """Does an attribution point where the evidence is? Measures against known regions, and their
 chance levels.
 
-Relevance `(n, 12, time)` is never negative (`saliency.relevance`); a mask of the same shape says
-where the evidence lies, and `counted (n, 1, time)` which samples were marked at all. Every measure
-gives one number per record, NaN where there is no evidence or no relevance, so that intervals
-resample patients and compare methods on the same records.
+Relevance `(n, 12, time)` is never negative (`saliency.relevance`); a `Region` says where the
+evidence lies and which samples count at all. Every measure gives one number per record, NaN where
+there is no evidence or no relevance, so that intervals resample patients and compare methods on the
+same records.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -21,8 +22,8 @@ from torch import nn
 from ecglib.errors import DataError
 from ecglib.evaluate.draws import Interval, PatientDraws, mean
 from ecglib.evaluate.windows import score_signals
-from ecglib.records import LEADS
 from ecglib.saliency import PATCH, bridged, find_r_peaks
+from ecgstudy.analysis.evidence import Region
 from ecgstudy.analysis.figures import (
     MARKERS,
     PALETTE,
@@ -96,60 +97,47 @@ def plot_randomisation(table: pd.DataFrame, title: str | None = None) -> Figure:
     return finish(figure, title)
 
 
-# Measures: relevance and mask (n, 12, time), counted (n, 1, time) -> one number per record
+# Measures: relevance (n, 12, time) and where the evidence lies -> one number per record
 
 
-def chance_mass(mask: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
-    """Share of the counted lead-samples that the mask covers, f_S `(n,)`; NaN where none."""
-    evidence, counted = _region(mask, counted)
-    return _share(evidence, counted, evidence)
+def chance_mass(region: Region) -> np.ndarray:
+    """Share of the counted lead-samples that the region covers, f_S `(n,)`; NaN where none."""
+    return _share(region.evidence, region.counted, region)
 
 
-def relevance_mass(
-    relevance: np.ndarray, mask: np.ndarray, counted: np.ndarray | None = None
-) -> np.ndarray:
-    """Share of the relevance that lies in the mask `(n,)` (M1); by chance `chance_mass`."""
-    evidence, counted = _region(mask, counted)
-    return _share(relevance * evidence, relevance * counted, evidence)
+def relevance_mass(relevance: np.ndarray, region: Region) -> np.ndarray:
+    """Share of the relevance that lies in the region `(n,)` (M1); by chance `chance_mass`."""
+    counted = relevance * region.counted
+    return _share(counted * region.mask, counted, region)
 
 
-def enrichment(
-    relevance: np.ndarray, mask: np.ndarray, counted: np.ndarray | None = None
-) -> np.ndarray:
+def enrichment(relevance: np.ndarray, region: Region) -> np.ndarray:
     """Relevance mass over its chance `(n,)`; at most 1 / f_S."""
-    return relevance_mass(relevance, mask, counted) / chance_mass(mask, counted)
+    return relevance_mass(relevance, region) / chance_mass(region)
 
 
-def dilated(mask: np.ndarray, sampling_rate: float, seconds: float = TOLERANCE) -> np.ndarray:
-    """The mask, longer by `seconds` on both sides in time."""
+def dilated(region: Region, sampling_rate: float, seconds: float = TOLERANCE) -> Region:
+    """The region, longer by `seconds` on both sides in time."""
     from scipy.ndimage import maximum_filter1d
 
     width = 2 * round(seconds * sampling_rate) + 1
-    return maximum_filter1d(mask.astype(np.uint8), width, axis=2).astype(bool)
+    longer = maximum_filter1d(region.evidence.astype(np.uint8), width, axis=2).astype(bool)
+    return Region(longer, region.counted)
 
 
-def pointing_game(
-    relevance: np.ndarray,
-    mask: np.ndarray,
-    counted: np.ndarray | None = None,
-    *,
-    sampling_rate: float,
-) -> np.ndarray:
-    """Whether the largest relevance lies within 50 ms of the mask `(n,)` (M2); of equal ones, the
+def pointing_game(relevance: np.ndarray, region: Region, sampling_rate: float) -> np.ndarray:
+    """Whether the largest relevance lies within 50 ms of the region `(n,)` (M2); of equal ones, the
     share that does.
 
-    By chance it is the share that the longer mask covers.
+    By chance it is the share that the longer region covers.
     """
-    evidence, counted = _region(mask, counted)
-    inside = np.where(counted, relevance, -np.inf)
-    top = (inside == inside.max(axis=(1, 2), keepdims=True)) & counted
-    return _share(top & dilated(evidence, sampling_rate), top, evidence)
+    inside = np.where(region.counted, relevance, -np.inf)
+    top = (inside == inside.max(axis=(1, 2), keepdims=True)) & region.counted
+    return _share(top & dilated(region, sampling_rate).mask, top, region)
 
 
-def rank_accuracy(
-    relevance: np.ndarray, mask: np.ndarray, counted: np.ndarray | None = None
-) -> np.ndarray:
-    """Share of the |S| most relevant lead-samples that lie in the mask S `(n,)` (M3); equal ones
+def rank_accuracy(relevance: np.ndarray, region: Region) -> np.ndarray:
+    """Share of the |S| most relevant lead-samples that lie in the region S `(n,)` (M3); equal ones
     count by their share.
 
     By chance it is f_S.
@@ -164,13 +152,11 @@ def rank_accuracy(
         tied = hits[equal].sum() * (size - above.sum()) / equal.sum()
         return (hits[above].sum() + tied) / size
 
-    return _per_record(of_record, relevance, mask, counted)
+    return _per_record(of_record, relevance, region)
 
 
-def localisation_auc(
-    relevance: np.ndarray, mask: np.ndarray, counted: np.ndarray | None = None
-) -> np.ndarray:
-    """ROC area of relevance against the mask `(n,)` (M4); 0.5 by chance."""
+def localisation_auc(relevance: np.ndarray, region: Region) -> np.ndarray:
+    """ROC area of relevance against the region `(n,)` (M4); 0.5 by chance."""
     from scipy.stats import rankdata
 
     def of_record(values: np.ndarray, hits: np.ndarray) -> float:
@@ -180,23 +166,22 @@ def localisation_auc(
         won = rankdata(values)[hits].sum() - positives * (positives + 1) / 2
         return won / (positives * negatives)
 
-    return _per_record(of_record, relevance, mask, counted)
+    return _per_record(of_record, relevance, region)
 
 
-def lead_mass(
-    relevance: np.ndarray, mask: np.ndarray, counted: np.ndarray | None = None
-) -> np.ndarray:
-    """Share of the relevance in the leads that the mask names `(n,)` (M5); by chance their number
+def lead_mass(relevance: np.ndarray, region: Region) -> np.ndarray:
+    """Share of the relevance in the leads that the region names `(n,)` (M5); by chance their number
     over 12.
     """
-    evidence, counted = _region(mask, counted)
-    leads = np.broadcast_to(evidence.any(axis=2, keepdims=True), mask.shape)
-    return relevance_mass(relevance, leads, counted)
+    leads = region.evidence.any(axis=2, keepdims=True)
+    return relevance_mass(
+        relevance, Region(np.broadcast_to(leads, region.mask.shape), region.counted)
+    )
 
 
-def gini(relevance: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
-    """Gini coefficient `(n,)` (M10): 0 where all is equally relevant, near 1 where one lead-sample
-    has everything.
+def gini(relevance: np.ndarray, region: Region) -> np.ndarray:
+    """Gini coefficient of what is counted `(n,)` (M10): 0 where all is equally relevant, near 1
+    where one lead-sample has everything.
     """
 
     def of_record(values: np.ndarray, hits: np.ndarray) -> float:
@@ -205,68 +190,52 @@ def gini(relevance: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray
         ranks = 2 * np.arange(1, count + 1) - count - 1
         return float(ranks @ values) / (count * total) if total > 0 else np.nan
 
-    return _per_record(of_record, relevance, np.ones(relevance.shape, bool), counted)
+    return _per_record(of_record, relevance, region)
 
 
-def _region(mask: np.ndarray, counted: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """The evidence that counts, and all that counts, both bool `(n, 12, time)`; DataError where the
-    mask has another form.
-    """
-    if mask.ndim != 3 or mask.dtype != bool:
-        raise DataError(f"A mask is bool (records, leads, time), not {mask.dtype} {mask.shape}.")
-    counted = np.broadcast_to(True if counted is None else counted, mask.shape)
-    return mask & counted, counted
-
-
-def _share(part: np.ndarray, whole: np.ndarray, evidence: np.ndarray) -> np.ndarray:
+def _share(part: np.ndarray, whole: np.ndarray, region: Region) -> np.ndarray:
     """Sum of part over that of whole in each record `(n,)`, NaN without evidence or without
     anything to divide.
     """
     part, whole = (each.sum(axis=(1, 2)).astype(np.float64) for each in (part, whole))
-    known = evidence.any(axis=(1, 2)) & (whole > 0)
+    known = region.evidence.any(axis=(1, 2)) & (whole > 0)
     return np.divide(part, whole, out=np.full(len(whole), np.nan), where=known)
 
 
 def _per_record(
-    measure: Callable[[np.ndarray, np.ndarray], float],
-    relevance: np.ndarray,
-    mask: np.ndarray,
-    counted: np.ndarray | None,
+    measure: Callable[[np.ndarray, np.ndarray], float], relevance: np.ndarray, region: Region
 ) -> np.ndarray:
     """`measure(relevance, evidence)` of the lead-samples of each record that count, `(n,)`."""
-    evidence, counted = _region(mask, counted)
-    rows = zip(relevance, evidence, counted, strict=True)
+    rows = zip(relevance, region.evidence, region.counted, strict=True)
     return np.array([measure(values[inside], hits[inside]) for values, hits, inside in rows], float)
 
 
-def measure(
-    relevance: np.ndarray, mask: np.ndarray, counted: np.ndarray, sampling_rate: float
-) -> dict[str, np.ndarray]:
+def measure(relevance: np.ndarray, region: Region, sampling_rate: float) -> dict[str, np.ndarray]:
     """All measures by name, each `(n,)`."""
-    leads = (mask & counted).any(axis=2).sum(axis=1) / len(LEADS)
-    in_leads = lead_mass(relevance, mask, counted)
+    leads = region.evidence.any(axis=2).mean(axis=1)
+    in_leads = lead_mass(relevance, region)
     return {
-        "mass": relevance_mass(relevance, mask, counted),
-        "enrichment": enrichment(relevance, mask, counted),
-        "pointing_game": pointing_game(relevance, mask, counted, sampling_rate=sampling_rate),
-        "rank_accuracy": rank_accuracy(relevance, mask, counted),
-        "localisation_auc": localisation_auc(relevance, mask, counted),
+        "mass": relevance_mass(relevance, region),
+        "enrichment": enrichment(relevance, region),
+        "pointing_game": pointing_game(relevance, region, sampling_rate),
+        "rank_accuracy": rank_accuracy(relevance, region),
+        "localisation_auc": localisation_auc(relevance, region),
         "lead_mass": in_leads,
-        "gini": gini(relevance, counted),
+        "gini": gini(relevance, region),
         "lead_enrichment": in_leads / np.where(leads > 0, leads, np.nan),
     }
 
 
-def chances(mask: np.ndarray, counted: np.ndarray, sampling_rate: float) -> dict[str, float]:
+def chances(region: Region, sampling_rate: float) -> dict[str, float]:
     """What each measure is by chance, mean over records; 0 without any evidence."""
-    share = _known_mean(chance_mass(mask, counted))
+    share = _known_mean(chance_mass(region))
     return {
         "mass": share,
         "enrichment": 1.0,
-        "pointing_game": _known_mean(chance_mass(dilated(mask & counted, sampling_rate), counted)),
+        "pointing_game": _known_mean(chance_mass(dilated(region, sampling_rate))),
         "rank_accuracy": share,
         "localisation_auc": 0.5,
-        "lead_mass": float((mask & counted).any(axis=2).mean()),
+        "lead_mass": float(region.evidence.any(axis=2).mean()),
         "lead_enrichment": 1.0,
         "gini": np.nan,
         "mass over chance": 1.0,
@@ -289,8 +258,7 @@ def passes(name: str, low: float, chance: float) -> bool | None:
 
 def measure_rows(
     relevances: Mapping[str, np.ndarray],
-    mask: np.ndarray,
-    counted: np.ndarray,
+    region: Region,
     patients: Sequence,
     sampling_rate: float,
     draws: int = 1000,
@@ -302,11 +270,8 @@ def measure_rows(
     ("mass over chance") and, paired, how much more the enrichment is than that of each attribution
     of `SIZES` that is among them.
     """
-    found = {
-        name: measure(relevance, mask, counted, sampling_rate)
-        for name, relevance in relevances.items()
-    }
-    chance = chances(mask, counted, sampling_rate)
+    found = {name: measure(each, region, sampling_rate) for name, each in relevances.items()}
+    chance = chances(region, sampling_rate)
     rows = []
     for name, values in found.items():
         values = values | {"mass over chance": values["mass"] / (chance["mass"] or np.nan)}
@@ -413,16 +378,15 @@ def randomised_cascade(network: nn.Module, seed: int = 0) -> list[tuple[str, nn.
     Every number of a layer is drawn from a normal distribution with the mean and deviation of its
     tensor; the running variances of batch norm are shuffled instead, since they must stay positive.
     """
-    generator, copies = torch.Generator().manual_seed(seed), []
-    current = deepcopy(network)
+    generator = torch.Generator().manual_seed(seed)
+    copies = []
+    current = network
     for name, layer in _layers_from_the_head(network):
         current = deepcopy(current)
-        own = [current.get_submodule(part) for part in layer]
-        with torch.no_grad():
-            for module in own:
-                for key, value in [*module.named_parameters(), *module.named_buffers()]:
-                    if value.is_floating_point() and value.numel() > 1:
-                        value.copy_(_anew(key, value.cpu(), generator))
+        for module in map(current.get_submodule, layer):
+            for key, value in [*module.named_parameters(), *module.named_buffers()]:
+                if value.is_floating_point() and value.numel() > 1:
+                    value.data.copy_(_anew(key, value.detach().cpu(), generator))
         copies.append((name, current))
     return copies
 
@@ -442,9 +406,8 @@ def _layers_from_the_head(network: nn.Module) -> list[tuple[str, list[str]]]:
     if encoder is not network:
         found.append(("head", [name for name, _ in network.named_children() if name != "encoder"]))
     for place, layer in reversed(list(enumerate(encoder.layers()))):
-        parts = (
-            [layer] if layer in names else list(layer)
-        )  # a slice of a sequence is no module of the network
+        # A slice of a sequence is no module of the network.
+        parts = [layer] if layer in names else layer
         found.append((f"layer {place + 1}", [names[part] for part in parts]))
     return found
 
@@ -458,15 +421,14 @@ def rank_correlation(first: np.ndarray, second: np.ndarray, signed: bool = False
     """
     from scipy.stats import rankdata
 
-    ranks = [
+    first, second = (
         rankdata((each if signed else np.abs(each)).reshape(len(each), -1), axis=1)
         for each in (first, second)
-    ]
-    ranks = [each - each.mean(axis=1, keepdims=True) for each in ranks]
-    size = np.sqrt((ranks[0] ** 2).sum(axis=1) * (ranks[1] ** 2).sum(axis=1))
-    return np.divide(
-        (ranks[0] * ranks[1]).sum(axis=1), size, out=np.zeros(len(size)), where=size > 0
     )
+    first, second = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in (first, second))
+    size = np.sqrt((first**2).sum(axis=1) * (second**2).sum(axis=1))
+    product = (first * second).sum(axis=1)
+    return np.divide(product, size, out=np.zeros(len(size)), where=size > 0)
 
 
 def agreement(attributions: Sequence[np.ndarray]) -> np.ndarray:
@@ -475,8 +437,8 @@ def agreement(attributions: Sequence[np.ndarray]) -> np.ndarray:
     """
     if len(attributions) < 2:
         raise DataError("Agreement needs the attributions of two networks or more.")
-    pairs = [(a, b) for a in range(len(attributions)) for b in range(a)]
-    return np.mean([rank_correlation(attributions[a], attributions[b]) for a, b in pairs], axis=0)
+    pairs = [rank_correlation(*pair) for pair in combinations(attributions, 2)]
+    return np.mean(pairs, axis=0)
 
 
 def matched_negatives(

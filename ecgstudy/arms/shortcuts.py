@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ecglib.encoders import encoder_maker
-from ecglib.selfsup.patient_pairs import shortcut_probes
+from ecglib.selfsup.order_shortcuts import shortcut_probes
 from ecgstudy.runs import Result
 from ecgstudy.study import Job, Study
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ecglib.batches import Batch, CropBatches, step_generator
-from ecglib.checkpoints import load_tensors
+from ecglib.checkpoints import CHECKPOINT, load_tensors
 from ecglib.encoders.cpc_lstm import PTB_XL_DEVIATIONS, CPCEncoder, Latents, cpc_lstm_small, pool
 from ecglib.encoders.s4 import S4Encoder, s4_small
 from ecglib.errors import DataError
 from ecglib.selfsup.cpc import CPC, draw_negatives, info_nce
-from ecglib.train import CHECKPOINT, autocast, fit
+from ecglib.train import autocast, fit
 from toolkit import tiny_records
 
 

@@ -83,7 +83,7 @@ def test_the_objective_equals_a_slow_numpy_version(monkeypatch, progress):
     mix, views = Mix(10), []
     monkeypatch.setattr(mixed_teacher, "mixup", mix)
     monkeypatch.setattr(
-        mixed_teacher, "weak_view", lambda s, g, noise: views.append(1) or s + 0.1 * len(views)
+        mixed_teacher, "weak_view", lambda s, g: views.append(1) or s + 0.1 * len(views)
     )
     network, batch = Linear(), semi_batch()
     objective = MixedTeacher(network, 100, weight=3.0, ramp=0.2, temperature=0.4)

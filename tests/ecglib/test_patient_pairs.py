@@ -14,27 +14,28 @@ import torch
 from torch import nn
 
 from ecglib.batches import CropBatches, PairBatch, PatientBatches
-from ecglib.checkpoints import load_tensors
+from ecglib.checkpoints import CHECKPOINT, load_tensors
 from ecglib.errors import DataError
 from ecglib.records import Records
-from ecglib.selfsup.patient_pairs import (
-    PatientPairs,
+from ecglib.selfsup.order_shortcuts import (
     ProbeNetwork,
+    drift_only,
+    joins_only,
+    order_accuracy,
+    shortcut_probes,
+)
+from ecglib.selfsup.patient_pairs import PatientPairs, patient_nt_xent
+from ecglib.selfsup.segment_order import (
     SegmentOrder,
     all_orders,
     cut_segments,
     describe_segments,
-    drift_only,
     join_segments,
-    joins_only,
-    order_accuracy,
-    patient_nt_xent,
     segment_sizes,
-    shortcut_probes,
     shuffle_segments,
 )
 from ecglib.selfsup.simclr import nt_xent
-from ecglib.train import CHECKPOINT, fit
+from ecglib.train import fit
 from toolkit import tiny_records
 
 ROOT = Path(__file__).resolve().parents[2]

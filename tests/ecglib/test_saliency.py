@@ -74,7 +74,7 @@ def test_integrated_gradients_sum_to_the_difference_of_logits():
 
 def test_occlusion_is_the_fall_of_the_logit_patch_by_patch():
     model, x = Linear(50), signals(2, 50)
-    found, filled = attribute(model, x, 0, "occlusion", patch=20), bridged(x, 20)
+    found, filled = attribute(model, x, 0, "occlusion"), bridged(x, 20)
     for lead, start in ((0, 0), (3, 20), (11, 40)):  # the last patch has 10 samples
         gone = x.clone()
         gone[:, lead, start : start + 20] = filled[:, lead, start : start + 20]

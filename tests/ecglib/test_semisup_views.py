@@ -10,7 +10,7 @@ from torch import Tensor
 import ecglib.augment
 from ecglib.augment import (
     VIEW_STEPS,
-    _beta,
+    beta,
     burst_dropout,
     cutmix,
     lead_permutation,
@@ -115,7 +115,7 @@ def test_cutmix_targets_are_the_pasted_area_exactly(signals, targets):
 
 
 def test_the_rectangle_has_the_side_that_was_drawn(monkeypatch, signals, targets):
-    monkeypatch.setattr(ecglib.augment, "_beta", lambda *_: torch.tensor(0.75))
+    monkeypatch.setattr(ecglib.augment, "beta", lambda *_: torch.tensor(0.75))
     sizes = []
     for seed in range(60):
         pasted = (cutmix(signals, targets, generator(seed))[0] != signals).any(dim=0)
@@ -139,7 +139,7 @@ def test_mixup_is_the_average_of_two_records_mostly_the_first(signals, targets):
 
 
 def test_beta_draws_have_their_distribution(signals):
-    draws = _beta((20000,), 0.75, signals, generator()).double()
+    draws = beta(signals, generator(), 0.75, 20000).double()
     assert draws.mean().item() == pytest.approx(0.5, abs=0.01)
     assert draws.var().item() == pytest.approx(1 / (4 * (2 * 0.75 + 1)), rel=0.02)
     assert draws.min() >= 0 and draws.max() <= 1

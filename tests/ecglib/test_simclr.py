@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from ecglib.batches import CropBatches, step_generator
-from ecglib.checkpoints import load_tensors
+from ecglib.checkpoints import CHECKPOINT, load_tensors
 from ecglib.errors import DataError
 from ecglib.selfsup.simclr import SimCLR, nt_xent
-from ecglib.train import CHECKPOINT, fit
+from ecglib.train import fit
 from toolkit import tiny_records
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from ecglib.batches import Batch, CropBatches
-from ecglib.checkpoints import load_tensors, save_tensors
+from ecglib.checkpoints import CHECKPOINT, load_tensors, save_tensors
 from ecglib.errors import DataError, StorageError
 from ecglib.train import (
-    CHECKPOINT,
     TrainingError,
     constant_schedule,
     cosine_schedule,

@@ -18,6 +18,7 @@ from ecglib.saliency import attribute_records
 from ecglib.sources.simulate import simulate_cohort
 from ecglib.supervised import Classifier
 from ecgstudy.analysis import evidence, height_regression, localisation
+from ecgstudy.analysis.evidence import Region
 
 LUDB = Path(__file__).resolve().parents[3] / "shared" / "data" / "ludb"
 
@@ -48,9 +49,9 @@ def test_relevance_inside_and_uniform_relevance_have_known_measures(region):
         ("gini", 0.0, 1 - share),
     ):
         for relevance, wanted in ((uniform, chance), (inside, all_inside)):
-            found = localisation.measure(relevance, region, np.ones((3, 1, 100), bool), 100)[name]
+            found = localisation.measure(relevance, Region(region), 100)[name]
             np.testing.assert_allclose(found, wanted, atol=1e-9, err_msg=name)
-    chances = localisation.chances(region, np.ones((3, 1, 100), bool), 100)
+    chances = localisation.chances(Region(region), 100)
     assert chances["pointing_game"] == pytest.approx(0.05) and chances[
         "lead_mass"
     ] == pytest.approx(1 / 6)
@@ -59,7 +60,7 @@ def test_relevance_inside_and_uniform_relevance_have_known_measures(region):
 def test_measures_against_slow_references(region):
     generator = np.random.default_rng(0)
     relevance = generator.integers(0, 6, region.shape).astype(float)  # with many ties
-    found = localisation.measure(relevance, region, np.ones((3, 1, 100), bool), 100)
+    found = localisation.measure(relevance, Region(region), 100)
     for row in range(3):
         flat, hits = relevance[row].ravel(), region[row].ravel()
         assert found["localisation_auc"][row] == pytest.approx(roc_auc_score(hits, flat))
@@ -78,11 +79,11 @@ def test_what_is_not_counted_has_no_say(region):
     relevance, counted = np.ones(region.shape), np.zeros((3, 1, 100), bool)
     relevance[:, :, :25] = 50.0
     counted[:, :, 25:75] = True
-    assert localisation.relevance_mass(relevance, region, counted) == pytest.approx(40 / 600)
-    assert localisation.enrichment(relevance, region, counted) == pytest.approx(1.0)
-    assert localisation.pointing_game(
-        relevance, region, counted, sampling_rate=100
-    ) == pytest.approx(60 / 600)
+    region = Region(region, counted)
+    assert localisation.relevance_mass(relevance, region) == pytest.approx(40 / 600)
+    assert localisation.enrichment(relevance, region) == pytest.approx(1.0)
+    assert localisation.pointing_game(relevance, region, 100) == pytest.approx(60 / 600)
+    assert (region[1:].counted == counted[1:]).all() and len(region[1:].evidence) == 2
 
 
 def test_the_pointing_game_forgives_50_ms_and_no_more(region):
@@ -90,7 +91,7 @@ def test_the_pointing_game_forgives_50_ms_and_no_more(region):
         relevance = np.zeros(region.shape)
         relevance[:, 2, sample] = 1.0
         np.testing.assert_array_equal(
-            localisation.pointing_game(relevance, region, sampling_rate=100), hit
+            localisation.pointing_game(relevance, Region(region), 100), hit
         )
 
 
@@ -98,28 +99,27 @@ def test_no_evidence_and_no_relevance_give_no_number(region):
     region[1] = False
     relevance = np.ones(region.shape)
     relevance[2] = 0
-    found = localisation.measure(relevance, region, np.ones((3, 1, 100), bool), 100)
+    found = localisation.measure(relevance, Region(region), 100)
     assert np.isnan(found["mass"]).tolist() == [False, True, True]
     assert np.isnan(found["localisation_auc"]).tolist() == [False, True, False]
     rows = localisation.measure_rows(
         {"random": relevance, "|input|": relevance},
-        np.zeros_like(region),
-        np.ones((3, 1, 100), bool),
+        Region(np.zeros_like(region)),
         list("abc"),
         100,
         draws=20,
     )
     assert np.isnan(next(row["value"] for row in rows if row["measure"] == "mass"))
     with pytest.raises(DataError, match="A mask is bool"):
-        localisation.relevance_mass(relevance, region.astype(int))
+        Region(region.astype(int))
 
 
 def test_random_relevance_is_at_chance_on_the_cohort(cohort):
     truth = evidence.simulated_truth(cohort)
     positions = truth.positions("infarction")
-    mask, counted = truth.regions("infarction", positions), truth.marked(positions)
+    region = truth.region("infarction", positions)
     maps = localisation.baseline_maps(cohort.records.millivolts(positions), 100)
-    rows = localisation.measure_rows(maps, mask, counted, positions, 100, draws=100)
+    rows = localisation.measure_rows(maps, region, positions, 100, draws=100)
     table = pd.DataFrame(rows).set_index(["attribution", "measure"])
     assert table.loc[("random", "enrichment"), "value"] == pytest.approx(1.0, abs=0.02)
     assert not table.loc[("random", "enrichment"), "passes"]
@@ -130,7 +130,7 @@ def test_random_relevance_is_at_chance_on_the_cohort(cohort):
 def test_simulated_regions_are_the_cohorts_own_and_can_be_laid_over_others(cohort):
     truth = evidence.simulated_truth(cohort)
     positions = truth.positions("bundle branch block")
-    mask = truth.regions("bundle branch block", positions)
+    mask = truth.region("bundle branch block", positions).mask
     for row, place in enumerate(positions):
         codes = truth.stated("bundle branch block")[place]
         wanted = np.any([cohort.evidence([place], code)[0] for code in codes], axis=0)
@@ -144,8 +144,8 @@ def test_simulated_regions_are_the_cohorts_own_and_can_be_laid_over_others(cohor
             :2
         ]
     )
-    assert not truth.regions("bundle branch block", others).any()
-    as_if = truth.regions("bundle branch block", others, like=positions[:2])
+    assert not truth.region("bundle branch block", others).mask.any()
+    as_if = truth.region("bundle branch block", others, like=positions[:2]).mask
     assert as_if.any(axis=(1, 2)).all()
     np.testing.assert_array_equal(as_if.any(axis=2), mask[:2].any(axis=2))  # the same leads
 
@@ -171,10 +171,11 @@ def test_beats_of_a_lead_pair_p_before_and_t_behind():
 def test_ludb_regions_follow_the_marks():
     truth = evidence.ludb_truth(LUDB, 100)
     positions = truth.positions("bundle branch block")[:4]
-    mask, counted = truth.regions("bundle branch block", positions), truth.marked(positions)
-    assert 0.05 < localisation.chance_mass(mask, counted).mean() < 0.3
-    assert not (mask & ~counted).any()
-    leads = truth.regions("hypertrophy", truth.positions("hypertrophy")[:3]).any(axis=(0, 2))
+    region = truth.region("bundle branch block", positions)
+    assert 0.05 < localisation.chance_mass(region).mean() < 0.3
+    assert not (region.mask & ~region.counted).any()
+    region = truth.region("hypertrophy", truth.positions("hypertrophy")[:3])
+    leads = region.mask.any(axis=(0, 2))
     assert {lead for lead, here in zip(LEADS, leads, strict=True) if here} == {
         "I",
         "aVL",
@@ -192,7 +193,7 @@ def test_truth_of_records_without_marks_and_bad_questions(cohort, tmp_path):
     truth = evidence.targets_truth(records)
     positions = truth.positions("infarction")
     assert (records.targets[positions, records.classes.index("MI")] == 1).all()
-    assert not truth.regions("infarction", positions).any() and "download ludb" in truth.note
+    assert not truth.region("infarction", positions).mask.any() and "download ludb" in truth.note
     with pytest.raises(DataError, match="no group 'AFIB' of statements; choose one of infarction"):
         truth.positions("AFIB")
     healthy = records.select(np.flatnonzero(records.targets[:, records.classes.index("MI")] == 0))
@@ -303,7 +304,7 @@ def test_heights_are_measured_where_the_marks_say(cohort):
         signal[LEADS.index("V5"), a : b + 1].max() - signal[LEADS.index("V5"), a] for a, b in normal
     ]
     assert heights[0, 1] == pytest.approx(np.median(tops))
-    mask = height_regression.wave_masks(cohort, np.array([0]), "R")
+    mask = height_regression.wave_region(cohort, np.array([0]), "R").mask
     assert mask[0].any(axis=1).nonzero()[0].tolist() == [LEADS.index("V5")]
     assert mask.sum() == sum(b - a + 1 for a, b in normal)
 

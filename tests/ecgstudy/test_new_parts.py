@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
+from tiny_study import ADAPTATION, PRETRAINING, TRAINING
 
 from ecglib.encoders import ENCODERS
 from ecglib.records import Records
-from ecgstudy.analysis.claims import systems
-from ecgstudy.analysis.gains import semi_supervised_gains, transfer_gains
+from ecgstudy.analysis.gains import transfer_gains
 from ecgstudy.analysis.label_curve import plot_label_efficiency
 from ecgstudy.analysis.robustness import plot_robustness, robustness_table
 from ecgstudy.analysis.summary import seed_summary
@@ -23,7 +23,6 @@ from ecgstudy.arms.transfer import FineTuned, frozen_arms
 from ecgstudy.methods import METHODS, SelfSupervised, SemiSupervised, adapted, pretraining
 from ecgstudy.runs import Run, keep_runs
 from ecgstudy.study import Study, label_grid
-from tiny_study import ADAPTATION, PRETRAINING, TRAINING
 
 PRETEXT, CONSISTENCY = "toy_pretext", "toy_consistency"
 
@@ -98,9 +97,9 @@ def test_they_stand_under_noise(curve, semi, study):
     studies = ("label_efficiency", "semi_supervised")
     arms = noise_arms(study.results, study.records, studies=studies)
     assert {PRETEXT, CONSISTENCY} <= {run.spec.method for run in arms}
-    scores = score_under_noise(
-        arms, study.records, study.results, ["white"], [0.0], draws=20
-    )
+    scores = score_under_noise(arms, study.records, study.results, ["white"], [0.0], draws=20)
     table = robustness_table(scores)
     assert {PRETEXT, CONSISTENCY} <= set(table["method"])
-    assert {"Toy pretext", "Toy consistency"} <= set(map(str.strip, texts(plot_robustness(table)).replace(", ", "\n").split("\n"))) or "Toy" in texts(plot_robustness(table))
+    assert {"Toy pretext", "Toy consistency"} <= set(
+        map(str.strip, texts(plot_robustness(table)).replace(", ", "\n").split("\n"))
+    ) or "Toy" in texts(plot_robustness(table))

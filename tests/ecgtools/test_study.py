@@ -120,7 +120,9 @@ def test_runs_in_order_then_skips_what_is_unchanged(
     assert (results / "tables" / "second.csv").read_text() == "12"
 
 
-def test_keys_follow_everything_that_a_notebook_depends_on(root: Path, tmp_path: Path) -> None:
+def test_keys_follow_everything_that_a_notebook_depends_on(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def keys(data: Path | None = None) -> list[str]:
         config = study.read_config(root / "configs" / "smoke.yaml")
         return [step.key for step in study.plan(root, config, data, root / "results" / "smoke")]
@@ -139,8 +141,13 @@ def test_keys_follow_everything_that_a_notebook_depends_on(root: Path, tmp_path:
     assert with_data[0] != before[0] and keys(data)[0] != with_data[0]
     assert keys(data)[1] == before[1]  # it has no parameter `data`
     second = root / "notebooks" / "01_second.py"
-    second.write_text(SECOND.replace("import sys\n", "import sys\nfrom ecglib import files\n"))
-    assert keys()[1] != before[1]
+    second.write_text(SECOND + "%%time\nx = 1\n")
+    plain = keys()[1]
+    with_import = SECOND + "%%time\nfrom ecglib import files\n"
+    second.write_text(with_import)
+    seen: list[set[str]] = []
+    monkeypatch.setattr(study, "fingerprint", lambda names: seen.append(set(names)))
+    assert keys()[1] not in (before[1], plain) and "ecglib.files" in seen[1]
 
 
 def test_real_ecgs_may_have_sizes_of_their_own(root: Path, tmp_path: Path) -> None:
@@ -174,6 +181,13 @@ def test_a_failing_cell_stops_the_run_and_the_next_run_goes_on(
     capfd.readouterr()
     study.run_study("smoke", root=root)
     assert "00_first: done before" in capfd.readouterr().err
+
+
+def test_a_cell_with_an_error_in_its_syntax_is_told(root: Path) -> None:
+    source = root / "notebooks" / "00_first.py"
+    source.write_text(FIRST + "\n# %%\nfor\n")
+    with pytest.raises(NotebookFailure, match="00_first failed: SyntaxError: invalid syntax"):
+        study.run_study("smoke", root=root)
 
 
 def test_a_dead_kernel_is_told(root: Path) -> None:
@@ -486,14 +500,15 @@ def test_a_failing_notebook_leaves_the_one_beside_it_alone(
     assert "02_third: done before" in capfd.readouterr().err
 
 
-def test_a_stopped_group_leaves_no_process_behind(meeting: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_group_leaves_no_process_behind(meeting: Path, how: signal.Signals) -> None:
     configure(
         meeting,
         TOGETHER.replace("other: a}", "other: nowhere}").replace("other: b}", "other: nowhere}"),
     )
     process = start_and_wait(meeting, "b")
     children = descendants(process.pid)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     _, shown = process.communicate(timeout=60)
     assert (
         process.returncode == 130 and "Start again to go on" in shown and "Traceback" not in shown
