@@ -65,8 +65,8 @@ def curve(study: Study) -> list[Run]:
 
 @pytest.fixture(scope="module")
 def semi(study: Study) -> list[Run]:
-    """What notebook 12 makes of a new semi-supervised method on a new backbone."""
-    settings = replace(ADAPTATION, backbone="toy")
+    """What notebook 12 makes of a new semi-supervised method."""
+    settings = ADAPTATION
     start = Start("random")
     subsets = label_grid([0.5], 1, 1)
     names = [CONSISTENCY, "ce_ssl", "supervised_cutmix"]
