@@ -13,6 +13,7 @@ convolutions and 64 through the transformer, FixMatch 192 through both.
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -20,24 +21,28 @@ import torch
 from torch import nn
 
 from ecglib.lora import LowRankLayer
+from ecglib.semisup import Adaptation
 from ecgstudy.analysis.cost import measure_apart
+from ecgstudy.methods import METHODS
 
-METHODS = (
+ASKED = (
     "ce_ssl",
     "ce_ssl_without_deactivation",
     "ce_ssl_without_norm",
     "fixmatch",
     "fixmatch_lora",
-    "supervised",
+    "supervised_cutmix",
 )
-SETTINGS = {
-    "ratio": 1,
-    "rank": 16,
-    "share": 0.2,
-    "score": "corrected",
-    "deactivation": 0.2,
-    "threshold": 0.95,
-}
+ADAPTATION = Adaptation(
+    backbone="conv_transformer",
+    steps=1,
+    batch_size=64,
+    crop_seconds=61.44,
+    learning_rate=1e-3,
+    low_rank_learning_rate=1e-3,
+    weight_decay=0.01,
+    rank=16,
+)
 LAYERS = (
     (12, 256, 6144, 9, 4, 4),
     (256, 256, 1536, 9, 1, 4),
@@ -87,20 +92,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--methods", nargs="+", default=ASKED)
     parser.add_argument("--table", type=Path)
     options = parser.parse_args()
     print(compare_forms(16).round(3).to_string(index=False), flush=True)
-    settings = {**SETTINGS, "batch_size": options.batch}
+    adaptation = replace(ADAPTATION, batch_size=options.batch)
     rows = []
     for method in options.methods:
         rows.append(
             measure_apart(
                 method,
-                "conv_transformer",
+                METHODS[method].recipe,
+                adaptation,
                 18,
                 6144,
-                settings,
                 options.iterations,
                 dtype=options.dtype,
             )

@@ -20,6 +20,7 @@ import argparse
 import tempfile
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,22 +31,22 @@ from ecglib.encoders import make_encoder
 from ecglib.evaluate.metrics import AbsentClassWarning
 from ecglib.records import Records
 from ecglib.sources.simulate import simulate_records
-from ecgstudy.arms.fusion import NETWORKS, FusionData, fuse
-from ecgstudy.arms.pretrain import pretraining_spec
-from ecgstudy.arms.transfer import grid_subsets
-from ecgstudy.runs import Result, Run, machine, run_or_load
+from ecgstudy.arms.fusion import FusionData, FusionSettings
+from ecgstudy.methods import TrainedFusion, fuse, names_of
+from ecgstudy.runs import Result, Run, RunSpec, machine, run_or_load
+from ecgstudy.study import Study, label_grid
 
-FRACTIONS, SEEDS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0), 5
-SETTINGS = {
-    "width": 64,
-    "heads": 4,
-    "hidden": 128,
-    "dropout": 0.1,
-    "token_dropout": 0.2,
-    "steps": 100,
-    "batch_size": 32,
-    "learning_rates": [0.00003, 0.0001, 0.001],
-}
+SUBSETS = label_grid((0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0), 5, 5)
+SETTINGS = FusionSettings(
+    width=64,
+    heads=4,
+    hidden=128,
+    dropout=0.1,
+    token_dropout=0.2,
+    steps=100,
+    batch_size=32,
+    learning_rates=[0.00003, 0.0001, 0.001],
+)
 
 
 def encode(records: Records) -> torch.Tensor:
@@ -67,7 +68,8 @@ def make_member(
     generator = torch.Generator().manual_seed(seed)
     turned = torch.tanh(features @ torch.randn(features.shape[1], size, generator=generator) / 16)
     turned = turned + 0.3 * torch.randn(turned.shape, generator=generator)
-    spec = pretraining_spec("made", records, seed, {"size": size})
+    identity = ("made", records.name, records.fingerprint, "unlabelled", 0.0, seed)
+    spec = RunSpec(*identity, {"size": size})
     return run_or_load(spec, lambda *_: Result([], {"features": turned.numpy()}), folder)
 
 
@@ -87,7 +89,6 @@ def main() -> None:
     warnings.simplefilter("ignore", AbsentClassWarning)
     records = simulate_records(options.patients, seed=0)
     records.about["task"] = "simulated"
-    seeds = dict.fromkeys(FRACTIONS, SEEDS)
     with tempfile.TemporaryDirectory() as folder, threadpool_limits(options.threads):
         features = encode(records)
         members: dict = {
@@ -95,20 +96,24 @@ def main() -> None:
             for seed in range(7)
         }
         members["own"] = {
-            cell: make_member(records, features, 100 + place, folder)
-            for place, cell in enumerate(grid_subsets(records, FRACTIONS, seeds))
+            subset: make_member(records, features, 100 + place, folder)
+            for place, subset in enumerate(SUBSETS)
         }
         print(
             f"{machine()}, {options.threads} thread(s); {len(records):,} records, {len(members)} members"
         )
         last = started = np.array([time.perf_counter(), time.process_time()])
-        data = FusionData(records, FRACTIONS, seeds, members)
+        study = Study(records, Path(folder))
+        data = FusionData(records, SUBSETS, members)
         asked = [
-            (method, None)
-            for method in ("mean_of_logits", "best_single", "concatenation", *NETWORKS)
+            (method, [])
+            for method in (
+                *("mean_of_logits", "best_single", "concatenation"),
+                *names_of(TrainedFusion),
+            )
         ]
         for method, names in asked + [("alone", [name]) for name in members]:
-            runs = fuse(data, method, SETTINGS, folder, names)
+            runs = fuse(study, data, method, SETTINGS, names)
             now = np.array([time.perf_counter(), time.process_time()])
             fitting = sum(run.about["seconds"] for run in runs)
             print(

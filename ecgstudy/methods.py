@@ -22,7 +22,8 @@ from ecgstudy.arms.fusion import (
 from ecgstudy.arms.pretrain import Pretrain
 from ecgstudy.arms.self_evolving import LABELS_ALONE, Arm, fixmatch
 from ecgstudy.arms.semi_supervised import Adapted, Recipe, Start
-from ecgstudy.study import LabelSubset
+from ecgstudy.runs import Run
+from ecgstudy.study import LabelSubset, Study
 
 
 @dataclass(frozen=True)
@@ -248,3 +249,8 @@ def fused(
         check_members(members)
     fits = Fits(way, data, members, subsets or data.subsets)
     return [Fused(subset, name, way, fits) for subset in fits.subsets]
+
+
+def fuse(study: Study, data: FusionData, *chosen: object) -> list[Run]:
+    """The runs of one fusion method, see `fused`; in one process, for all are fitted together."""
+    return study.grid(fused(data, *chosen), workers=1, progress_bar=False)

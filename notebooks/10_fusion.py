@@ -42,11 +42,12 @@ workers = 2  # trainings side by side, one thread each; 1 on a GPU
 # %%
 from pathlib import Path
 
-from ecglib.records import Records
-from ecgstudy.arms.pretrain import encode_run, pretrained_runs, pretraining_spec
+from ecgstudy.arms.pretrain import pretrained_runs
+from ecgstudy.study import Study
 
-records = Records.load(Path(results) / "records").labelled
-pretrained = pretrained_runs(results, records)
+study = Study.open(results, workers)
+records = study.records
+pretrained = pretrained_runs(study)
 note = f"{records.name}, fold 10{records.caveat}"
 print(f"Scores below: {note}\nPretrained: {', '.join(pretrained)}")
 
@@ -61,28 +62,20 @@ print(f"Scores below: {note}\nPretrained: {', '.join(pretrained)}")
 import pandas as pd
 
 from ecgstudy.arms.fusion import FusionData, as_member, supervised_member
-from ecgstudy.runs import run_or_load
-from ecglib.train import default_device
-from ecgstudy.arms.transfer import grid_subsets
+from ecgstudy.arms.pretrain import Encode
 from ecgstudy.runs import kept_runs
+from ecgstudy.study import label_grid
 
-device = default_device()
-seeds = {fraction: seeds_few if fraction <= 0.1 else seeds_many for fraction in fractions}
-cells = list(grid_subsets(records, fractions, seeds))
+subsets = label_grid(fractions, seeds_few, seeds_many)
 trained = kept_runs("label_efficiency", results, records)  # of notebook 09
-learnt = {name: as_member(run, records, results, device) for name, run in pretrained.items()}
+learnt = {name: as_member(study, run) for name, run in pretrained.items()}
 crop_seconds = max(run.spec.settings["crop_seconds"] for run in pretrained.values())
-control = pretraining_spec(
-    "random", records, 0, {"encoder": supervised_encoder, "crop_seconds": crop_seconds}
-)
 members = {
     **learnt,
-    "random": run_or_load(control, encode_run(records, device), results),
-    "supervised": supervised_member(
-        trained, records, cells, results, supervised_encoder, device, workers
-    ),
+    "random": study.run(Encode("random", supervised_encoder, crop_seconds)),
+    "supervised": supervised_member(study, trained, subsets, supervised_encoder),
 }
-data = FusionData(records, fractions, seeds, members)
+data = FusionData(records, subsets, members)
 pd.DataFrame(
     {
         "features": {name: values.shape[2] for name, values in data.features.items()},
@@ -175,23 +168,26 @@ pd.Series(counts, name="parameters").to_frame().style.format("{:,}")
 
 # %%
 import time
+from dataclasses import replace
 
-from ecgstudy.arms.fusion import NETWORKS, fuse
+from ecgstudy.arms.fusion import FusionSettings
+from ecgstudy.methods import TrainedFusion, fuse, names_of
 
-settings = {
+settings = FusionSettings(
     **shape,
-    "dropout": dropout,
-    "token_dropout": token_dropout,
-    "steps": steps,
-    "batch_size": batch_size,
-    "learning_rates": learning_rates,
-}
+    dropout=dropout,
+    token_dropout=token_dropout,
+    steps=steps,
+    batch_size=batch_size,
+    learning_rates=learning_rates,
+)
+from_random = replace(settings, learning_rates=learning_rates_random)
 runs, started = [], time.perf_counter()
-for method in (*NETWORKS, "best_single", "concatenation", "mean_of_logits"):
-    rates = learning_rates_random if method == "dvme_random_start" else learning_rates
-    runs += fuse(data, method, {**settings, "learning_rates": rates}, results)
+for method in (*names_of(TrainedFusion), "best_single", "concatenation", "mean_of_logits"):
+    own = from_random if method == "dvme_random_start" else settings
+    runs += fuse(study, data, method, own)
 for name in members:
-    runs += fuse(data, "alone", settings, results, [name])
+    runs += fuse(study, data, "alone", settings, [name])
 print(f"{len(runs)} runs in {time.perf_counter() - started:.0f} s")
 
 # %%
@@ -240,23 +236,9 @@ for fraction, rows in gains.groupby("fraction"):
 # the best on fold 9 at 10 % of the labels, with other seeds; beside them, as many *different* methods, the best ones.
 
 # %%
-from ecglib.batches import CropBatches, PatientBatches
-from ecglib.selfsup.byol import BYOL
-from ecglib.selfsup.cpc import CPC
-from ecglib.selfsup.dino import DINO
-from ecglib.selfsup.patient_pairs import PatientPairs
-from ecgstudy.arms.pretrain import pretrain_run
-from ecglib.selfsup.simclr import SimCLR
-from ecglib.selfsup.swav import SwAV
+from ecglib.selfsup import Pretraining
+from ecgstudy.methods import pretraining
 
-objectives = {
-    "byol": BYOL,
-    "cpc": CPC,
-    "dino": DINO,
-    "patient_pairs": PatientPairs,
-    "simclr": SimCLR,
-    "swav": SwAV,
-}
 alone = [
     run for run in runs if run.spec.method == "alone" and run.spec.settings["members"] in learnt
 ]
@@ -266,16 +248,12 @@ order = list(looked[looked["fraction"] == at].sort_values("value", ascending=Fal
 best = pretrained[order[0]]
 same = {order[0]: learnt[order[0]]}
 for seed in range(best.spec.seed + 1, best.spec.seed + copies):
-    specification = pretraining_spec(best.spec.method, records, seed, best.spec.settings)
-    source = PatientBatches if order[0] == "patient_pairs" else CropBatches
-    again = run_or_load(
-        specification, pretrain_run(records, objectives[order[0]], device, source), results
-    )
-    same[f"{order[0]}_seed{seed}"] = as_member(again, records, results, device)
+    again = study.run(pretraining(order[0], Pretraining.of(best.spec.settings), seed))
+    same[f"{order[0]}_seed{seed}"] = as_member(study, again)
 
 # %%
-seeds_of_one = fuse(FusionData(records, fractions, seeds, same), "dvme", settings, results)
-best_ones = fuse(data, "dvme", settings, results, order[:copies])
+seeds_of_one = fuse(study, FusionData(records, subsets, same), "dvme", settings)
+best_ones = fuse(study, data, "dvme", settings, order[:copies])
 diversity = seed_summary([*seeds_of_one, *best_ones], records, cell=CELL)
 shown = diversity.pivot(index="members", columns="fraction", values="value").rename(
     columns="{:.0%}".format
@@ -298,12 +276,11 @@ for row in differ.itertuples():
 # to these labels; its features may look better on them than they are.
 
 # %%
-left = [cell for cell in cells if cell[0] in left_out_fractions]
+left = [subset for subset in subsets if subset.fraction in left_out_fractions]
 fewer = []
 for name in members:
-    fewer += fuse(
-        data, "dvme", settings, results, [other for other in members if other != name], left
-    )
+    others = [other for other in members if other != name]
+    fewer += fuse(study, data, "dvme", settings, others, left)
 missing = fusion_gains([run for run in runs if run.spec.method == "dvme"] + fewer, records)
 missing["without"] = [
     "".join(set(members) - set(names.split("+"))) for names in missing["over_members"]
@@ -387,28 +364,32 @@ figure
 # 09.
 
 # %%
-from ecgstudy.arms.fusion import finetuned_fusion_run, fusion_spec
-from ecgstudy.runs import run_grid
+from ecglib.supervised import Training
+from ecgstudy.arms.fusion import TunedFusion
 
-transforms = next(
-    run.spec.settings["transforms"] for run in trained if "transforms" in run.spec.settings
-)
-training = {
-    "steps": tuned_steps,
-    "batch_size": tuned_batch_size,
-    "encoder_factor": encoder_factor,
-    "weight_decay": weight_decay,
-    "crop_seconds": crop_seconds,
-    "transforms": transforms,
-}
 rates = dict(zip(tuned_fractions, tuned_learning_rates, strict=True))
-frozen = {(run.spec.fraction, run.spec.seed): run for run in runs if run.spec.method == "dvme"}
-specs = []
-for cell in [cell for cell in cells if cell[0] in rates]:
-    own = {**settings, **training, "learning_rate": rates[cell[0]], "start": frozen[cell].spec.key}
-    specs.append(fusion_spec(data, "dvme", list(members), cell, own, "fine-tuned"))
-tuned = run_grid(
-    specs, finetuned_fusion_run(data, list(frozen.values()), device), results, workers=workers
+training = Training(
+    encoder="+".join(members),
+    steps=tuned_steps,
+    batch_size=tuned_batch_size,
+    crop_seconds=crop_seconds,
+    learning_rate=tuned_learning_rates[0],
+    weight_decay=weight_decay,
+    transforms=next(
+        run.spec.settings["transforms"] for run in trained if "transforms" in run.spec.settings
+    ),
+)
+frozen = dict(zip(subsets, [run for run in runs if run.spec.method == "dvme"], strict=True))
+tuned = study.grid(
+    TunedFusion(
+        subset,
+        frozen[subset],
+        data.runs(members, subset),
+        replace(training, learning_rate=rates[subset.fraction]),
+        encoder_factor,
+    )
+    for subset in subsets
+    if subset.fraction in rates
 )
 
 # %%

@@ -56,9 +56,10 @@ options = {
 from pathlib import Path
 
 from ecglib.labels import label_subsets
-from ecglib.records import Records
+from ecgstudy.study import Study
 
-records = Records.load(Path(results) / "records").labelled
+study = Study.open(results)
+records = study.records
 split = records.split
 note = f"{records.name}{records.caveat}"
 print(f"{note}: {len(records):,} recordings")
@@ -93,7 +94,6 @@ print(f"5 % of the labels here: {round(0.05 * len(split['train']))} records, {no
 # simulator: *simulated to simulated* flatters, and says nothing about real hearts.
 
 # %%
-from ecgstudy.arms import starts
 from ecglib.sources import read_source
 from ecglib.sources.simulate import simulate_records
 
@@ -114,26 +114,29 @@ print(f"{cohort.name}: {len(cohort):,} recordings, {', '.join(cohort.classes)}")
 import warnings
 
 from ecglib.evaluate.metrics import AbsentClassWarning
-from ecgstudy.runs import run_or_load
-from ecgstudy.arms.supervised import supervised_run
-from ecglib.train import default_device
+from ecglib.supervised import Training
+from ecgstudy.arms.semi_supervised import Start
+from ecgstudy.arms.starts import keep_start
+from ecgstudy.arms.supervised import FromScratch
+from ecgstudy.study import LabelSubset
 
-settings = {
-    "encoder": backbone,
-    "batch_size": backbone_batch,
-    "crop_seconds": crop_seconds,
-    "steps": backbone_steps,
-    "learning_rate": learning_rate,
-    "weight_decay": weight_decay,
-    "dropout": 0.0,
-    "transforms": transforms,
-}
-device = default_device()
-specification = starts.cohort_spec(cohort, seed, settings)
+training = Training(
+    encoder=backbone,
+    steps=backbone_steps,
+    batch_size=backbone_batch,
+    crop_seconds=crop_seconds,
+    learning_rate=learning_rate,
+    weight_decay=weight_decay,
+    transforms=transforms,
+)
+device = study.device
+everything = LabelSubset(1.0, seed, (1.0,))
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", AbsentClassWarning)
-    simulated = run_or_load(specification, supervised_run(cohort, [1.0], device), results)
-starts.keep_start(simulated, "simulated", results)
+    trained_on_cohort = Study(cohort, study.results, device)
+    simulated = trained_on_cohort.run(FromScratch(everything, training, "backbone"))
+start = Start("simulated", simulated)
+keep_start(start, results)
 
 # %% [markdown]
 # ## A backbone from signals alone
@@ -142,22 +145,21 @@ starts.keep_start(simulated, "simulated", results)
 # by SwAV, as in notebook 05. These are the right hearts, but there are far fewer of them.
 
 # %%
-from ecgstudy.arms.pretrain import encode_records, encode_run, pretrain_run, pretraining_spec
-from ecglib.selfsup.swav import SwAV
+from ecglib.selfsup import Pretraining
+from ecgstudy.methods import pretraining
 
-settings = {
-    "encoder": backbone,
-    "steps": swav_steps,
-    "batch_size": swav_batch,
-    "crop_seconds": crop_seconds,
-    "learning_rate": learning_rate,
-    "weight_decay": weight_decay,
-    "transforms": views,
-    "options": {"batch_size": swav_batch, **options},  # the queue must know the size of a batch
-}
-specification = pretraining_spec("swav", records, seed, settings)
-self_supervised = run_or_load(specification, pretrain_run(records, SwAV, device), results)
-starts.keep_start(self_supervised, "self_supervised", results)
+swav = Pretraining(
+    encoder=backbone,
+    steps=swav_steps,
+    batch_size=swav_batch,
+    crop_seconds=crop_seconds,
+    learning_rate=learning_rate,
+    weight_decay=weight_decay,
+    transforms=views,
+    options={"batch_size": swav_batch, **options},  # the queue must know the size of a batch
+)
+self_supervised = study.run(pretraining("swav", swav, seed))
+keep_start(Start("self_supervised", self_supervised), results)
 
 # %%
 import pandas as pd
@@ -185,10 +187,11 @@ for name, history in {"simulated labels": stated, "SwAV": sorted_out}.items():
 # %%
 from ecglib.errors import DataError
 from ecglib.evaluate.metrics import class_auroc, macro_auroc
+from ecgstudy.arms.starts import without_real_labels
 
 unseen, asked = "not asked", split["validation"]
 try:
-    answers = starts.without_real_labels(simulated, records, asked, device)
+    answers = without_real_labels(start, records, asked, device)
     unseen = f"{macro_auroc(records.targets[asked], answers, records.classes):.3f}"
     each = zip(records.classes, class_auroc(records.targets[asked], answers), strict=True)
     print(f"macro AUROC {unseen}; " + ", ".join(f"{name} {value:.3f}" for name, value in each))
@@ -200,21 +203,16 @@ except DataError as error:
 # And with some labels? A linear probe on the frozen features of each start, beside the same network never trained.
 
 # %%
-from ecglib.encoders import make_encoder
-from ecglib.checkpoints import load_state
 from ecgstudy.analysis.label_curve import frozen_validation
+from ecgstudy.arms.pretrain import Encode, untrained
 
-encoder = make_encoder(backbone)
-load_state(encoder, starts.start_weights(simulated), simulated.folder)
-random_spec = pretraining_spec(
-    "random", records, seed, {"encoder": backbone, "crop_seconds": crop_seconds}
-)
-untrained = run_or_load(random_spec, encode_run(records, device), results)
-features = {
-    "random": untrained.predictions()["features"],
-    "self-supervised": self_supervised.predictions()["features"],
-    "simulated labels": encode_records(encoder.to(device), records, crop_seconds, device),
+encoded = Encode("encoded", backbone, crop_seconds, 0, simulated, start.settings())
+runs = {
+    "random": study.run(untrained(self_supervised)),
+    "self-supervised": self_supervised,
+    "simulated labels": study.run(encoded),
 }
+features = {name: run.predictions()["features"] for name, run in runs.items()}
 probed = frozen_validation(records, features, fractions, probe_seeds)
 probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(
     f"Macro AUROC, fold 9: {note}"
@@ -300,9 +298,9 @@ from ecglib.batches import CropBatches
 from ecglib.lora import add_lora, trainable_parameters
 from ecgstudy.arms.semi_supervised import make_network
 
-start = starts.start_weights(simulated)
+pretrained = start.weights()
 signals = CropBatches(records, split["train"], 16, crop_seconds, seed)(step=0).signals
-network = make_network(backbone, len(records.classes), seed, start).eval()
+network = make_network(backbone, len(records.classes), seed, pretrained).eval()
 before = network(signals)
 add_lora(network, rank, deactivation)
 assert torch.equal(network(signals), before), "the low-rank layers changed an answer"
@@ -411,7 +409,7 @@ from ecglib.train import fit
 labelled = label_subsets(records, [labelled_share], seed)[labelled_share]
 batches = CropBatches(records, labelled, adapter_batch, crop_seconds, seed, device)
 network = add_lora(
-    make_network(backbone, len(records.classes), seed, start), rank, deactivation
+    make_network(backbone, len(records.classes), seed, pretrained), rank, deactivation
 ).to(device)
 checksum = backbone_checksum(network)
 history = fit(
@@ -490,7 +488,7 @@ print(
 # %%
 from ecglib.ranks import importance, ranks_by_importance
 
-network = make_network(backbone, len(records.classes), seed, start).to(device)
+network = make_network(backbone, len(records.classes), seed, pretrained).to(device)
 batch, name = batches(0), "transformer.0.mlp.0"
 torch.manual_seed(seed)
 probe = add_lora(copy.deepcopy(network), rank).train()
@@ -584,12 +582,14 @@ print(
 # %%
 from ecglib.lora import load_adapter
 
-again = load_adapter(make_network(backbone, len(records.classes), seed, start), path).eval()
+again = load_adapter(make_network(backbone, len(records.classes), seed, pretrained), path).eval()
 with torch.inference_mode():
     assert torch.equal(again(signals), allocated(signals)), (
         "the adapter did not come back as it was"
     )
-other = make_network(backbone, len(records.classes), seed, starts.start_weights(self_supervised))
+other = make_network(
+    backbone, len(records.classes), seed, Start("self_supervised", self_supervised).weights()
+)
 refused = None
 try:
     load_adapter(other, path)

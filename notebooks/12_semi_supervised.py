@@ -21,10 +21,10 @@ methods = [
     "ce_ssl_without_deactivation",
     "ce_ssl_without_allocation",
     "ce_ssl_without_norm",
-    "supervised",
+    "supervised_cutmix",
     "fixmatch",
     "mixed_teacher",
-]  # ce_ssl, supervised and fixmatch are always needed
+]  # ce_ssl, supervised_cutmix and fixmatch are always needed
 steps = 40  # the same for every method
 batch_size = 32  # labelled records a step
 ratio = 1  # unlabelled records for each labelled one
@@ -37,7 +37,7 @@ share = 0.2  # of the layers that get the full rank, the same for every data set
 score = "corrected"  # see notebook 11
 deactivation = 0.2
 threshold = 0.95  # of FixMatch's confidence
-costed = ["ce_ssl", "supervised", "fixmatch"]  # whose cost is measured
+costed = ["ce_ssl", "supervised_cutmix", "fixmatch"]  # whose cost is measured
 cost_iterations = 3  # iterations measured for each of them
 workers = 2  # trainings side by side, one thread each; 1 on a GPU
 
@@ -45,10 +45,11 @@ workers = 2  # trainings side by side, one thread each; 1 on a GPU
 from pathlib import Path
 
 from ecglib.labels import label_subsets
-from ecglib.records import Records
-from ecgstudy.arms.starts import kept_starts, start_weights
+from ecgstudy.arms.starts import kept_starts
+from ecgstudy.study import Study
 
-records = Records.load(Path(results) / "records").labelled
+study = Study.open(results, workers)
+records = study.records
 split = records.split
 starts = kept_starts(results)
 note = f"{records.name}, fold 10{records.caveat}"
@@ -76,7 +77,7 @@ labelled = label_subsets(records, label_fractions, seed=0)[label_fractions[0]]
 unlabelled = [place for place in split["train"] if place not in set(labelled)]
 batches = SemiBatches(records, labelled, unlabelled, batch_size, ratio, crop_seconds, seed=0)
 batch = batches(0)
-network = make_network(backbone, len(records.classes), 0, start_weights(starts[start])).train()
+network = make_network(backbone, len(records.classes), 0, starts[start].weights()).train()
 
 
 def joint_norm(labelled: torch.Tensor, unlabelled: torch.Tensor) -> torch.Tensor:
@@ -171,77 +172,38 @@ except DataError as error:
 # A linear probe on the frozen backbone stands beside them.
 
 # %%
-from ecgstudy.runs import RunSpec, run_grid, run_or_load
-from ecgstudy.arms.pretrain import encode_run, pretraining_spec
-from ecgstudy.arms.semi_supervised import semi_supervised_run
-from ecglib.train import default_device
-from ecgstudy.arms.transfer import frozen_run
+from ecglib.semisup import Adaptation
+from ecgstudy.arms.semi_supervised import Start
+from ecgstudy.arms.starts import frozen_start
+from ecgstudy.methods import adapted
+from ecgstudy.study import label_grid
 
-device = default_device()
-grid = [(fraction, seed) for fraction in label_fractions for seed in range(seeds)]
-task = records.about["task"]
-settings = {
-    "backbone": backbone,
-    "steps": steps,
-    "batch_size": batch_size,
-    "ratio": ratio,
-    "crop_seconds": crop_seconds,
-    "learning_rate": learning_rate,
-    "low_rank_learning_rate": low_rank_learning_rate,
-    "weight_decay": weight_decay,
-    "rank": rank,
-    "share": share,
-    "score": score,
-    "deactivation": deactivation,
-    "threshold": threshold,
-    "fractions": label_fractions,
-}
+subsets = label_grid(label_fractions, seeds, seeds)
+adaptation = Adaptation(
+    backbone=backbone,
+    steps=steps,
+    batch_size=batch_size,
+    crop_seconds=crop_seconds,
+    learning_rate=learning_rate,
+    low_rank_learning_rate=low_rank_learning_rate,
+    weight_decay=weight_decay,
+    ratio=ratio,
+    rank=rank,
+    share=share,
+    score=score,
+    deactivation=deactivation,
+    threshold=threshold,
+)
 
 
-def origin_of(name: str) -> tuple[dict | None, dict]:
-    """Weights of a start, None at random, and the settings that tell it."""
-    if name not in starts:
-        return None, {"start": name, "start_key": "none"}
-    return start_weights(starts[name]), {"start": name, "start_key": starts[name].spec.key}
+def runs_from(start: Start, names: list[str]) -> list:
+    """The runs of some methods from one start, and of the probe, for every label subset."""
+    probes = frozen_start(study, start, backbone, crop_seconds, subsets)
+    trained = study.grid(adapted(names, start, subsets, adaptation))
+    return trained + study.grid(probes, workers=1, progress_bar=False)
 
 
-def train_from(name: str, arms: list[str]) -> list:
-    """The runs of some methods from one start, for every label subset."""
-    weights, origin = origin_of(name)
-    specs = [
-        RunSpec(
-            method, records.name, records.fingerprint, task, fraction, seed, {**settings, **origin}
-        )
-        for method in arms
-        for fraction, seed in grid
-    ]
-    return run_grid(
-        specs,
-        semi_supervised_run(records, label_fractions, weights, device),
-        results,
-        workers=workers,
-    )
-
-
-def probe_from(name: str) -> list:
-    """Linear probes on the frozen features of one start."""
-    weights, origin = origin_of(name)
-    encoding = pretraining_spec(
-        "encoded", records, 0, {"encoder": backbone, "crop_seconds": crop_seconds, **origin}
-    )
-    encoded = run_or_load(encoding, encode_run(records, device, weights), results)
-    kept = {"backbone": backbone, "fractions": label_fractions, **origin}
-    specs = [
-        RunSpec("linear_probe", records.name, records.fingerprint, task, fraction, seed, kept)
-        for fraction, seed in grid
-    ]
-    counts = dict.fromkeys(label_fractions, seeds)
-    return run_grid(
-        specs, frozen_run(records, label_fractions, counts, encoded), results, progress_bar=False
-    )
-
-
-runs = train_from(start, methods) + probe_from(start)
+runs = runs_from(starts[start], methods)
 
 # %% [markdown]
 # ## The table
@@ -317,10 +279,10 @@ passed.groupby(["method", "fraction"]).mean().style.format("{:.0%}").set_caption
 # backbone know of these records without one of their labels?
 
 # %%
-others = [name for name in ("random", *starts) if name != start]
-compared = ["supervised", "ce_ssl"]
-from_starts = [run for name in others for run in train_from(name, compared) + probe_from(name)]
-wanted = [run for run in runs if run.spec.method in (*compared, "linear_probe")]
+others = [Start("random"), *(other for name, other in starts.items() if name != start)]
+compared = ["supervised_cutmix", "ce_ssl"]
+from_starts = [run for other in others for run in runs_from(other, compared)]
+wanted = [run for run in runs if run.spec.method in (*compared, "frozen")]
 by_start = seed_summary(wanted + from_starts, records, cell=CELL)
 shown = by_start.assign(
     score=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in by_start.itertuples()]
@@ -361,15 +323,12 @@ print(f"{len(rows):,} rows of {len(runs + from_starts)} runs")
 # %%
 from ecgstudy.analysis.cost import plot_cost
 from ecgstudy.analysis.cost import measure_apart
+from ecgstudy.methods import METHODS
 
 samples = round(crop_seconds * records.sampling_rate)
+size = (len(records.classes), samples, cost_iterations, study.device)
 costs = pd.DataFrame(
-    [
-        measure_apart(
-            method, backbone, len(records.classes), samples, settings, cost_iterations, device
-        )
-        for method in costed
-    ]
+    measure_apart(method, METHODS[method].recipe, adaptation, *size) for method in costed
 )
 save_table(costs, "adaptation_cost", results)
 smallest = summary[summary["fraction"] == label_fractions[0]]

@@ -18,10 +18,10 @@ seeds = 5  # label subsets
 stages = 3  # how often records without labels arrive
 arms = [
     "distl",
-    "supervised",
+    "supervised_noised",
     "oracle",
-    "fixmatch",
-]  # all are needed; ecgstudy.arms.self_evolving.ARMS has more
+    "fixmatch_noised",
+]  # all are needed; ecgstudy.methods has more
 encoder = "vit1d_small"  # or vit1d, the paper's size
 first_steps = 50  # of the common start
 first_learning_rate = 0.004  # chosen on folds 8 and 9, as the other one
@@ -54,9 +54,10 @@ workers = 2  # trainings side by side, one thread each; 1 on a GPU
 # %%
 from pathlib import Path
 
-from ecglib.records import Records
+from ecgstudy.study import Study
 
-records = Records.load(Path(results) / "records").labelled
+study = Study.open(results, workers)
+records = study.records
 split = records.split
 note = f"{records.name}, fold 10{records.caveat}"
 print(f"Scores below: {note}")
@@ -178,34 +179,35 @@ assert fitted < 0.9995
 # ## The arms
 #
 # All go on from one and the same network of T = 0, trained on the labelled recordings alone, and take as many steps at
-# each stage; a step with the pretext costs two to three times as much, for it shows more pieces. *Supervised* goes on
-# with the labels alone; the *oracle* is told all labels of what has arrived. *Noisy student* is DISTL without the
-# pretext ($\lambda = 0$), *dino* the pretext alone ($\lambda = 1$) for half of the steps and fine-tuning on the labels
-# for the other half. Two more take away the correction, and the student's noise. And FixMatch, of notebook 12, here
+# each stage; a step with the pretext costs two to three times as much, for it shows more pieces. *Supervised
+# noised* goes on with the labels alone; the *oracle* is told all labels of what has arrived. *Noisy student* is DISTL
+# without the pretext ($\lambda = 0$), *dino fine-tuned* the pretext alone ($\lambda = 1$) for half of the steps and
+# fine-tuning on the labels for the other half. Two more take away the correction, and the student's noise. And FixMatch, of notebook 12, here
 # with the same noise as the others: its own strong view shuffles leads, which an ECG's label does not survive.
 
 # %%
-from ecgstudy.arms.self_evolving import evolve
-from ecglib.train import default_device
+from ecgstudy.arms.self_evolving import Evolution, evolve
+from ecgstudy.methods import evolving
+from ecgstudy.study import label_grid
 
-settings = {
-    "encoder": encoder,
-    "stages": stages,
-    "first_steps": first_steps,
-    "first_learning_rate": first_learning_rate,
-    "steps": steps,
-    "learning_rate": learning_rate,
-    "batch_size": batch_size,
-    "crop_seconds": crop_seconds,
-    "weight_decay": weight_decay,
-    "dropout": dropout,
-    "drop_path": drop_path,
-    "correction_every": correction_every,
-    "threshold": threshold,
-    "transforms": transforms,
-    "options": options,
-}
-runs = evolve(records, arms, fraction, seeds, settings, results, default_device(), workers)
+evolution = Evolution(
+    encoder=encoder,
+    stages=stages,
+    first_steps=first_steps,
+    first_learning_rate=first_learning_rate,
+    steps=steps,
+    learning_rate=learning_rate,
+    batch_size=batch_size,
+    crop_seconds=crop_seconds,
+    weight_decay=weight_decay,
+    dropout=dropout,
+    drop_path=drop_path,
+    correction_every=correction_every,
+    threshold=threshold,
+    transforms=transforms,
+    options=options,
+)
+runs = evolve(study, evolving(arms), label_grid([fraction], seeds, seeds), evolution)
 
 # %% [markdown]
 # ## The table
@@ -253,10 +255,12 @@ assert keyed.index.is_unique
 claims = {}
 for network_name in ("student", "teacher"):
     since = [
-        keyed.loc["distl", network_name, stage, "supervised", 0, "macro_auroc"]
+        keyed.loc["distl", network_name, stage, "supervised_noised", 0, "macro_auroc"]
         for stage in range(1, stages + 1)
     ]
-    error = keyed.loc["distl", network_name, stages, "supervised", 0, "expected_calibration_error"]
+    error = keyed.loc[
+        "distl", network_name, stages, "supervised_noised", 0, "expected_calibration_error"
+    ]
     claims |= {
         f"{network_name}: never below T = 0 beyond the interval": all(
             row["high"] >= 0 for row in since
@@ -268,7 +272,7 @@ for network_name in ("student", "teacher"):
         f"{network_name}: calibration error rises by no more than its interval ({error['gain']:+.3f} "
         f"[{error['low']:+.3f}, {error['high']:+.3f}])": error["low"] <= 0,
     }
-over_fixmatch = keyed.loc["distl", "student", stages, "fixmatch", stages, "macro_auroc"]
+over_fixmatch = keyed.loc["distl", "student", stages, "fixmatch_noised", stages, "macro_auroc"]
 claims[
     f"student: above FixMatch at the end, beyond the interval ({over_fixmatch['gain']:+.3f})"
 ] = over_fixmatch["low"] > 0
