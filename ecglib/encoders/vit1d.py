@@ -38,8 +38,9 @@ class ViT1d(nn.Module):
         super().__init__()
         if length % patch or width % heads or not 1 <= class_blocks <= depth:
             raise ValueError(
-                f"A ViT1d needs a length ({length}) that is a multiple of the patch ({patch}), a width ({width}) of "
-                f"the heads ({heads}), and 1 to {depth} class blocks, not {class_blocks}."
+                f"A ViT1d needs a length ({length}) that is a multiple of the patch ({patch}), a "
+                f"width ({width}) of the heads ({heads}), and 1 to {depth} class blocks, not "
+                f"{class_blocks}."
             )
         self.leads, self.patch, self.length = leads, patch, length
         self.class_blocks, self.centred = class_blocks, centred
@@ -77,8 +78,8 @@ class ViT1d(nn.Module):
         batch, leads, time = signals.shape
         if leads != self.leads or time % self.patch or not self.patch <= time <= self.length:
             raise DataError(
-                f"This ViT1d takes {self.leads} leads and up to {self.length} samples, a multiple of its "
-                f"patch of {self.patch}; the signals have {leads} leads and {time} samples."
+                f"This ViT1d takes {self.leads} leads and up to {self.length} samples, a multiple "
+                f"of its patch of {self.patch}; the signals have {leads} leads and {time} samples."
             )
         if self.centred:
             signals = signals - signals.mean(dim=2, keepdim=True)
@@ -88,15 +89,15 @@ class ViT1d(nn.Module):
         return torch.cat([self.class_token.expand(batch, 1, -1).to(patches.dtype), patches], dim=1)
 
     def _positions(self, count: int, start: Tensor | None, time: int) -> Tensor:
-        """Positions of `count` patches: `(count, width)`, or `(batch, count, width)` with starts."""
+        """Positions of `count` patches, `(count, width)`; with starts `(batch, count, width)`."""
         if start is None:
             return self.positions[:count]
         # Looked at on the CPU only: on a GPU it would make every step wait.
         if start.device.type == "cpu" and not torch.compiler.is_compiling():
             if ((start % self.patch != 0) | (start < 0) | (start + time > self.length)).any():
                 raise DataError(
-                    f"Crops of {time} samples must start at a multiple of the patch ({self.patch}) and end "
-                    f"within {self.length} samples, not start at {start.tolist()}."
+                    f"Crops of {time} samples must start at a multiple of the patch ({self.patch}) "
+                    f"and end within {self.length} samples, not start at {start.tolist()}."
                 )
         patches = torch.arange(count, device=start.device)
         return self.positions[(start // self.patch)[:, None] + patches]
@@ -135,5 +136,5 @@ class ViT1d(nn.Module):
 
 
 def vit1d_small(leads: int = 12) -> ViT1d:
-    """A laptop's transformer: patches of 0.25 s, width 96, 4 blocks, crops centred, 192 features."""
+    """A laptop's transformer: patches of 0.25 s, width 96, 4 blocks, centred, 192 features."""
     return ViT1d(leads, patch=25, width=96, depth=4, heads=3, centred=True)
