@@ -8,19 +8,18 @@ QRS within two tokens.
 import torch
 from torch import Tensor, nn
 
-from ecglib.encoders.transformer import TransformerBlock, set_drop_path
+from ecglib.encoders.transformer import TransformerBlock
 from ecglib.errors import DataError
 
 
 class ViT1d(nn.Module):
-    """Encoder `(batch, leads, time)` mV -> `(batch, feature_size)`: [CLS] of the last blocks, mean
-    of the patch tokens.
+    """Encoder `(batch, leads, time)` mV -> `(batch, feature_size)`: [CLS] of the last block and mean
+    of its patch tokens.
 
     `length` is the longest signal in samples and, like every signal's, a multiple of `patch`.
     Positions are learned for it; a shorter crop takes those from its first sample on, so they are
-    never stretched. `class_blocks` says of how many last blocks the [CLS] token is taken.
-    `drop_path` rises linearly over the blocks from 0 to this value; `centred` takes each lead's
-    mean over the crop away first. The default has 5.4 million parameters.
+    never stretched. `centred` takes each lead's mean over the crop away first. The default has 5.4
+    million parameters. For stochastic depth see `transformer.set_drop_path`.
     """
 
     def __init__(
@@ -31,26 +30,22 @@ class ViT1d(nn.Module):
         depth: int = 12,
         heads: int = 3,
         length: int = 1000,
-        drop_path: float = 0.0,
-        class_blocks: int = 1,
         centred: bool = False,
     ) -> None:
         super().__init__()
-        if length % patch or width % heads or not 1 <= class_blocks <= depth:
+        if length % patch or width % heads:
             raise ValueError(
-                f"A ViT1d needs a length ({length}) that is a multiple of the patch ({patch}), a "
-                f"width ({width}) of the heads ({heads}), and 1 to {depth} class blocks, not "
-                f"{class_blocks}."
+                f"A ViT1d needs a length ({length}) that is a multiple of the patch ({patch}) and a "
+                f"width ({width}) that is a multiple of the heads ({heads})."
             )
         self.leads, self.patch, self.length = leads, patch, length
-        self.class_blocks, self.centred = class_blocks, centred
+        self.centred = centred
         self.embed = nn.Linear(leads * patch, width)
         self.class_token = nn.Parameter(torch.zeros(width))
         self.positions = nn.Parameter(torch.zeros(length // patch, width))
         self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth))
-        set_drop_path(self, drop_path)
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.feature_size = width * (class_blocks + 1)
+        self.feature_size = 2 * width
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -130,9 +125,8 @@ class ViT1d(nn.Module):
         return torch.stack(maps)
 
     def forward(self, signals: Tensor, start: Tensor | None = None) -> Tensor:
-        states = self.states(signals, start, self.class_blocks)
-        classes = [state[:, 0] for state in states]
-        return torch.cat([*classes, states[-1][:, 1:].mean(dim=1)], dim=1)
+        (state,) = self.states(signals, start)
+        return torch.cat([state[:, 0], state[:, 1:].mean(dim=1)], dim=1)
 
 
 def vit1d_small(leads: int = 12) -> ViT1d:
