@@ -170,7 +170,7 @@ def baseline_wander(
     phase = _uniform(signals, generator, batch, terms, high=2 * math.pi)
     frequency = 0.01 * torch.arange(terms, device=signals.device, dtype=signals.dtype)
     angle = 2 * math.pi * frequency[:, None] * _clock(signals, sampling_rate)
-    # cos(angle + phase) by the addition theorem: two small products instead of a cosine a record,
+    # cos(angle + phase) by the addition theorem: two small products instead of a cosine per record,
     # term and sample.
     wander = (amplitude * phase.cos()) @ angle.cos() - (amplitude * phase.sin()) @ angle.sin()
     return signals + (size * wander)[:, None, :]
@@ -185,7 +185,7 @@ def powerline_noise(
     folded: bool = False,
 ) -> Tensor:
     """Adds the mains tone and its harmonics below half the sampling rate: U(0, `largest`)^2 mV
-    times a gain a lead.
+    times a gain per lead.
 
     The published transform adds all three harmonics at 100 Hz, where they alias, which `folded`
     does as well; without it those are left out, so that at 100 Hz nothing remains and the signals
@@ -205,7 +205,7 @@ def powerline_noise(
 
 
 def muscle_noise(signals: Tensor, generator: Generator, largest: float = 0.5) -> Tensor:
-    """Adds white noise of standard deviation U(0, `largest`) mV, independent a value (the paper's
+    """Adds white noise of standard deviation U(0, `largest`) mV, independent per value (the paper's
     "EM noise").
     """
     size = _uniform(signals, generator, len(signals), 1, 1, high=largest)
@@ -277,7 +277,8 @@ def beta(signals: Tensor, generator: Generator, alpha: float, *shape: int) -> Te
     """
     if not alpha > 0:
         raise DataError(
-            f"Records cannot be mixed with alpha = {alpha}; choose a value above 0, published is 0.75."
+            f"Records cannot be mixed with alpha = {alpha}; choose a value above 0, published is "
+            "0.75."
         )
     # The share of one of two gammas: torch's own Beta distribution takes no generator.
     sizes = torch.full((2, *shape), alpha, device=signals.device, dtype=torch.float64)
@@ -330,7 +331,7 @@ def mixup(
 
 
 def time_reversal(signals: Tensor, generator: Generator) -> Tensor:
-    """Runs time backwards: rate and regularity stay, the order of the waves within a beat does not."""
+    """Runs time backwards: rate and regularity stay, the order of waves within a beat does not."""
     return signals.flip(2)
 
 

@@ -63,8 +63,8 @@ def need_unlabelled(batch: Batch, method: str) -> None:
     """DataError where a batch has no unlabelled records for a method that learns from them."""
     if not isinstance(batch, SemiBatch) or len(batch.unlabelled) == 0:
         raise DataError(
-            f"{method} also learns from unlabelled records and this batch has none; make the batches with "
-            "SemiBatches, with at least one unlabelled record a process."
+            f"{method} also learns from unlabelled records and this batch has none; make the "
+            "batches with SemiBatches, with at least one unlabelled record per process."
         )
 
 
@@ -94,7 +94,8 @@ class CropBatches:
         self.time = records.signals.shape[2]
         if not 1 <= self.length <= self.time:
             raise DataError(
-                f"A crop of {crop_seconds} s does not fit into records of {self.time / records.sampling_rate} s."
+                f"A crop of {crop_seconds} s does not fit into records of "
+                f"{self.time / records.sampling_rate} s."
             )
         self.batch_size, self.seed = batch_size, seed
         self.device, self.scale = torch.device(device), records.scale
@@ -169,20 +170,21 @@ class PatientBatches(CropBatches):
         number, self.patient_ids = pd.factorize(patients)
         if (number < 0).any():
             raise DataError(
-                f"Record {self.record_ids[(number < 0).argmax()]} has no patient_id; give it one, or leave "
-                "it out of the pairs."
+                f"Record {self.record_ids[(number < 0).argmax()]} has no patient_id; give it one, "
+                "or leave it out of the pairs."
             )
         sizes = np.bincount(number)
         self.units = len(sizes)
         if self.units < 2:
             raise DataError(
-                f"All records come from one patient ({self.patient_ids[0]}); pairs need at least two."
+                f"All records come from one patient ({self.patient_ids[0]}); pairs need at least "
+                "two."
             )
         if 2 * self.length > self.time and (sizes == 1).any():
             raise DataError(
                 f"Patient {self.patient_ids[(sizes == 1).argmax()]} has a single record, of "
-                f"{self.time / records.sampling_rate} s, in which two crops of {crop_seconds} s overlap; "
-                "shorten the crop to at most half the record or leave such patients out."
+                f"{self.time / records.sampling_rate} s, in which two crops of {crop_seconds} s "
+                "overlap; shorten the crop to at most half the record or leave such patients out."
             )
         # The records of patient p are members[first[p] : first[p] + sizes[p]].
         self.members = torch.from_numpy(np.argsort(number, kind="stable")).to(self.device)
@@ -206,7 +208,7 @@ class PatientBatches(CropBatches):
         return PairBatch(signals, self.targets[picked], picked, generator, patients)
 
     def _anywhere(self, draws: Tensor) -> Tensor:
-        """Starts of two crops, each anywhere in its record; `draws` `(2, pairs)` uniform in [0, 1)."""
+        """Starts of two crops, each anywhere in its record; `draws` `(2, pairs)` lie in [0, 1)."""
         return (draws * (self.time - self.length + 1)).long()
 
     def _apart(self, draws: Tensor) -> Tensor:
@@ -239,8 +241,8 @@ class SemiBatches:
     ) -> None:
         if len(unlabelled) == 0:
             raise DataError(
-                "There is no unlabelled record to learn from; choose a label fraction below 1 or train "
-                "supervised."
+                "There is no unlabelled record to learn from; choose a label fraction below 1 or "
+                "train supervised."
             )
         need_disjoint(records, labelled, unlabelled)
         count = _unlabelled_count(batch_size, ratio)
@@ -271,8 +273,8 @@ def need_disjoint(records: Records, labelled: np.ndarray, unlabelled: np.ndarray
     both = np.intersect1d(labelled, unlabelled)
     if len(both):
         raise DataError(
-            f"Record {records.table['record_id'].iloc[both[0]]} is both labelled and unlabelled; leave it "
-            "out of one of the two."
+            f"Record {records.table['record_id'].iloc[both[0]]} is both labelled and unlabelled; "
+            "leave it out of one of the two."
         )
 
 

@@ -60,7 +60,8 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Pat
     name = first_difference(module.state_dict(), tensors)
     if name is not None:
         raise DataError(
-            f"{path}: a checkpoint of another network (first difference at {name}); use the right one."
+            f"{path}: a checkpoint of another network (first difference at {name}); use the right "
+            "one."
         )
     module.load_state_dict(tensors)
 

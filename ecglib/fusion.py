@@ -1,4 +1,4 @@
-"""DVME, fusion of frozen encoders: a token an encoder, self-attention over the tokens, one
+"""DVME, fusion of frozen encoders: a token per encoder, self-attention over the tokens, one
 classifier on them all.
 
 DVME (Truong, Mohammadi & Lenga 2021, for images) has no published code. What is recoverable of it:
@@ -105,8 +105,8 @@ class _Fused(nn.Module):
         present: Tensor | None,
         generator: Generator | None,
     ) -> Tensor:
-        """Logits `(models, n, classes)` of `inputs` and, where there are votes, those of the members
-        that are `present` `(n, members)`.
+        """Logits `(models, n, classes)` of `inputs`, with the votes, if there are any, of the
+        members that are `present` `(n, members)`.
         """
         logits = self.head(self._drop(F.gelu(self.hidden(inputs)), generator))
         return logits if self.votes is None else logits + self.votes(self._only(features, present))
@@ -155,8 +155,8 @@ class FusionNetwork(_Fused):
         super().__init__(models, sizes, classes, votes, dropout)
         if mixing not in MIXINGS or width % heads:
             raise ValueError(
-                f"A fusion mixes by {', '.join(MIXINGS)}, not {mixing!r}, and its width ({width}) is a "
-                f"multiple of its heads ({heads})."
+                f"A fusion mixes by {', '.join(MIXINGS)}, not {mixing!r}, and its width ({width}) "
+                f"is a multiple of its heads ({heads})."
             )
         self.heads, self.mixing = heads, mixing
         self.project = nn.ModuleList(StackedLinear(models, size, width) for size in sizes)
@@ -308,7 +308,7 @@ class Fusion(nn.Module):
         self.network, self.token_dropout = network, token_dropout
 
     def loss(self, batch: Batch) -> Tensor:
-        """Scalar loss of a batch of features `(models, n, d)` and targets `(models, n, classes)`."""
+        """Scalar loss; signals are features `(models, n, d)`, targets `(models, n, classes)`."""
         records, tokens = batch.signals.shape[1], len(self.network.sizes)
         device = batch.signals.device
         keep = draw_tokens(records, tokens, self.token_dropout, batch.generator, device)
@@ -427,7 +427,8 @@ def linear_cka(first: Tensor | np.ndarray, second: Tensor | np.ndarray) -> float
     x, y = (torch.as_tensor(values).detach().cpu().double() for values in (first, second))
     if len(x) != len(y):
         raise DataError(
-            f"CKA compares features of the same records, not of {len(x)} and {len(y)}; encode both alike."
+            f"CKA compares features of the same records, not of {len(x)} and {len(y)}; encode both "
+            "alike."
         )
     x, y = x - x.mean(dim=0), y - y.mean(dim=0)
     size = torch.linalg.matrix_norm(x.T @ x) * torch.linalg.matrix_norm(y.T @ y)

@@ -63,7 +63,7 @@ class LowRankLayer(nn.Module):
     """`base`, a Linear, FusedLinear or Conv1d, with a difference of `rank` that is learned.
 
     For a weight of `(out, in)` or `(out, in, kernel)`: A `(rank, in x kernel)`, B `(out, rank)`; a
-    fused layer of `parts` has one pair a part, stacked: A `(parts x rank, in)`, B `(parts x out,
+    fused layer of `parts` has one pair per part, stacked: A `(parts x rank, in)`, B `(parts x out,
     rank)`. `factored` applies A and B one after the other; otherwise their product is added to the
     weight first, `W0 + BA`, and one layer is applied. `nested` draws the rank anew at each pass in
     training, as DyLoRA does. With `singular_values` the difference is B diag(values) A and starts
@@ -105,7 +105,7 @@ class LowRankLayer(nn.Module):
         return START if self.parts == 1 else 1.0 / math.sqrt(3.0 * self.base.weight[0].numel())
 
     def pairs(self, rank: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """The (A, B) of each part, cut to the first `rank` ranks; singular values are already in A."""
+        """The (A, B) of each part, cut to the first `rank` ranks; A holds the singular values."""
         rank = rank or self.rank
         scaled = self.A if self.values is None else self.values[:, None] * self.A
         for a, b in zip(scaled.chunk(self.parts), self.B.chunk(self.parts), strict=True):
@@ -120,7 +120,7 @@ class LowRankLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         share, rank = 1.0, None
         if self.training:
-            # One coin a layer and pass, from torch's random numbers on the CPU: it costs a GPU no
+            # One coin per layer and pass, from torch's random numbers on the CPU: it costs a GPU no
             # waiting.
             if self.deactivation and float(torch.rand(())) < self.deactivation:
                 return self._layer(x)
@@ -179,8 +179,8 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
     for name, layer in layers.items():
         if isinstance(layer, nn.Conv1d) and layer.groups > 1:
             raise DataError(
-                f"The convolution {name} has {layer.groups} groups, and its weight is several matrices, so "
-                "it cannot be adapted at low rank; use groups=1."
+                f"The convolution {name} has {layer.groups} groups, and its weight is several "
+                "matrices, so it cannot be adapted at low rank; use groups=1."
             )
     return layers
 
@@ -218,8 +218,8 @@ def add_lora(
     differing = sorted(set(ranks) ^ set(layers))
     if differing:
         raise DataError(
-            f"The ranks do not fit the network (first difference at {differing[0]}); allocate them for "
-            "this network."
+            f"The ranks do not fit the network (first difference at {differing[0]}); allocate them "
+            "for this network."
         )
     for name, layer in layers.items():
         _check_rank(name, layer, ranks[name])
@@ -242,8 +242,8 @@ def _check_rank(name: str, layer: nn.Module, rank: int) -> None:
     rows, columns = len(layer.weight) // getattr(layer, "parts", 1), layer.weight[0].numel()
     if not 1 <= rank <= max(rows, columns):
         raise DataError(
-            f"A rank of {rank} does not fit the layer {name} with its matrix of {rows} x {columns}; choose "
-            f"1 to {max(rows, columns)}."
+            f"A rank of {rank} does not fit the layer {name} with its matrix of {rows} x "
+            f"{columns}; choose 1 to {max(rows, columns)}."
         )
 
 
@@ -307,7 +307,8 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
     layers = low_rank_layers(model)
     if not layers:
         raise DataError(
-            "The network has no low-rank layers, so there is no adapter to save; call add_lora first."
+            "The network has no low-rank layers, so there is no adapter to save; call add_lora "
+            "first."
         )
     about = {f"rank/{name}": str(layer.rank) for name, layer in layers.items()}
     about["deactivation"] = str(max(layer.deactivation for layer in layers.values()))
@@ -323,8 +324,8 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
     tensors, about = load_tensors(path)
     if about.get("backbone") != backbone_checksum(model):
         raise DataError(
-            f"{path}: an adapter for another backbone (the checksums of the weights differ); load it onto "
-            "the weights that it was trained on."
+            f"{path}: an adapter for another backbone (the checksums of the weights differ); load "
+            "it onto the weights that it was trained on."
         )
     ranks = {name: rank for name, rank in about.items() if name.startswith("rank/")}
     ranks = {name.removeprefix("rank/"): int(rank) for name, rank in ranks.items()}
@@ -332,8 +333,8 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
     name = first_difference(adapter_state(model), tensors)
     if name is not None:
         raise DataError(
-            f"{path}: the adapter does not fit this network (first difference at {name}); use the same "
-            "encoder and the same classes."
+            f"{path}: the adapter does not fit this network (first difference at {name}); use the "
+            "same encoder and the same classes."
         )
     model.load_state_dict(tensors, strict=False)
     return model

@@ -123,10 +123,10 @@ def add_noise(
     mains: float = 50.0,
     recorded: Mapping[str, np.ndarray] | None = None,
 ) -> Tensor:
-    """Noisy copies of `signals` `(batch, 12, time)` in mV at `snr_db`, one number or one a record.
+    """Noisy `signals` `(batch, 12, time)` in mV at `snr_db`, one number or one per record.
 
     kind: one of KINDS, or "mixed", all additive ones in equal parts. generator: one for the batch,
-    or one a record (see `record_generator`). mains: 50 or 60 Hz. recorded: excerpts of these
+    or one per record (see `record_generator`). mains: 50 or 60 Hz. recorded: excerpts of these
     recordings (see `read_nstdb`) instead of synthetic noise of their kinds. The ratio is met as
     closely as float32 can, up to about 80 dB. A record without power stays unchanged; a
     `FlatLeadWarning` counts these and those with a flat lead. DataError for a bad input.
@@ -144,7 +144,7 @@ def prepare_noise(
     mains: float = 50.0,
     recorded: Mapping[str, np.ndarray] | None = None,
 ) -> "PreparedNoise":
-    """The noise of `add_noise`, drawn once: `.at(snr_db)` then gives the same noise at any ratio."""
+    """The noise of `add_noise`, drawn once: `.at(snr_db)` gives the same noise at any ratio."""
     _check(signals, kind, sampling_rate, mains)
     _check_recorded(recorded or {})
     draws = Draws(_generators(generator, len(signals)), signals.device)
@@ -165,18 +165,19 @@ class PreparedNoise:
         self.clean = torch.where(known, signals, 0.0)
 
     def at(self, snr_db: float | Sequence[float] | Tensor) -> Tensor:
-        """The noisy signals at `snr_db`, one number or one a record; the clean ones stay as they
+        """The noisy signals at `snr_db`, one number or one per record; the clean ones stay as they
         are.
         """
         ratio = torch.as_tensor(snr_db, dtype=torch.float64, device=self.signals.device)
         if tuple(ratio.shape) not in ((), (len(self.signals),)):
             raise DataError(
-                f"Ratios of shape {tuple(ratio.shape)} do not fit {len(self.signals)} records; give one "
-                "number or one a record."
+                f"Ratios of shape {tuple(ratio.shape)} do not fit {len(self.signals)} records; "
+                "give one number or one per record."
             )
         if not bool(torch.isfinite(ratio).all()):
             raise DataError(
-                f"A signal-to-noise ratio of {snr_db} dB is not a finite number; give dB such as 12."
+                f"A signal-to-noise ratio of {snr_db} dB is not a finite number; give dB such as "
+                "12."
             )
         return torch.where(self.known, self._noisy(ratio.expand(len(self.signals))), self.signals)
 
@@ -199,7 +200,8 @@ class AdditiveNoise(PreparedNoise):
         signal_power, noise_power = _energy(self.clean), _energy(noise)
         if bool(((noise_power == 0) & (signal_power > 0)).any()):
             raise DataError(
-                "The recorded noise is silent where a record needs it; give recordings without gaps."
+                "The recorded noise is silent where a record needs it; give recordings without "
+                "gaps."
             )
         gain = (signal_power / noise_power.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
         return noise * gain[:, None, None].to(noise.dtype)
@@ -356,7 +358,7 @@ def motion(draws: Draws, samples: int, rate: float) -> Tensor:
 
 
 def shifts(draws: Draws, samples: int, rate: float) -> Tensor:
-    """Levels of electrodes that jump every 1 to 5 s; most electrodes by little, one or two by much."""
+    """Levels of electrodes that jump every 1 to 5 s, most by little, one or two by much."""
     stretches = math.ceil(samples / rate) + 2
     lengths = rate * (1.0 + 4.0 * draws.uniform(len(ELECTRODES), stretches))
     ends = lengths.cumsum(dim=2) - lengths[:, :, :1] * draws.uniform(len(ELECTRODES), 1)
@@ -411,8 +413,8 @@ def excerpts(draws: Draws, recording: np.ndarray, samples: int, rate: float) -> 
     needed = math.ceil(samples * RECORDED_RATE / rate) + 1
     if recording.shape[1] < needed:
         raise DataError(
-            f"Noise recorded for {recording.shape[1] / RECORDED_RATE:.1f} s cannot be laid over records of "
-            f"{samples / rate:.1f} s; give a longer recording."
+            f"Noise recorded for {recording.shape[1] / RECORDED_RATE:.1f} s cannot be laid over "
+            f"records of {samples / rate:.1f} s; give a longer recording."
         )
     starts = (draws.uniform().cpu().double() * (recording.shape[1] - needed + 1)).long().tolist()
     parts = np.stack([recording[:, start : start + needed] for start in starts])
@@ -439,8 +441,8 @@ def read_nstdb(folder: str | Path) -> dict[str, np.ndarray]:
         header = read_header(folder / f"{name}.hea")
         if header.sampling_rate != RECORDED_RATE:
             raise DataError(
-                f"{header.path}: recorded at {header.sampling_rate:g} Hz, not {RECORDED_RATE:g}; fetch "
-                "the database again."
+                f"{header.path}: recorded at {header.sampling_rate:g} Hz, not {RECORDED_RATE:g}; "
+                "fetch the database again."
             )
         recorded[kind] = read_millivolts(header)
     return recorded
@@ -462,8 +464,8 @@ def published_noise(
     _check_signals(signals, sampling_rate)
     if level not in PUBLISHED_LEVELS:
         raise DataError(
-            f"There is no published noise level {level!r}; choose one of {min(PUBLISHED_LEVELS)} to "
-            f"{max(PUBLISHED_LEVELS)}."
+            f"There is no published noise level {level!r}; choose one of {min(PUBLISHED_LEVELS)} "
+            f"to {max(PUBLISHED_LEVELS)}."
         )
     if not isinstance(generator, Generator):
         each = zip(signals.split(1), _generators(generator, len(signals)), strict=True)
@@ -521,13 +523,14 @@ def _known(signals: Tensor) -> Tensor:
 
 
 def _generators(generator: Generator | Sequence[Generator], count: int) -> list[Generator]:
-    """One generator a record: those given, or new ones with seeds from the one given."""
+    """One generator per record: those given, or new ones with seeds from the one given."""
     if isinstance(generator, Generator):
         seeds = torch.randint(2**62, (count,), generator=generator, device=generator.device)
         return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
     if len(generator) != count:
         raise DataError(
-            f"{len(generator)} generators were given for {count} records; give one, or one a record."
+            f"{len(generator)} generators were given for {count} records; give one, or one a "
+            "record."
         )
     return list(generator)
 
@@ -540,9 +543,9 @@ def _check(signals: Tensor, kind: str, sampling_rate: float, mains: float) -> No
     _check_signals(signals, sampling_rate)
     if kind in ("powerline", MIXED) and not 0 < mains <= sampling_rate / 2:
         raise DataError(
-            f"Mains of {mains:g} Hz lie above {sampling_rate / 2:g} Hz, half the sampling rate, where a "
-            "recorder's filter has removed them; take records of a higher rate or another kind of "
-            "noise."
+            f"Mains of {mains:g} Hz lie above {sampling_rate / 2:g} Hz, half the sampling rate, "
+            "where a recorder's filter has removed them; take records of a higher rate or another "
+            "kind of noise."
         )
 
 
@@ -556,8 +559,8 @@ def _check_signals(signals: Tensor, sampling_rate: float) -> None:
         )
     if not (SMALLEST_RATE <= sampling_rate < math.inf):
         raise DataError(
-            f"At {sampling_rate} Hz there is no telling noise from heart; resample to {SMALLEST_RATE:g} Hz "
-            "or more."
+            f"At {sampling_rate} Hz there is no telling noise from heart; resample to "
+            f"{SMALLEST_RATE:g} Hz or more."
         )
 
 

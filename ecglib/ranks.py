@@ -22,8 +22,8 @@ def importance(
     it is.
 
     With B = 0 the loss has a gradient in B alone, and G' = (dL/dB) A = G A'A stands for the
-    gradient G of the weight. A row a layer, in order, with its mean over batches of the mean over
-    entries of
+    gradient G of the weight. One row per layer, in order, with its mean over batches of the mean
+    over entries of
 
     published    (W0 * G')^2 corrected    (W0 * G' / (rank sigma^2))^2    since A'A is rank sigma^2
     times the unit matrix on average.
@@ -64,7 +64,8 @@ def ranks_by_importance(scores: Mapping[str, float], rank: int, share: float) ->
     """
     if not 0.0 <= share <= 1.0:
         raise DataError(
-            f"A share of important layers of {share} is not in [0, 1]; 0.5 gives half of them the full rank."
+            f"A share of important layers of {share} is not in [0, 1]; 0.5 gives half of them the "
+            "full rank."
         )
     ordered = sorted(scores, key=lambda name: scores[name], reverse=True)
     important = set(ordered[: round(share * len(ordered))])

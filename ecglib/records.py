@@ -9,7 +9,7 @@ import itertools
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from ecglib.files import atomic_folder, read_json, write_json
 
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 MISSING = np.int16(-32768)
-MICROVOLT = 0.001  # millivolts a count: the study's usual scale, good for +-32.7 mV
+MICROVOLT = 0.001  # millivolts per count: the study's usual scale, good for +-32.7 mV
 TABLE_COLUMNS = ("record_id", "patient_id", "fold", "source")
 TRAINING_FOLDS = range(1, 9)
 SPLIT_FOLDS = {"train": TRAINING_FOLDS, "validation": (9,), "test": (10,)}
@@ -40,19 +40,14 @@ LAW_FLOOR = 0.02  # mV; smaller residuals are rounding and filter differences
 CHUNK = 1024  # records handled together, so that memory does not grow with their number
 
 
-def empty_left_out() -> pd.DataFrame:
-    """An empty "what was left out and why" table."""
-    return pd.DataFrame({column: pd.Series(dtype=str) for column in LEFT_OUT_COLUMNS})
-
-
 @dataclass(eq=False)
 class Records:
     """12-lead ECGs with their table, targets and classes.
 
-    signals `(n, 12, time)` int16 counts; scale `unit` per count; sampling_rate Hz; table one row a
-    record with at least `record_id, patient_id, fold, source`; targets `(n, classes)` 0/1; left_out
-    one row for each repair or omission; about a JSON-like description (source, version, whether
-    simulated, the unit where it is not mV). Raises DataError where the parts do not fit.
+    signals `(n, 12, time)` int16 counts; scale `unit` per count; sampling_rate Hz; table one row
+    per record with at least `record_id, patient_id, fold, source`; targets `(n, classes)` 0/1;
+    left_out one row for each repair or omission; about a JSON-like description (source, version,
+    whether simulated, the unit where it is not mV). Raises DataError where the parts do not fit.
     """
 
     signals: np.ndarray
@@ -61,7 +56,7 @@ class Records:
     table: pd.DataFrame
     targets: np.ndarray
     classes: tuple[str, ...]
-    left_out: pd.DataFrame = field(default_factory=empty_left_out)
+    left_out: pd.DataFrame = field(default_factory=partial(pd.DataFrame, columns=LEFT_OUT_COLUMNS))
     about: dict = field(default_factory=dict)
     known_fingerprint: str | None = field(default=None, repr=False)
 
@@ -402,9 +397,7 @@ def limb_permutation(millivolts: np.ndarray) -> tuple[int, ...] | None:
 
 
 def _law_detail(signal: np.ndarray, residual: float) -> str:
-    """What the limb leads look like instead: permuted in a way that can be told, or not
-    explained.
-    """
+    """What the limb leads look like instead: permuted in one order, or not explained."""
     order = limb_permutation(signal)
     if order is None:
         return f"residual {residual:.2f} of the signal, no order of the leads explains it"

@@ -85,7 +85,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 class _LossModule(nn.Module):
-    """Gives `objective.loss` the name `forward`, which compilation and data parallelism hook into."""
+    """Gives `objective.loss` the name `forward`, which compilation and data parallelism need."""
 
     def __init__(self, objective: nn.Module) -> None:
         super().__init__()

@@ -37,7 +37,7 @@ class Latents(nn.Module):
     samples, none of them shared with its neighbours, so that overlap does not help to predict the
     next one; samples that fill no latent are cut off. `standardised` divides each lead by its
     deviation over PTB-XL, `centred` subtracts each lead's mean over the crop, which is the one
-    number a lead that a latent then knows of later samples. Raises ValueError where leads other
+    number per lead that a latent then knows of later samples. Raises ValueError where leads other
     than the 12 are to be standardised.
     """
 

@@ -41,7 +41,7 @@ class StateSpace(nn.Module):
         self.skip = nn.Parameter(torch.randn(width))  # D
 
     def discrete(self) -> tuple[Tensor, Tensor]:
-        """log of the state's factor a step, A dt, and gain C (exp(A dt) - 1) / A, complex
+        """log of the state's factor per step, A dt, and gain C (exp(A dt) - 1) / A, complex
         `(filters, state)`.
         """
         pole = torch.complex(-self.log_decay.exp(), self.frequency).unflatten(0, (-1, self.state))
@@ -53,7 +53,7 @@ class StateSpace(nn.Module):
         A_n dt).
         """
         exponent, gain = self.discrete()
-        # Powers l = block * i + j as products of two short tables: 2 sqrt(time) exponentials a
+        # Powers l = block * i + j as products of two short tables: 2 sqrt(time) exponentials per
         # state instead of time.
         block = math.isqrt(time - 1) + 1
         short = torch.arange(block, device=exponent.device)

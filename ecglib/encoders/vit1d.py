@@ -8,19 +8,18 @@ QRS within two tokens.
 import torch
 from torch import Tensor, nn
 
-from ecglib.encoders.transformer import TransformerBlock, set_drop_path
+from ecglib.encoders.transformer import TransformerBlock
 from ecglib.errors import DataError
 
 
 class ViT1d(nn.Module):
-    """Encoder `(batch, leads, time)` mV -> `(batch, feature_size)`: [CLS] of the last blocks, mean
-    of the patch tokens.
+    """Encoder `(batch, leads, time)` mV -> `(batch, feature_size)`: [CLS] of the last block and mean
+    of its patch tokens.
 
     `length` is the longest signal in samples and, like every signal's, a multiple of `patch`.
     Positions are learned for it; a shorter crop takes those from its first sample on, so they are
-    never stretched. `class_blocks` says of how many last blocks the [CLS] token is taken.
-    `drop_path` rises linearly over the blocks from 0 to this value; `centred` takes each lead's
-    mean over the crop away first. The default has 5.4 million parameters.
+    never stretched. `centred` takes each lead's mean over the crop away first. The default has 5.4
+    million parameters. For stochastic depth see `transformer.set_drop_path`.
     """
 
     def __init__(
@@ -31,25 +30,22 @@ class ViT1d(nn.Module):
         depth: int = 12,
         heads: int = 3,
         length: int = 1000,
-        drop_path: float = 0.0,
-        class_blocks: int = 1,
         centred: bool = False,
     ) -> None:
         super().__init__()
-        if length % patch or width % heads or not 1 <= class_blocks <= depth:
+        if length % patch or width % heads:
             raise ValueError(
-                f"A ViT1d needs a length ({length}) that is a multiple of the patch ({patch}), a width ({width}) of "
-                f"the heads ({heads}), and 1 to {depth} class blocks, not {class_blocks}."
+                f"A ViT1d needs a length ({length}) that is a multiple of the patch ({patch}) and a "
+                f"width ({width}) that is a multiple of the heads ({heads})."
             )
         self.leads, self.patch, self.length = leads, patch, length
-        self.class_blocks, self.centred = class_blocks, centred
+        self.centred = centred
         self.embed = nn.Linear(leads * patch, width)
         self.class_token = nn.Parameter(torch.zeros(width))
         self.positions = nn.Parameter(torch.zeros(length // patch, width))
         self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth))
-        set_drop_path(self, drop_path)
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.feature_size = width * (class_blocks + 1)
+        self.feature_size = 2 * width
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -77,8 +73,8 @@ class ViT1d(nn.Module):
         batch, leads, time = signals.shape
         if leads != self.leads or time % self.patch or not self.patch <= time <= self.length:
             raise DataError(
-                f"This ViT1d takes {self.leads} leads and up to {self.length} samples, a multiple of its "
-                f"patch of {self.patch}; the signals have {leads} leads and {time} samples."
+                f"This ViT1d takes {self.leads} leads and up to {self.length} samples, a multiple "
+                f"of its patch of {self.patch}; the signals have {leads} leads and {time} samples."
             )
         if self.centred:
             signals = signals - signals.mean(dim=2, keepdim=True)
@@ -88,15 +84,15 @@ class ViT1d(nn.Module):
         return torch.cat([self.class_token.expand(batch, 1, -1).to(patches.dtype), patches], dim=1)
 
     def _positions(self, count: int, start: Tensor | None, time: int) -> Tensor:
-        """Positions of `count` patches: `(count, width)`, or `(batch, count, width)` with starts."""
+        """Positions of `count` patches, `(count, width)`; with starts `(batch, count, width)`."""
         if start is None:
             return self.positions[:count]
         # Looked at on the CPU only: on a GPU it would make every step wait.
         if start.device.type == "cpu" and not torch.compiler.is_compiling():
             if ((start % self.patch != 0) | (start < 0) | (start + time > self.length)).any():
                 raise DataError(
-                    f"Crops of {time} samples must start at a multiple of the patch ({self.patch}) and end "
-                    f"within {self.length} samples, not start at {start.tolist()}."
+                    f"Crops of {time} samples must start at a multiple of the patch ({self.patch}) "
+                    f"and end within {self.length} samples, not start at {start.tolist()}."
                 )
         patches = torch.arange(count, device=start.device)
         return self.positions[(start // self.patch)[:, None] + patches]
@@ -129,11 +125,10 @@ class ViT1d(nn.Module):
         return torch.stack(maps)
 
     def forward(self, signals: Tensor, start: Tensor | None = None) -> Tensor:
-        states = self.states(signals, start, self.class_blocks)
-        classes = [state[:, 0] for state in states]
-        return torch.cat([*classes, states[-1][:, 1:].mean(dim=1)], dim=1)
+        (state,) = self.states(signals, start)
+        return torch.cat([state[:, 0], state[:, 1:].mean(dim=1)], dim=1)
 
 
 def vit1d_small(leads: int = 12) -> ViT1d:
-    """A laptop's transformer: patches of 0.25 s, width 96, 4 blocks, crops centred, 192 features."""
+    """A laptop's transformer: patches of 0.25 s, width 96, 4 blocks, centred, 192 features."""
     return ViT1d(leads, patch=25, width=96, depth=4, heads=3, centred=True)

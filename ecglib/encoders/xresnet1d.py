@@ -111,7 +111,7 @@ class XResNet1d(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def layers(self) -> list[nn.Module]:
-        """Stem and stages from input to output, each to get its own learning rate in fine-tuning."""
+        """Stem and stages from input to output, each with its own learning rate in fine-tuning."""
         ends = zip(accumulate(self.blocks), self.blocks, strict=True)
         return [self.stem, *(self.stages[end - count : end] for end, count in ends)]
 
@@ -134,7 +134,7 @@ def xresnet1d50(leads: int = 12) -> XResNet1d:
 
 
 def xresnet1d_narrow(leads: int = 12) -> XResNet1d:
-    """A laptop's encoder of the same form: inner width 32, one block a stage, longer filters, 256
+    """A laptop's encoder of the same form: inner width 32, one block per stage, longer filters, 256
     features.
     """
     return XResNet1d(

@@ -22,8 +22,8 @@ def window_length(time: int, share: float, multiple: int = 1) -> int:
     length = int(share * time / multiple + 1e-6) * multiple
     if not 1 <= length <= time:
         raise DataError(
-            f"A window of {share:g} of a {time}-sample crop does not fit (in steps of {multiple} samples); "
-            "use longer crops or another share, above 0 and at most 1."
+            f"A window of {share:g} of a {time}-sample crop does not fit (in steps of {multiple} "
+            "samples); use longer crops or another share, above 0 and at most 1."
         )
     return length
 
@@ -40,8 +40,8 @@ def windows_at(signals: Tensor, starts: Tensor, length: int) -> Tensor:
 def random_windows(
     signals: Tensor, length: int, generator: Generator, multiple: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """One window a record, `(batch, leads, length)`, and its first sample `(batch,)`, a multiple of
-    `multiple`.
+    """One window per record, `(batch, leads, length)`, and its first sample `(batch,)`, a multiple
+    of `multiple`.
 
     The samples stay as they are: stretching a window to another length would change rate and
     intervals.

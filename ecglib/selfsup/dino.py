@@ -32,8 +32,8 @@ def dino_loss(
     P_t = softmax((teacher - center) / teacher_temperature),   P_s = softmax(student /
     student_temperature).
 
-    `student` and `teacher` are outputs `(batch, prototypes)`, one a view, the teacher's views first
-    among the student's; `center` is `(prototypes,)`. The teacher gets no gradient.
+    `student` and `teacher` are outputs `(batch, prototypes)`, one per view, the teacher's views
+    first among the student's; `center` is `(prototypes,)`. The teacher gets no gradient.
     """
     answers = torch.stack(list(student)).float() / student_temperature
     aims = (torch.stack(list(teacher)).detach().float() - center) / teacher_temperature

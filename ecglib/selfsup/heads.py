@@ -61,14 +61,14 @@ def cross_view_entropy(aims: Tensor, answers: Tensor) -> Tensor:
     `aims` are probabilities `(views with an aim, batch, k)`, `answers` log-probabilities `(views,
     batch, k)` whose first views are those of the aims; a view never answers its own aim.
     """
-    # What view b must answer is the sum of all aims but its own: one product a view, not one a pair.
+    # View b answers the sum of all aims but its own: one product per view, not one per pair.
     others = aims.sum(dim=0).repeat(len(answers), 1, 1)
     others[: len(aims)] -= aims
     return -(others * answers).sum() / (len(aims) * (len(answers) - 1) * answers.shape[1])
 
 
 def need_two_records(signals: Tensor, method: str) -> None:
-    """DataError where a batch is too small for a method that sets its records against each other."""
+    """DataError where a batch is too small for a method that compares its records."""
     if len(signals) < 2:
         raise DataError(
             f"{method} needs at least two records in a batch, this one has {len(signals)}; "

@@ -94,7 +94,8 @@ def shortcut_probes(
     reach = round(size * REACH / DESIGN_SEGMENT) if reach is None else reach
     if not 1 <= reach <= size:
         raise DataError(
-            f"A probe of the joins can reach 1 to {size} samples into a segment of {size}, not {reach}."
+            f"A probe of the joins can reach 1 to {size} samples into a segment of {size}, not "
+            f"{reach}."
         )
     looks = {
         "whole view": None,

@@ -58,13 +58,14 @@ def describe_segments(length: int, sampling_rate: float, segments: int = 4) -> s
     """
     seconds = segment_sizes(length, segments).segment / sampling_rate
     return (
-        f"A view of {length / sampling_rate:g} s gives {segments} segments of {seconds:.2f} s; where the heart "
-        f"beats less than {60 / seconds:.0f} times a minute a segment is shorter than one beat."
+        f"A view of {length / sampling_rate:g} s gives {segments} segments of {seconds:.2f} s; "
+        f"where the heart beats less than {60 / seconds:.0f} times a minute a segment is shorter "
+        "than one beat."
     )
 
 
 def all_orders(segments: int) -> Tensor:
-    """Every order of the segments, `(segments!, segments)`; the first one leaves them as they are."""
+    """Every order of the segments, `(segments!, segments)`; the first leaves them as they are."""
     return torch.tensor(list(itertools.permutations(range(segments))))
 
 
@@ -77,7 +78,7 @@ def cut_segments(signals: Tensor, generator: Generator, segments: int = 4) -> Te
     """
     batch, _, time = signals.shape
     sizes = segment_sizes(time, segments)
-    # One draw a gap, and one for the room that is left before the first segment.
+    # One draw per gap, and one for the room that is left before the first segment.
     draws = torch.rand((batch, segments), generator=generator, device=signals.device)
     gaps = sizes.smallest_gap + (draws[:, 1:] * (sizes.largest_gap - sizes.smallest_gap + 1)).long()
     room = time - segments * sizes.segment - gaps.sum(dim=1, keepdim=True)

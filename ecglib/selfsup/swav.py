@@ -79,7 +79,8 @@ class SwAV(nn.Module):
         super().__init__()
         if views - local_views < CODE_VIEWS:
             raise DataError(
-                f"SwAV needs two full-length views, not {views - local_views}; use fewer local views."
+                f"SwAV needs two full-length views, not {views - local_views}; use fewer local "
+                "views."
             )
         self.encoder, self.transforms = encoder, list(transforms)
         self.projector = projection_head(encoder.feature_size, hidden, outputs, norm=True)
@@ -103,7 +104,7 @@ class SwAV(nn.Module):
         return swav_loss(scores, self._codes(embeddings[:CODE_VIEWS].detach()), self.temperature)
 
     def _embeddings(self, signals: Tensor, generator: Generator) -> Tensor:
-        """Unit embeddings `(views, batch, outputs)`: the augmented full crop, then windows of it."""
+        """Unit embeddings `(views, batch, outputs)`: augmented full crops, then windows of them."""
         groups = [[signals] * self.global_views]
         if self.local_views:
             length = window_length(signals.shape[2], self.local_share)

@@ -75,8 +75,8 @@ class StageBatches:
     ) -> None:
         if not correction_every > 0:
             raise DataError(
-                f"The labelled records cannot come after every {correction_every:g} unlabelled ones; "
-                "choose a number above 0."
+                f"The labelled records cannot come after every {correction_every:g} unlabelled "
+                "ones; choose a number above 0."
             )
         need_disjoint(records, labelled, unlabelled)
         self.record_ids = records.table["record_id"].to_numpy()
@@ -151,7 +151,8 @@ class DISTL(nn.Module):
         super().__init__()
         if not 0.0 <= pretext <= 1.0:
             raise DataError(
-                f"The pretext cannot weigh {pretext}; choose from 0, self-training, to 1, DINO alone."
+                f"The pretext cannot weigh {pretext}; choose from 0, self-training, to 1, DINO "
+                "alone."
             )
         self.network, self.teacher = network, average_of(network)
         size = network.encoder.feature_size

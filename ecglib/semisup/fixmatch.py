@@ -1,4 +1,4 @@
-"""FixMatch (Sohn et al. 2020) for several labels a record, with the thresholds of FlexMatch and
+"""FixMatch (Sohn et al. 2020) for several labels per record, with the thresholds of FlexMatch and
 SoftMatch.
 
 What the network says of a weak view, where it is sure enough, is the label of a strong view of the
@@ -50,8 +50,8 @@ class FixedThreshold(nn.Module):
         super().__init__()
         if not 0.5 <= threshold <= 1.0:
             raise DataError(
-                f"No two-way decision has a confidence threshold of {threshold}; choose one from 0.5, with "
-                "which all pass, to 1."
+                f"No two-way decision has a confidence threshold of {threshold}; choose one from "
+                "0.5, with which all pass, to 1."
             )
         self.classes, self.threshold = classes, threshold
 
@@ -82,8 +82,8 @@ class FlexThreshold(FixedThreshold):
         super().__init__(classes, threshold)
         if records < 1:
             raise DataError(
-                f"FlexMatch cannot follow {records} unlabelled records; give the size of the unlabelled "
-                "pool."
+                f"FlexMatch cannot follow {records} unlabelled records; give the size of the "
+                "unlabelled pool."
             )
         self.register_buffer("decisions", torch.full((records, classes), -1, dtype=torch.int8))
 

@@ -76,7 +76,8 @@ class MixedTeacher(nn.Module):
             )
         if not 0.0 < ramp <= 1.0:
             raise DataError(
-                f"The weight cannot grow over the share {ramp} of a run; choose above 0 and at most 1."
+                f"The weight cannot grow over the share {ramp} of a run; choose above 0 and at "
+                "most 1."
             )
         if not 0.0 < temperature <= 1.0:
             raise DataError(
@@ -95,14 +96,14 @@ class MixedTeacher(nn.Module):
         Teacher and student see different views of the unlabelled crops.
         """
         need_unlabelled(batch, "MixedTeacher")
-        asked, learnt = (weak_view(batch.unlabelled, batch.generator) for _ in range(2))
+        views = [weak_view(batch.unlabelled, batch.generator) for _ in range(2)]
         with torch.no_grad():
-            answers = self.teacher(asked).float()
+            answers = self.teacher(views[0]).float()
             probabilities = torch.sigmoid(answers)
             sure, everything = confidence(probabilities), torch.ones_like(probabilities)
             self.tally.add((sure, everything), (probabilities > 0.5, everything))
         targets = torch.cat([batch.targets, sharpen(answers, self.temperature)])
-        signals = torch.cat([batch.signals, learnt])
+        signals = torch.cat([batch.signals, views[1]])
         signals, targets = mixup(signals, targets, batch.generator, self.alpha)
         weight = self.weight * (self.progress / self.ramp).clamp_max(1.0)
         return mixed_loss(self.network(signals), targets, len(batch.signals), weight)

@@ -90,30 +90,15 @@ def read_cinc2021(
         raise DataError(
             f"There is no CinC 2021 data set {dataset!r}; choose one of {', '.join(DATASETS)}."
         )
-    listing = _headers(
-        existing_folder(folder, f"CinC 2021's {DATASETS[dataset].folders[0]}"), dataset
-    )
+    part = DATASETS[dataset]
+    folder = existing_folder(folder, f"CinC 2021's {part.folders[0]}")
+    listing = _headers(folder, dataset, part)
     codes = class_codes(dataset, classes, merge_equivalent)
     checksums = Checksums.of(listing[0].parent, verify, levels=4)
     patients = _ptbxl_patients(Path(ptbxl_index)) if ptbxl_index is not None else {}
 
     def read(position: int) -> Recording:
-        path = listing[position]
-        recording = read_wfdb(path, checksums)
-        found = _diagnoses(path, recording.comments)
-        target = [not found.isdisjoint(wanted) for wanted in codes.values()]
-        patient, fold = _patient(path, patients)
-        sex = _field(recording.comments, "sex").lower()[:1]
-        row = {
-            "record_id": path.stem,
-            "patient_id": patient,
-            "fold": fold,
-            "source": f"cinc2021 {dataset}",
-            "age": _age(recording.comments),
-            "sex": {"m": 0.0, "f": 1.0}.get(sex, np.nan),  # as in PTB-XL
-            "codes": ";".join(sorted(found)),
-        }
-        return replace(recording, row=row, target=np.array(target, dtype=np.uint8))
+        return _recording(listing[position], dataset, codes, patients, checksums)
 
     about = {
         "source": "CinC 2021",
@@ -127,13 +112,36 @@ def read_cinc2021(
         "without_class": 0,
         "without_class_kept": keep_without_class,
     }
-    stream = read_each([path.stem for path in listing], read, rules)
-    stream = _count_without_class(stream, about)
-    records = assemble(stream, codes, sampling_rate, seconds, about, rules)
+    recordings = read_each([path.stem for path in listing], read, rules)
+    recordings = _count_without_class(recordings, about)
+    records = assemble(recordings, codes, sampling_rate, seconds, about, rules)
     if not patients:
         records.table["fold"] = ten_folds(records.table["record_id"], records.targets)
     about["class_counts"] = class_counts(records.classes, records.targets)
     return records
+
+
+def _recording(
+    path: Path,
+    dataset: str,
+    codes: Mapping[str, set[str]],
+    patients: Mapping[int, tuple[str, int]],
+    checksums: Checksums,
+) -> Recording:
+    """One record with its row and target, which its header holds."""
+    recording = read_wfdb(path, checksums)
+    found = _diagnoses(path, recording.comments)
+    patient, fold = _patient(path, patients)
+    row = {
+        "record_id": path.stem,
+        "patient_id": patient,
+        "fold": fold,
+        "source": f"cinc2021 {dataset}",
+        **_age_and_sex(recording.comments),
+        "codes": ";".join(sorted(found)),
+    }
+    target = [not found.isdisjoint(wanted) for wanted in codes.values()]
+    return replace(recording, row=row, target=np.array(target, dtype=np.uint8))
 
 
 def class_codes(
@@ -160,11 +168,10 @@ def class_codes(
     return {name: set(scored["code"][scored["merged"] == name]) for name in merged}
 
 
-def _headers(folder: Path, dataset: str) -> list[Path]:
+def _headers(folder: Path, dataset: str, part: Part) -> list[Path]:
     """Header files of one data set, in order of their names, from its RECORDS lists or else from
     what is there.
     """
-    part = DATASETS[dataset]
     named = [folder / above / name for above in ("", "training") for name in part.folders]
     roots = [path for path in named if path.is_dir()] or [folder]
     headers: dict[str, Path] = {}
@@ -226,12 +233,14 @@ def _diagnoses(path: Path, comments: Sequence[str]) -> set[str]:
     return {code.strip() for code in _field(comments, "dx").split(",") if code.strip()}
 
 
-def _age(comments: Sequence[str]) -> float:
-    """Age in years, NaN where unknown."""
+def _age_and_sex(comments: Sequence[str]) -> dict[str, float]:
+    """Age in years, and sex as in PTB-XL (0 male, 1 female); NaN where unknown."""
     try:
-        return float(_field(comments, "age"))
+        age = float(_field(comments, "age"))
     except ValueError:
-        return np.nan
+        age = np.nan
+    sex = _field(comments, "sex").lower()[:1]
+    return {"age": age, "sex": {"m": 0.0, "f": 1.0}.get(sex, np.nan)}
 
 
 def _ptbxl_patients(path: Path) -> dict[int, tuple[str, int]]:

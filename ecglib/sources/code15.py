@@ -8,7 +8,6 @@ Challenge 2025 converts the set as millivolts, as does this reader; measured lea
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -110,30 +109,26 @@ def _read_exams(folder: Path) -> pd.DataFrame:
 
 def _tracings(path: Path) -> Iterator[tuple[int, np.ndarray]]:
     """(exam_id, tracing `(4096, 12)` as stored) of one part, a block of `ROWS` at a time."""
-    with _open(path) as file:
-        if "exam_id" not in file or "tracings" not in file:
-            raise DataError(
-                f"{path}: lacks the dataset exam_id or tracings; download this part again."
-            )
-        exam_ids, tracings = file["exam_id"], file["tracings"]
-        if exam_ids.ndim != 1 or tracings.shape != (len(exam_ids), STORED, len(LEADS)):
-            raise DataError(
-                f"{path}: tracings {tracings.shape} for {exam_ids.shape} exams, not (exams, "
-                f"{STORED}, 12); download it again."
-            )
-        for start in range(0, len(exam_ids), ROWS):
-            block = np.asarray(tracings[start : start + ROWS], dtype=np.float32)
-            yield from zip(np.asarray(exam_ids[start : start + ROWS]).tolist(), block, strict=True)
-
-
-@contextmanager
-def _open(path: Path) -> Iterator:
-    """An open HDF5 file; what h5py raises on a damaged one becomes a DataError."""
     import h5py
 
     try:
         with h5py.File(path, "r") as file:
-            yield file
+            if "exam_id" not in file or "tracings" not in file:
+                raise DataError(
+                    f"{path}: lacks the dataset exam_id or tracings; download this part again."
+                )
+            exam_ids = np.asarray(file["exam_id"])
+            tracings = file["tracings"]
+            if exam_ids.ndim != 1 or tracings.shape != (len(exam_ids), STORED, len(LEADS)):
+                raise DataError(
+                    f"{path}: tracings {tracings.shape} for {exam_ids.shape} exams, not (exams, "
+                    f"{STORED}, 12); download it again."
+                )
+            for start in range(0, len(exam_ids), ROWS):
+                part = slice(start, start + ROWS)
+                block = np.asarray(tracings[part], dtype=np.float32)
+                yield from zip(exam_ids[part].tolist(), block, strict=True)
+    # What h5py raises on a damaged file.
     except (OSError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path}: h5py cannot read this part ({error}); it is damaged, download it again."

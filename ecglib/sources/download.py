@@ -24,7 +24,7 @@ from urllib.parse import quote
 
 from ecglib.errors import DataError, StorageError, explain_storage
 from ecglib.files import inside, read_json, write_json
-from ecglib.sources.index_files import SUMS
+from ecglib.sources.index_files import SUMS, read_sums
 
 RETRIES = 3  # of pooch for each file at each address, with growing pauses between them
 RETRIES_OF_LARGE_FILES = 20  # above a gigabyte; each goes on where the last one broke
@@ -171,13 +171,8 @@ def _read_index(
 
 
 def _summed_files(path: Path) -> list[RemoteFile]:
-    """Files of a SHA256SUMS.txt; a line of another form, as in an error page, is a DataError."""
-    files = []
-    for line in filter(str.strip, path.read_text(errors="replace").splitlines()):
-        match = re.fullmatch(r"([0-9a-fA-F]{64})\s+\*?(\S.*?)\s*", line)
-        if match is None:
-            raise DataError(f"{path.name}: the line {line[:60]!r} is not a checksum and a name")
-        files.append(RemoteFile(match[2], f"sha256:{match[1].lower()}"))
+    """Files of a SHA256SUMS.txt; one without any, such as an error page, is a DataError."""
+    files = [RemoteFile(name, f"sha256:{digest}") for name, digest in read_sums(path).items()]
     if not files:
         raise DataError(f"{path.name}: lists no file")
     return files

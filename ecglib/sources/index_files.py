@@ -3,6 +3,7 @@ targets and ten folds.
 """
 
 import hashlib
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,16 @@ def existing_folder(folder: str | Path, holds: str) -> Path:
     return folder
 
 
+def read_sums(path: Path) -> dict[str, str]:
+    """Relative path -> SHA-256 from the lines of a SHA256SUMS.txt; lines of another form are passed
+    over.
+    """
+    with explain_reading(path):
+        text = path.read_text(errors="replace")
+    pairs = re.findall(r"^[ \t]*([0-9a-fA-F]{64})[ \t]+\*?(\S.*?)\s*$", text, re.MULTILINE)
+    return {name: digest.lower() for digest, name in pairs}
+
+
 @dataclass(frozen=True)
 class Checksums:
     """What a reader compares files with: SHA-256 `sums` by path below `root`.
@@ -47,11 +58,7 @@ class Checksums:
         for root in (folder, *folder.parents[:levels]):
             path = root / SUMS
             if verify and path.is_file():
-                with explain_reading(path):
-                    lines = path.read_text(errors="replace").splitlines()
-                pairs = [line.split(maxsplit=1) for line in lines]
-                sums = {pair[1].strip().lstrip("*"): pair[0] for pair in pairs if len(pair) == 2}
-                return cls(root, sums, verify)
+                return cls(root, read_sums(path), verify)
         return cls(folder, {}, verify)
 
     def check(self, path: Path) -> None:
@@ -66,7 +73,7 @@ class Checksums:
             return
         with explain_reading(path), resolved.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != expected.lower():
+        if found != expected:
             raise DataError(f"{path}: its checksum differs from {SUMS}; download the file again.")
 
 

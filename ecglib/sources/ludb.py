@@ -9,7 +9,6 @@ within 20 % of PTB-XL's (lead II: 0.98 mV against 0.92 mV).
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import pandas as pd
 from ecglib.errors import DataError, explain_reading
 from ecglib.files import inside
 from ecglib.records import LEADS, Records
-from ecglib.sources.assemble import Recording, assemble, read_each
+from ecglib.sources.assemble import assemble
 from ecglib.sources.index_files import (
     Checksums,
     binary_targets,
@@ -28,7 +27,7 @@ from ecglib.sources.index_files import (
     read_index,
     ten_folds,
 )
-from ecglib.sources.wfdb_files import read_wfdb
+from ecglib.sources.wfdb_files import read_listed
 
 INDEX = "ludb.csv"
 RATE = 500  # Hz
@@ -112,22 +111,18 @@ def read_ludb(
     targets = binary_targets([set(map(_class, stated)) for stated in statements], classes)
     folds = ten_folds(names, targets)
 
-    def read(position: int) -> Recording:
-        entry = index.iloc[position]
-        row = {
-            "record_id": names[position],
-            "patient_id": names[position],
-            "fold": int(folds[position]),
-            "source": "ludb",
-            "age": _age(entry["Age"]),
-            "sex": {"M": 0.0, "F": 1.0}.get(str(entry["Sex"]).strip(), np.nan),
-            "axis": _after_colon(entry[AXIS]),
-            "statements": ";".join(statements[position]),
-        }
-        path = _header_path(folder, names[position])
-        recording = read_wfdb(path, checksums, COUNTS_PER_MILLIVOLT)
-        return replace(recording, row=row, target=targets[position])
-
+    ages = index["Age"].astype(str).str.strip().replace(">89", "90")
+    rows = {
+        "record_id": names,
+        "patient_id": names,
+        "fold": folds,
+        "source": "ludb",
+        "age": pd.to_numeric(ages, errors="coerce").astype(float),
+        "sex": index["Sex"].astype(str).str.strip().map({"M": 0.0, "F": 1.0}),
+        "axis": index[AXIS].fillna("").astype(str).str.rpartition(":")[2].str.strip(),
+        "statements": list(map(";".join, statements)),
+    }
+    paths = [_header_path(folder, name) for name in names]
     without = Counter(statement for statement in chain(*statements) if _class(statement) is None)
     about = {
         "source": "LUDB",
@@ -139,8 +134,10 @@ def read_ludb(
         "class_counts": class_counts(classes, targets),
         "statements_without_class": dict(without),
     }
-    stream = read_each(names, read, rules)
-    return assemble(stream, classes, sampling_rate, seconds, about, rules)
+    recordings = read_listed(
+        pd.DataFrame(rows), paths, targets, checksums, rules, COUNTS_PER_MILLIVOLT
+    )
+    return assemble(recordings, classes, sampling_rate, seconds, about, rules)
 
 
 def read_ludb_marks(
@@ -240,7 +237,7 @@ def _header_path(folder: Path, record: str) -> Path:
 
 
 def _statements(entry: pd.Series) -> list[str]:
-    """All statements of one record; cells hold one a line."""
+    """All statements of one record; each line of a cell holds one."""
     cells = [str(entry[column]) for column in STATEMENT_COLUMNS if pd.notna(entry[column])]
     return [line.strip() for cell in cells for line in cell.splitlines() if line.strip()]
 
@@ -249,14 +246,3 @@ def _class(statement: str) -> str | None:
     """The class of one statement, or None."""
     text = statement.lower()
     return next((name for start, name in CLASSES.items() if text.startswith(start)), None)
-
-
-def _after_colon(cell: object) -> str:
-    """`normal` of "Electric axis of the heart: normal", empty where the cell is."""
-    return str(cell).rpartition(":")[2].strip() if pd.notna(cell) else ""
-
-
-def _age(cell: object) -> float:
-    """Age in years; ">89" as 90, NaN where unknown."""
-    text = str(cell).strip()
-    return 90.0 if text == ">89" else float(pd.to_numeric(text, errors="coerce"))

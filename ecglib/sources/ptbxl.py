@@ -1,8 +1,7 @@
 """PTB-XL (Wagner et al., Scientific Data 7:154, 2020) in PhysioNet's own layout."""
 
 import ast
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +10,17 @@ import pandas as pd
 from ecglib.errors import DataError
 from ecglib.files import inside
 from ecglib.records import Records
-from ecglib.sources.assemble import Recording, assemble, read_each
+from ecglib.sources.assemble import assemble
 from ecglib.sources.index_files import (
     FOLDS,
     Checksums,
+    binary_targets,
+    class_counts,
     existing_folder,
     read_index,
     refuse_rows,
 )
-from ecglib.sources.wfdb_files import read_wfdb
+from ecglib.sources.wfdb_files import read_listed
 
 TASKS = ("all", "diagnostic", "subclass", "superclass", "form", "rhythm")
 VERSIONS = {21_837: "1.0.1 or 1.0.2", 21_799: "1.0.3"}  # told apart by the number of records
@@ -70,28 +71,15 @@ def read_ptbxl(
     code_to_class = _code_to_class(statements, task)
     classes = tuple(sorted(set(code_to_class.values())))
     diagnostic = set(_code_to_class(statements, "diagnostic"))
-    any_statement, likely = _targets(folder, index, classes, code_to_class, diagnostic)
-    column = "filename_lr" if sampling_rate == 100 else "filename_hr"
-    present = np.ones(len(index), dtype=bool)
-    if sampling_rate == 500:  # optional in a download; `about` says how many are not there
-        present = np.array(
-            [inside(folder, f"{name}.hea", INDEX).exists() for name in index[column]]
-        )
-    positions = np.flatnonzero(present)
+    any_statement, likely = _targets(folder / INDEX, index, classes, code_to_class, diagnostic)
     targets = likely if likely_only else any_statement
-
-    def read(place: int) -> Recording:
-        entry = index.iloc[positions[place]]
-        path = inside(folder, f"{entry[column]}.hea", f"{folder / INDEX}, ecg_id {entry['ecg_id']}")
-        row = {
-            "record_id": str(entry["ecg_id"]),
-            "patient_id": str(entry["patient_id"]),
-            "fold": int(entry["strat_fold"]),
-            "source": "ptb-xl",
-            **{name: entry[name] for name in _KEPT if name in entry},
-        }
-        return replace(read_wfdb(path, checksums), row=row, target=targets[positions[place]])
-
+    names = index["filename_lr" if sampling_rate == 100 else "filename_hr"]
+    paths = [
+        inside(folder, f"{name}.hea", f"{folder / INDEX}, ecg_id {ecg_id}")
+        for name, ecg_id in zip(names, index["ecg_id"], strict=True)
+    ]
+    # The files of 500 Hz are optional in a download; `about` says how many are not there.
+    present = [place for place, path in enumerate(paths) if sampling_rate == 100 or path.exists()]
     about = {
         "source": "PTB-XL",
         "simulated": False,
@@ -99,20 +87,39 @@ def read_ptbxl(
         "folder": folder.name,
         **_version(folder, index),
         "likely_only": likely_only,
-        "not_downloaded": int((~present).sum()),
+        "not_downloaded": len(paths) - len(present),
         "without_class": int((~targets.any(axis=1)).sum()),
-        "class_counts": {
-            name: {"any statement": count, f"likelihood {LIKELY:.0f} or more": count_likely}
-            for name, count, count_likely in zip(
-                classes,
-                any_statement.sum(axis=0, dtype=int).tolist(),
-                likely.sum(axis=0, dtype=int).tolist(),
-                strict=True,
-            )
-        },
+        "class_counts": _both_counts(classes, any_statement, likely),
     }
-    stream = read_each(index["ecg_id"][present].astype(str), read, rules)
-    return assemble(stream, classes, sampling_rate, 10.0, about, rules)
+    recordings = read_listed(
+        _rows(index).iloc[present],
+        [paths[place] for place in present],
+        targets[present],
+        checksums,
+        rules,
+    )
+    return assemble(recordings, classes, sampling_rate, 10.0, about, rules)
+
+
+def _rows(index: pd.DataFrame) -> pd.DataFrame:
+    """The table of the records."""
+    rows = {
+        "record_id": index["ecg_id"].astype(str),
+        "patient_id": index["patient_id"].astype(str),
+        "fold": index["strat_fold"],
+        "source": "ptb-xl",
+    }
+    return pd.DataFrame(rows).join(index[[name for name in _KEPT if name in index]])
+
+
+def _both_counts(
+    classes: Sequence[str], any_statement: np.ndarray, likely: np.ndarray
+) -> dict[str, dict[str, int]]:
+    """How many records have each class by any statement, and by likely ones."""
+    stated = class_counts(classes, any_statement)
+    plain = class_counts(classes, likely)
+    rule = f"likelihood {LIKELY:.0f} or more"
+    return {name: {"any statement": stated[name], rule: plain[name]} for name in classes}
 
 
 def read_ptbxl_index(path: Path, checksums: Checksums | None = None) -> pd.DataFrame:
@@ -167,7 +174,7 @@ def _code_to_class(statements: pd.DataFrame, task: str) -> dict[str, str]:
 
 
 def _targets(
-    folder: Path,
+    path: Path,
     index: pd.DataFrame,
     classes: tuple[str, ...],
     code_to_class: Mapping[str, str],
@@ -179,24 +186,22 @@ def _targets(
     Form and rhythm statements carry no likelihood (it is 0): they always count. For a diagnostic
     statement 0 means that no likelihood was noted, so that the likelihood rule leaves it out.
     """
-    column = {name: position for position, name in enumerate(classes)}
-    any_statement = np.zeros((len(index), len(classes)), dtype=np.uint8)
-    likely = np.zeros_like(any_statement)
-    for row, text in enumerate(index["scp_codes"]):
-        for code, likelihood in _parse_codes(folder, index["ecg_id"].iloc[row], text).items():
-            if code in code_to_class:
-                any_statement[row, column[code_to_class[code]]] = 1
-                if likelihood >= LIKELY or code not in diagnostic:
-                    likely[row, column[code_to_class[code]]] = 1
-    return any_statement, likely
+    stated = []
+    likely = []
+    for ecg_id, text in zip(index["ecg_id"], index["scp_codes"], strict=True):
+        codes = _parse_codes(path, ecg_id, text)
+        found = {code: code_to_class[code] for code in codes if code in code_to_class}
+        plain = {code for code in found if codes[code] >= LIKELY or code not in diagnostic}
+        stated.append(set(found.values()))
+        likely.append({found[code] for code in plain})
+    return binary_targets(stated, classes), binary_targets(likely, classes)
 
 
-def _parse_codes(folder: Path, ecg_id: int, text: object) -> dict[str, float]:
+def _parse_codes(path: Path, ecg_id: int, text: object) -> dict[str, float]:
     """The statements of one record, `{"NORM": 100.0, ...}`."""
     try:
         return {str(code): float(value) for code, value in ast.literal_eval(str(text)).items()}
     except Exception:  # a text that is no Python literal fails in many ways
         raise DataError(
-            f"{folder / INDEX}: ecg_id {ecg_id} has scp_codes {text!r}, not a list of statements; "
-            "correct it."
+            f"{path}: ecg_id {ecg_id} has scp_codes {text!r}, not a list of statements; correct it."
         ) from None

@@ -7,14 +7,16 @@ sources (16 bits, interleaved) are read here; every other format goes through th
 
 import math
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from ecglib.errors import DataError, explain_reading
 from ecglib.records import MISSING
-from ecglib.sources.assemble import Recording
+from ecglib.sources.assemble import Recording, Unreadable, read_each
 from ecglib.sources.index_files import Checksums
 
 UNITS_PER_MILLIVOLT = {"mv": 1.0, "uv": 1000.0, "v": 0.001, "nv": 1e6}
@@ -246,6 +248,24 @@ def read_wfdb(
         notes=notes,
         comments=header.comments,
     )
+
+
+def read_listed(
+    rows: pd.DataFrame,
+    paths: Sequence[Path],
+    targets: np.ndarray,
+    checksums: Checksums,
+    rules: Mapping[str, str] | None,
+    counts_per_millivolt: float | None = None,
+) -> Iterator[Recording | Unreadable]:
+    """The WFDB records of a table with one row per record: its row, header path and target."""
+
+    def read(position: int) -> Recording:
+        recording = read_wfdb(paths[position], checksums, counts_per_millivolt)
+        row = rows.iloc[position].to_dict()
+        return replace(recording, row=row, target=targets[position])
+
+    return read_each(rows["record_id"], read, rules)
 
 
 def _signal_path(header: Header, name: str) -> Path:

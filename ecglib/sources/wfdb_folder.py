@@ -1,7 +1,6 @@
 """Any folder of WFDB records with a CSV file of labels."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import pandas as pd
 from ecglib.errors import DataError
 from ecglib.files import inside
 from ecglib.records import Records
-from ecglib.sources.assemble import Recording, assemble, read_each
+from ecglib.sources.assemble import assemble
 from ecglib.sources.index_files import (
     FOLDS,
     Checksums,
@@ -22,7 +21,7 @@ from ecglib.sources.index_files import (
     ten_folds,
     whole_numbers,
 )
-from ecglib.sources.wfdb_files import read_wfdb
+from ecglib.sources.wfdb_files import read_listed
 
 NAMES = ("record", "record_id", "filename")
 NOT_CLASSES = (*NAMES, "patient_id", "fold", "labels", "age", "sex", "source")
@@ -52,24 +51,21 @@ def read_wfdb_folder(
     table = _read_labels(path)
     names, targets = _targets(path, table, classes)
     checksums = Checksums.of(folder, verify)
-    by_patient, given_fold = "patient_id" in table, "fold" in table
-    patients = table["patient_id" if by_patient else "record"].tolist()
-    folds = _folds(path, table) if given_fold else ten_folds(patients, targets)
+    by_patient = "patient_id" in table
+    given_fold = "fold" in table
+    patients = table["patient_id" if by_patient else "record"]
+    rows = {
+        "record_id": table["record"],
+        "patient_id": patients,
+        "fold": _folds(path, table) if given_fold else ten_folds(patients, targets),
+        "source": folder.name,
+    }
     used = {*NAMES, "patient_id", "fold", "source", *names}
     kept = table[[column for column in table if column not in used]]
-
-    def read(position: int) -> Recording:
-        name = table["record"].iloc[position]
-        file = inside(folder, f"{name}.hea", f"{path}, line {position + 2}")
-        row = {
-            "record_id": name,
-            "patient_id": patients[position],
-            "fold": int(folds[position]),
-            "source": folder.name,
-            **kept.iloc[position].to_dict(),
-        }
-        return replace(read_wfdb(file, checksums), row=row, target=targets[position])
-
+    paths = [
+        inside(folder, f"{name}.hea", f"{path}, line {line}")
+        for line, name in enumerate(table["record"], 2)
+    ]
     split = "by patient" if by_patient else "by record, no patient_id is given"
     about = {
         "source": folder.name,
@@ -82,8 +78,8 @@ def read_wfdb_folder(
         "without_class": int((~targets.any(axis=1)).sum()),
         "class_counts": class_counts(names, targets),
     }
-    stream = read_each(table["record"], read, rules)
-    return assemble(stream, names, sampling_rate, seconds, about, rules)
+    recordings = read_listed(pd.DataFrame(rows).join(kept), paths, targets, checksums, rules)
+    return assemble(recordings, names, sampling_rate, seconds, about, rules)
 
 
 def _read_labels(path: Path) -> pd.DataFrame:

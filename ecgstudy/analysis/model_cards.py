@@ -1,5 +1,4 @@
-"""Pretrained encoders as files for others: the weights, and beside them a model card that says what
-they are worth.
+"""Pretrained encoders as files for others: the weights, and beside them a model card.
 
 A card follows Mitchell et al., "Model Cards for Model Reporting" (2019): what it is, data,
 measures, limits.
@@ -15,16 +14,17 @@ import pandas as pd
 from ecglib.errors import DataError
 from ecglib.files import atomic_folder
 from ecglib.records import LEADS, Records
-from ecgstudy.runs import MODEL, Run
+from ecgstudy.runs import MODEL, RESULT, Run
 
 LICENCES = {
-    "PTB-XL": "CC BY 4.0, that of PTB-XL (Wagner et al., Sci Data 7:154, 2020), on which they were trained",
+    "PTB-XL": "CC BY 4.0, that of PTB-XL (Wagner et al., Sci Data 7:154, 2020), on which they were "
+    "trained",
     "simulated cohort": "MIT, that of this repository",
 }
 CARD = """# {method} on `{encoder}`
 
-An encoder for 12-lead ECGs, pretrained without labels. It maps an ECG to {size} features, for a linear probe or for
-fine-tuning. For research and teaching; not a medical device.
+An encoder for 12-lead ECGs, pretrained without labels. It maps an ECG to {size} features, for a
+linear probe or for fine-tuning. For research and teaching; not a medical device.
 
 ## Use
 
@@ -38,7 +38,8 @@ features = encoder(signals)  # (batch, 12, {samples}) mV at {rate:g} Hz -> (batc
 ```
 
 Leads in the order {leads}; millivolts, neither filtered nor scaled.
-The features of a record are their mean over windows of {seconds:g} s (`ecglib.evaluate.encode_windows`).
+The features of a record are their mean over windows of {seconds:g} s
+(`ecglib.evaluate.encode_windows`).
 
 ## Trained on
 
@@ -50,7 +51,8 @@ All settings are in `run.json`.
 ## What it is worth
 
 Macro AUROC of {classes} on fold 10{caveat}:
-mean over label subsets, 95 % patient-bootstrap interval. Its controls: the same encoder from scratch and never trained.
+mean over label subsets, 95 % patient-bootstrap interval. Its controls: the same encoder from
+scratch and never trained.
 
 {table}
 
@@ -58,8 +60,8 @@ mean over label subsets, 95 % patient-bootstrap interval. Its controls: the same
 
 {limits}
 
-Scores by sex, age, device or hospital were not measured. What the study found beyond this encoder, and what did not
-help, is in the repository's README and notebook 17.
+Scores by sex, age, device or hospital were not measured. What the study found beyond this encoder,
+and what did not help, is in the repository's README and notebook 17.
 
 ## Licence and origin
 
@@ -68,10 +70,10 @@ Run {run} of the notebook of this method, torch {torch}; SHA-256 of `model.safet
 `{sha256}`. To cite it, see the repository's `CITATION.cff`.
 """
 LIMITS = {
-    True: "Simulated hearts stand in for patients: the features may miss what only real recordings hold, and the "
-    "scores above say nothing about patients.",
-    False: "One hospital's recorder and one population. Small, and pretrained on few records: a start for learning "
-    "how such encoders behave, not the best one to be had.",
+    True: "Simulated hearts stand in for patients: the features may miss what only real recordings "
+    "hold, and the scores above say nothing about patients.",
+    False: "One hospital's recorder and one population. Small, and pretrained on few records: a "
+    "start for learning how such encoders behave, not the best one to be had.",
 }
 
 
@@ -83,20 +85,15 @@ def release_encoders(
 
     summary is `label_efficiency_summary.csv`. DataError where it has no row of an encoder.
     """
-    return [
-        _release(name, run, summary, records, Path(folder) / name)
-        for name, run in pretrained.items()
-    ]
-
-
-def _release(name: str, run: Run, summary: pd.DataFrame, records: Records, target: Path) -> Path:
-    """One encoder's folder."""
-    text = model_card(name, run, summary, records)
-    with atomic_folder(target) as temporary:
-        for file in (MODEL, "run.json"):
-            shutil.copyfile(run.folder / file, temporary / file)
-        (temporary / "README.md").write_text(text, encoding="utf-8")
-    return target
+    released = []
+    for name, run in pretrained.items():
+        text = model_card(name, run, summary, records)
+        with atomic_folder(Path(folder) / name) as temporary:
+            for file in (MODEL, RESULT):
+                shutil.copyfile(run.folder / file, temporary / file)
+            (temporary / "README.md").write_text(text, encoding="utf-8")
+        released.append(Path(folder) / name)
+    return released
 
 
 def model_card(name: str, run: Run, summary: pd.DataFrame, records: Records) -> str:
@@ -104,6 +101,8 @@ def model_card(name: str, run: Run, summary: pd.DataFrame, records: Records) -> 
     `summary`.
     """
     settings, machine, source = run.spec.settings, run.about["machine"], records.about["source"]
+    hardware = f"{machine['cores']} cores of {machine['processor']}"
+    hardware += f", accelerator: {machine['accelerator']}"
     return CARD.format(
         method=name,
         encoder=settings["encoder"],
@@ -117,7 +116,7 @@ def model_card(name: str, run: Run, summary: pd.DataFrame, records: Records) -> 
         steps=settings["steps"],
         batch=settings["batch_size"],
         minutes=run.about["seconds"] / 60,
-        machine=f"{machine['cores']} cores of {machine['processor']}, accelerator: {machine['accelerator']}",
+        machine=hardware,
         classes=", ".join(records.classes),
         table=_scores(name, settings["encoder"], summary),
         limits=LIMITS[bool(records.about.get("simulated"))],
@@ -129,27 +128,18 @@ def model_card(name: str, run: Run, summary: pd.DataFrame, records: Records) -> 
 
 
 def _scores(name: str, encoder: str, summary: pd.DataFrame) -> str:
-    """The rows of the encoder and of its controls as a Markdown table, a column a fraction."""
-    own = summary[
-        (summary["encoder"] == encoder) & summary["method"].isin((name, "supervised", "random"))
-    ]
+    """The rows of the encoder and of its controls as a Markdown table, a column per fraction."""
+    words = {"supervised": "from scratch", "random": "never trained", name: name}
+    own = summary[(summary["encoder"] == encoder) & summary["method"].isin(words)]
     if name not in set(own["method"]):
         raise DataError(
             f"label_efficiency_summary.csv has no row of {name} on {encoder}; run notebook "
             "09_probe_and_fine_tune again."
         )
-    own = own.assign(
-        score=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in own.itertuples()]
-    )
-    words = {"supervised": "from scratch", "random": "never trained"}
-    own["use"] = [
-        f"{words.get(row.method, row.method)}, {row.protocol}" for row in own.itertuples()
-    ]
-    cells = own.pivot(index="use", columns="fraction", values="score").fillna("–")
-    header = ["use", *(f"{100 * fraction:g} % of the labels" for fraction in cells.columns)]
-    rows = [
-        header,
-        ["---"] * len(header),
-        *([use, *values] for use, values in zip(cells.index, cells.to_numpy())),
-    ]
+    cells = own.assign(
+        score=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in own.itertuples()],
+        use=own["method"].map(words) + ", " + own["protocol"],
+    ).pivot(index="use", columns="fraction", values="score")
+    header = ["use", *(f"{100 * fraction:g} % of the labels" for fraction in cells)]
+    rows = [header, ["---"] * len(header), *cells.fillna("–").reset_index().to_numpy()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -7,7 +7,7 @@ from torch import nn
 
 from ecglib.batches import Batch, step_generator
 from ecglib.ema import momentum_for_steps
-from ecglib.encoders.transformer import DropPath
+from ecglib.encoders.transformer import DropPath, set_drop_path
 from ecglib.encoders.vit1d import ViT1d
 from ecglib.errors import DataError
 from ecglib.selfsup.dino import DINO, dino_loss, next_center
@@ -21,7 +21,9 @@ def seed() -> None:
 
 
 def tiny_vit() -> ViT1d:
-    return ViT1d(patch=10, width=24, depth=2, heads=3, length=100, drop_path=0.2)
+    encoder = ViT1d(patch=10, width=24, depth=2, heads=3, length=100)
+    set_drop_path(encoder, 0.2)
+    return encoder
 
 
 def tiny_dino(encoder: nn.Module | None = None, **settings) -> DINO:

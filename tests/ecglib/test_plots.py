@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from ecglib.errors import DataError
-from ecglib.plot_ecg import plot_ecg
+from ecglib.plot_ecg import plot_attributed_ecgs, plot_ecg
 from ecglib.records import LEADS
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "ptb-xl-subset"
@@ -126,16 +126,35 @@ def test_marks_lie_at_their_time_on_their_lead():
         plot_ecg(make_ecg(), 100.0, marks=marks.drop(columns="offset"))
 
 
+def test_attributed_ecgs_stand_below_each_other_with_their_relevance_as_shade():
+    relevance = np.zeros((12, 1000))
+    relevance[6, 100:110] = 2.0  # V1, which is drawn from 5 s on
+    relevance[1, 300:303] = 1.0  # II, at 3 s in the rhythm strip alone
+    figure = plot_attributed_ecgs(
+        [("one", make_ecg(), relevance), ("two", make_ecg(7.0), relevance[:, :700])], 100.0
+    )
+    require_clear(figure)
+    axes = figure.axes[0]
+    assert len(axes.images) == 2 * 13 and axes.get_xlim() == (0, 270)
+    texts = {text.get_text(): text.get_position()[1] for text in axes.texts}
+    assert texts["one"] > texts["two"]
+    shaded = [image.get_array()[0, :, 3] for image in axes.images[:13]]
+    assert [place for place, shade in enumerate(shaded) if shade.any()] == [12]
+    assert np.flatnonzero(shaded[12]).tolist() == [300, 301, 302]
+    with pytest.raises(DataError, match="no example to draw"):
+        plot_attributed_ecgs([], 100.0)
+
+
 def test_bad_ecgs_are_one_sentence():
     ecg = make_ecg()
-    for ecg, rate, layout in [
-        (ecg[:11], 100, "rows"),
-        (ecg, 0, "rows"),
-        (ecg, 100, "round"),
-        (ecg[None], 100, "rows"),
+    for signals, rate, layout, message in [
+        (ecg[:11], 100, "rows", "needs 12 leads"),
+        (ecg, 0, "rows", "0 Hz and 10.0 s cannot be drawn"),
+        (ecg, 100, "round", "'round'"),
+        (ecg[None], 100, "rows", "take one record"),
     ]:
-        with pytest.raises(DataError):
-            plot_ecg(ecg, rate, layout=layout)
+        with pytest.raises(DataError, match=message):
+            plot_ecg(signals, rate, layout=layout)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real records are not here")

@@ -150,12 +150,8 @@ def test_every_claim_has_its_verdict_and_origin(tables):
         told["ce_ssl: above supervised"] == told["distl: at T = 3 above fixmatch"] == "no finding"
     )
     assert told["dvme: above one logistic regression on all features"] == "the opposite"
-    assert (
-        told[
-            "pretraining: frozen, loses less than training from scratch under noise like the augmentation's"
-        ]
-        == "agrees"
-    )
+    noise = "loses less than training from scratch under noise like the augmentation's"
+    assert told[f"pretraining: frozen, {noise}"] == "agrees"
     assert (
         told["byol: relevance in the evidence, above supervised at equal AUROC: infarction"]
         == "the opposite"

@@ -1,4 +1,4 @@
-"""Released encoders: the card's own code opens the weights, and its figures are those of the table."""
+"""Released encoders: the card's code opens the weights, its figures are those of the table."""
 
 import hashlib
 import re

@@ -188,7 +188,7 @@ def _draw_visits(seed: int, start: int) -> np.ndarray:
 
 
 def _draw_patients(rng: np.random.Generator, start: int) -> pd.DataFrame:
-    """One row a patient: identity, fold (each ten patients fill the ten folds), age, sex, rhythm,
+    """One row per patient: identity, fold (each ten patients fill the ten folds), age, sex, rhythm,
     rate, severities.
     """
     shares = np.array(list(COMBINATIONS.values()))
@@ -240,7 +240,7 @@ def _draw_severities(rng: np.random.Generator, combination: np.ndarray) -> dict[
 def _draw_records(
     rng: np.random.Generator, patients: pd.DataFrame, person: np.ndarray
 ) -> pd.DataFrame:
-    """One row a record: its patient's traits, with another rate and somewhat other severities at
+    """One row per record: its patient's traits, with another rate and somewhat other severities at
     each visit.
     """
     table = patients.iloc[person].reset_index(drop=True)

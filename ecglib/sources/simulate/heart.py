@@ -3,7 +3,7 @@ see it.
 
 The dipole is a sum of Gaussian waves over the beat's phase (McSharry et al., IEEE Trans Biomed Eng
 2003, in three dimensions by Sameni et al., EURASIP J Adv Signal Process 2007). Axes as Frank's: x
-to the left, y to the feet, z to the back, in millivolts. The phase is told in seconds after the R
+to the left, y to the feet, z to the back, in millivolts. The phase is given in seconds after the R
 wave at 60 beats a minute; faster hearts shorten the ST-T part with the cube root of RR (Fridericia
 1920) and leave the QRS as it is.
 """
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 INDEPENDENT_LEADS = ("I", "II", "V1", "V2", "V3", "V4", "V5", "V6")
 
-# Leads seen by a dipole (Dower et al., Clin Cardiol 1980): one row a lead, columns x, y, z.
+# Leads seen by a dipole (Dower et al., Clin Cardiol 1980): one row per lead, columns x, y, z.
 LEAD_FIELD = np.array(
     [
         [0.632, -0.235, 0.059],

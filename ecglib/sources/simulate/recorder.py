@@ -27,7 +27,7 @@ def record_hearts(
     """Signals `(n, 12, time)` int16 of n hearts seen through lead fields `(n, 8, 3)`, and the marks
     of all waves.
 
-    The marks have one row a wave that lies wholly inside the record: record, beat, kind, wave,
+    The marks have one row per wave that lies wholly inside the record: record, beat, kind, wave,
     onset, offset (samples).
     """
     count = len(field)
