@@ -333,7 +333,6 @@ def find_faults(millivolts: np.ndarray) -> list[tuple[int, str, str, str]]:
     """Faults in signals `(n, 12, time)` in mV as (position, lead, fault, detail); limits are the
     constants above.
     """
-    faults: list[tuple[int, str, str, str]] = []
     missing = np.isnan(millivolts)
     signals = np.where(missing, np.float32(0), millivolts) if missing.any() else millivolts
     high, low = signals.max(axis=2), signals.min(axis=2)
@@ -341,19 +340,20 @@ def find_faults(millivolts: np.ndarray) -> list[tuple[int, str, str, str]]:
     at_extreme = np.maximum(
         (signals == high[..., None]).mean(axis=2), (signals == low[..., None]).mean(axis=2)
     )
-
-    def add(found: np.ndarray, fault: str, detail: str, values: np.ndarray) -> None:
-        for index, lead in zip(*np.nonzero(found), strict=True):
-            faults.append((int(index), LEADS[lead], fault, detail.format(values[index, lead])))
-
     flat = span < FLAT_RANGE
     share = missing.mean(axis=2)
-    add(share > 0, "missing samples", "{:.1%} of the samples", share)
-    add(flat, "flat lead", "range {:.3f} mV", span)
     saturated = (at_extreme > SATURATED_SHARE) & ~flat & (span > 1.0)
-    add(saturated, "saturated", "{:.1%} at one extreme", at_extreme)
     peak = np.maximum(np.abs(high), np.abs(low))
-    add(peak > ABSURD_PEAK, "absurd amplitude", "peak {:.1f} mV", peak)
+    faults = [
+        (int(index), LEADS[lead], fault, detail.format(values[index, lead]))
+        for found, fault, detail, values in (
+            (share > 0, "missing samples", "{:.1%} of the samples", share),
+            (flat, "flat lead", "range {:.3f} mV", span),
+            (saturated, "saturated", "{:.1%} at one extreme", at_extreme),
+            (peak > ABSURD_PEAK, "absurd amplitude", "peak {:.1f} mV", peak),
+        )
+        for index, lead in np.argwhere(found)
+    ]
     largest = span.max(axis=1)
     for index in np.flatnonzero((largest < ABSURDLY_SMALL) & ~flat.all(axis=1)):
         detail = f"largest range {largest[index]:.4f} mV"
@@ -383,17 +383,16 @@ def limb_permutation(millivolts: np.ndarray) -> tuple[int, ...] | None:
     """The one order of the six limb leads of `(12, time)` that obeys the laws, or None where none
     or several do.
     """
-    fitting = []
     limb = millivolts[:6] - millivolts[:6].mean(axis=1, keepdims=True)
     covariance = (limb @ limb.T) / limb.shape[1]
     size = max(float(np.trace(covariance)), 1e-12)
     # law @ limb == 0
     laws = np.concatenate([LIMB_FROM_I_AND_II[2:], -np.eye(4, dtype=np.float32)], axis=1)
-    for order in itertools.permutations(range(6)):
-        error = np.einsum("ij,jk,ik->", laws, covariance[np.ix_(order, order)], laws)
-        if np.sqrt(max(error, 0.0) / size) < LAW_TOLERANCE / 2:
-            fitting.append(order)
-    return fitting[0] if len(fitting) == 1 else None
+    orders = np.array(list(itertools.permutations(range(6))))
+    permuted = covariance[orders[:, :, None], orders[:, None, :]]  # (orders, 6, 6)
+    error = np.einsum("ij,njk,ik->n", laws, permuted, laws)
+    fitting = orders[np.sqrt(np.maximum(error, 0.0) / size) < LAW_TOLERANCE / 2]
+    return tuple(fitting[0].tolist()) if len(fitting) == 1 else None
 
 
 def _law_detail(signal: np.ndarray, residual: float) -> str:

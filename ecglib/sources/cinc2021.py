@@ -162,10 +162,8 @@ def class_codes(
         raise DataError(
             f"There is no scored diagnosis {unknown[0]!r}; choose among {', '.join(scored.index)}."
         )
-    if not merge_equivalent:
-        return {name: {scored["code"][name]} for name in classes}
-    merged = dict.fromkeys(scored["merged"][name] for name in classes)
-    return {name: set(scored["code"][scored["merged"] == name]) for name in merged}
+    names = scored["merged" if merge_equivalent else "abbreviation"]
+    return {name: set(scored["code"][names == name]) for name in dict.fromkeys(names[classes])}
 
 
 def _headers(folder: Path, dataset: str, part: Part) -> list[Path]:

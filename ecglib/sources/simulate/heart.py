@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-INDEPENDENT_LEADS = ("I", "II", "V1", "V2", "V3", "V4", "V5", "V6")
-
 # Leads seen by a dipole (Dower et al., Clin Cardiol 1980): one row per lead, columns x, y, z.
 LEAD_FIELD = np.array(
     [
