@@ -143,7 +143,7 @@ WRONG = {
         "larger = m * n / (m + n)",
     ],
     "12_semi_supervised": [
-        "part = parts['against'].iloc[-1]",
+        "part = parts['over'].iloc[-1]",
         "cost = -cost - 1e-6",
         "sure = not sure",
         "cost = 100 * cost + 1e-6",
