@@ -139,14 +139,16 @@ class AdaptiveRanks(nn.Module):
         """
         if hasattr(self.objective, "after_step"):
             self.objective.after_step(progress)
-        scores = torch.cat([self._triples(index, layer) for index, layer in enumerate(self.layers)])
+        scores = torch.cat(
+            [self.triple_importance(index, layer) for index, layer in enumerate(self.layers)]
+        )
         kept = scores.new_zeros(len(scores), dtype=torch.bool)
         kept[scores.topk(self.budget(progress)).indices] = True
         masks = kept.split([len(layer.values) for layer in self.layers])
         for layer, mask in zip(self.layers, masks, strict=True):
             layer.values.mul_(mask)
 
-    def _triples(self, index: int, layer: LowRankLayer) -> Tensor:
+    def triple_importance(self, index: int, layer: LowRankLayer) -> Tensor:
         """Importance of each (value, row of A, column of B) of a layer, `(parts x rank,)`."""
         rows, columns, values = (self._sensitivity(part, index, layer) for part in LOW_RANK_PARTS)
         columns = columns.unflatten(0, (layer.parts, -1)).mean(dim=1).flatten()

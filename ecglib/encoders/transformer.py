@@ -52,7 +52,7 @@ class TransformerBlock(nn.Module):
         )
         self.drop_path = DropPath(0.0)  # see `set_drop_path`
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each `(batch, heads, tokens, width / heads)`."""
         parts = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))
         return parts.permute(2, 0, 3, 1, 4).unbind(0)
@@ -77,11 +77,11 @@ class TransformerBlock(nn.Module):
         """How much each token (row) takes from each other, `(batch, heads, tokens, tokens)`; rows
         sum to 1.
         """
-        q, k, _ = self._split(x)
+        q, k, _ = self.queries_keys_values(x)
         return self._weights(q, k)
 
     def forward(self, x: Tensor) -> Tensor:
-        taken = self._take(*self._split(x)).transpose(1, 2).flatten(2)
+        taken = self._take(*self.queries_keys_values(x)).transpose(1, 2).flatten(2)
         x = x + self.drop_path(self.mix(taken))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 

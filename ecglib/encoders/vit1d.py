@@ -13,8 +13,8 @@ from ecglib.errors import DataError
 
 
 class ViT1d(nn.Module):
-    """Encoder `(batch, leads, time)` mV -> `(batch, feature_size)`: [CLS] of the last block and mean
-    of its patch tokens.
+    """Encoder `(batch, leads, time)` mV -> `(batch, feature_size)`: [CLS] of the last block and
+    the mean of its patch tokens.
 
     `length` is the longest signal in samples and, like every signal's, a multiple of `patch`.
     Positions are learned for it; a shorter crop takes those from its first sample on, so they are
@@ -35,8 +35,8 @@ class ViT1d(nn.Module):
         super().__init__()
         if length % patch or width % heads:
             raise ValueError(
-                f"A ViT1d needs a length ({length}) that is a multiple of the patch ({patch}) and a "
-                f"width ({width}) that is a multiple of the heads ({heads})."
+                f"A ViT1d needs a length ({length}) that is a multiple of the patch ({patch}) and "
+                f"a width ({width}) that is a multiple of the heads ({heads})."
             )
         self.leads, self.patch, self.length = leads, patch, length
         self.centred = centred

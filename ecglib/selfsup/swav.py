@@ -101,7 +101,7 @@ class SwAV(nn.Module):
         need_two_records(batch.signals, "SwAV")
         embeddings = self._embeddings(batch.signals, batch.generator)
         scores = self.prototypes(embeddings, (self.progress >= self.frozen).float())
-        return swav_loss(scores, self._codes(embeddings[:CODE_VIEWS].detach()), self.temperature)
+        return swav_loss(scores, self.codes(embeddings[:CODE_VIEWS].detach()), self.temperature)
 
     def _embeddings(self, signals: Tensor, generator: Generator) -> Tensor:
         """Unit embeddings `(views, batch, outputs)`: augmented full crops, then windows of them."""
@@ -119,7 +119,7 @@ class SwAV(nn.Module):
         return embeddings.unflatten(0, (-1, len(signals)))
 
     @torch.no_grad()
-    def _codes(self, embeddings: Tensor) -> Tensor:
+    def codes(self, embeddings: Tensor) -> Tensor:
         """Codes `(code views, batch, prototypes)`, balanced over all processes and, when it is
         full, the queue.
         """

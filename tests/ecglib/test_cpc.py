@@ -122,7 +122,7 @@ def test_last_positions_have_no_target_and_get_no_gradient():
 
 
 def test_no_tensor_holds_every_candidate():
-    """The largest tensor kept for the way back is far below (batch, positions, candidates, width)."""
+    """No tensor kept for the way back is near (batch, positions, candidates, width) in size."""
     batch, time, width, negatives = 2, 60, 64, 32
     context, latents = (torch.randn(batch, time, width, requires_grad=True) for _ in range(2))
     kept: list[int] = []

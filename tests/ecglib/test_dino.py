@@ -210,7 +210,7 @@ def test_works_with_an_encoder_without_positions_and_without_local_views():
 
 
 def tones(step: int) -> Batch:
-    """Records of four kinds, each a tone of its own at any phase in noise; `targets` is the kind."""
+    """Records of four kinds, each with its own tone at any phase in noise; targets: the kind."""
     generator = step_generator(7, step)
     kind = torch.randint(4, (16,), generator=generator)
     angle = (3 + 4 * kind[:, None]) * torch.arange(100) / 100 + torch.rand(

@@ -372,11 +372,13 @@ def test_resumed_equals_undisturbed(make, tmp_path):
         ),
         (
             lambda: FixMatch(Linear(), FixedThreshold(4)).loss(semi_batch()),
-            "The network has 3 outputs and the thresholds are for 4 classes; give both the same number",
+            "The network has 3 outputs and the thresholds are for 4 classes; give both the same "
+            "number",
         ),
         (
             lambda: FixMatch(Linear(), FixedThreshold(3)).loss(tiny_batch(time=20)),
-            "FixMatch also learns from unlabelled records and this batch has none; make the batches with SemiBatches",
+            "FixMatch also learns from unlabelled records and this batch has none; make the "
+            "batches with SemiBatches",
         ),
     ],
 )

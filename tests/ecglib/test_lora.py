@@ -269,7 +269,7 @@ def test_bad_ranks_and_probabilities_are_told() -> None:
 
 
 def test_peft_agrees() -> None:
-    """Low-rank layers of the library `peft` with the same pairs give the same answers (optional)."""
+    """Low-rank layers of the library `peft` with the same pairs give the same answers."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3))

@@ -198,7 +198,8 @@ def test_resumed_equals_undisturbed(tmp_path):
         ),
         (
             lambda: MixedTeacher(Linear(), 10).loss(tiny_batch(time=20)),
-            "MixedTeacher also learns from unlabelled records and this batch has none; make the batches with SemiBatches",
+            "MixedTeacher also learns from unlabelled records and this batch has none; make the "
+            "batches with SemiBatches",
         ),
     ],
 )

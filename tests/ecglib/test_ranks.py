@@ -172,7 +172,7 @@ def test_adaloras_importance_against_a_loop() -> None:
     for step in range(3):
         network.zero_grad()
         objective.loss(batch_of(step)).backward()
-        found = objective._triples(index, layer)
+        found = objective.triple_importance(index, layer)
         for part in history:
             history[part].append((getattr(layer, part) * getattr(layer, part).grad).abs().detach())
     score = {}

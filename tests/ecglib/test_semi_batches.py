@@ -119,7 +119,8 @@ def test_two_processes_share_one_batch(monkeypatch):
         ),
         (
             {"ratio": 0.3},
-            "batch of 4 labelled records with a ratio of 0.3 needs 1.2 unlabelled ones; choose the two",
+            "batch of 4 labelled records with a ratio of 0.3 needs 1.2 unlabelled ones; choose "
+            "the two",
         ),
         ({"ratio": 0.1}, "needs 0.4 unlabelled ones; choose"),
         ({"ratio": 0}, "needs 0 unlabelled ones; choose"),

@@ -40,7 +40,7 @@ def targets() -> Tensor:
 
 
 def what_was_done(view: Tensor, signals: Tensor) -> set[str]:
-    """Which of the four steps turn `signals`, ramps in time that differ between leads, into `view`."""
+    """Which of the four steps turn `signals`, a ramp in time in each lead, into `view`."""
     kept = view != 0
     done = set() if kept.all() else {"burst_dropout"}
     if not torch.equal(view, view.round()):

@@ -180,7 +180,8 @@ from ecglib.selfsup.simclr import nt_xent
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 torch.manual_seed(0)
-network = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4))  # no batch norm: its statistics are a process's
+# No batch norm: its statistics are those of one process.
+network = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4))
 views = torch.randn(2, 10, 6, generator=torch.Generator().manual_seed(1))
 module = nn.parallel.DistributedDataParallel(network)
 own = views[:, rank::2]

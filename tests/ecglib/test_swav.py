@@ -177,16 +177,14 @@ def test_queue_holds_the_latest_embeddings_and_joins_when_full():
         return torch.stack([sinkhorn(view)[:8] for view in joint @ objective.prototypes.weight.T])
 
     for step, expected in enumerate((alone, alone, with_queue, with_queue)):
-        torch.testing.assert_close(
-            objective._codes(embeddings[step]), expected(step), msg=str(step)
-        )
+        torch.testing.assert_close(objective.codes(embeddings[step]), expected(step), msg=str(step))
         torch.testing.assert_close(objective.queue[:, :8], embeddings[step])
         objective.after_step((step + 1) / 4)
     late = tiny_swav(queue_from=0.9)
     late.load_state_dict(objective.state_dict())
     late.after_step(0.8)
     torch.testing.assert_close(
-        late._codes(embeddings[0]), alone(0), msg="full, but too early in the run"
+        late.codes(embeddings[0]), alone(0), msg="full, but too early in the run"
     )
 
 
@@ -243,7 +241,7 @@ def _part_of_the_batch(rank: int, folder: str) -> None:
     objective.load_state_dict(torch.load(f"{folder}/start.pt"))
     whole = torch.load(f"{folder}/embeddings.pt")
     half = whole[:, 4 * rank : 4 * rank + 4]
-    results = [objective._codes(half), objective._codes(half), next_center(torch.zeros(4), half)]
+    results = [objective.codes(half), objective.codes(half), next_center(torch.zeros(4), half)]
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -257,7 +255,7 @@ def test_two_processes_make_the_codes_and_the_centre_of_the_joint_batch(tmp_path
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for step in range(2):
         joint = torch.cat([first[step], second[step]], dim=1)
-        torch.testing.assert_close(joint, objective._codes(embeddings), msg=str(step))
+        torch.testing.assert_close(joint, objective.codes(embeddings), msg=str(step))
     for center in (first[2], second[2]):
         torch.testing.assert_close(center, next_center(torch.zeros(4), embeddings))
 

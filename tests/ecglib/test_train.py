@@ -271,7 +271,8 @@ class Plain(nn.Module):
         super().__init__()
         self.layer = nn.Linear(12, 2)
     def loss(self, batch):
-        return nn.functional.binary_cross_entropy_with_logits(self.layer(batch.signals.std(dim=2)), batch.targets)
+        logits = self.layer(batch.signals.std(dim=2))
+        return nn.functional.binary_cross_entropy_with_logits(logits, batch.targets)
 torch.manual_seed(0)
 objective, records = Plain(), tiny_records()
 fit(objective, CropBatches(records, np.arange(40), 8, 1.0, 0), 20, folder=sys.argv[1],

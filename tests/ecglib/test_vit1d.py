@@ -54,8 +54,10 @@ def test_block_equals_torch_attention():
     expected = expected + block.mlp(block.norm2(expected))
     torch.testing.assert_close(block(x), expected)
     torch.testing.assert_close(block.attention(x), weights)
-    fused = F.scaled_dot_product_attention(*block._split(x))  # the branch that a GPU takes
-    torch.testing.assert_close(block.attention(x) @ block._split(x)[2], fused)
+    fused = F.scaled_dot_product_attention(
+        *block.queries_keys_values(x)
+    )  # the branch that a GPU takes
+    torch.testing.assert_close(block.attention(x) @ block.queries_keys_values(x)[2], fused)
 
 
 def test_a_crop_takes_the_positions_of_its_place():
