@@ -31,9 +31,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from ecglib.batches import to_millivolts
 from ecglib.encoders import make_encoder
 from ecglib.evaluate.metrics import AbsentClassWarning
+from ecglib.evaluate.windows import encode_windows
 from ecglib.labels import label_subsets
 from ecglib.probe import PENALTIES, Probes, choose_penalty, fit_probes, standardise
 from ecglib.records import Records
@@ -48,12 +48,10 @@ SOLVERS = ("lbfgs", "newton-cholesky")
 def encode(records: Records, seed: int) -> torch.Tensor:
     """Features `(n, 256)` of a frozen random encoder on whole records."""
     torch.manual_seed(seed)
-    encoder, parts = make_encoder("xresnet1d_narrow").eval(), []
-    with torch.inference_mode():
-        for start in range(0, len(records), 64):
-            counts = torch.from_numpy(np.array(records.signals[start : start + 64]))
-            parts.append(encoder(to_millivolts(counts, records.scale)).double())
-    return torch.cat(parts)
+    seconds = records.signals.shape[2] / records.sampling_rate
+    every = np.arange(len(records))
+    features = encode_windows(make_encoder("xresnet1d_narrow"), records, every, seconds)
+    return torch.from_numpy(features).double()
 
 
 def make_features(records: Records, train: np.ndarray) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ products. The gradient proves how far a solution is from the minimum, see `fit_p
 """
 
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,9 +26,10 @@ from ecglib.evaluate.metrics import AbsentClassWarning, absent_classes, class_au
 from ecglib.train import TrainingError
 
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
-LIKE_SIZE = 0.75  # A subset joins a group if it has at least this share of the records of the group's largest,
-# and if the group's feature matrices then hold no more numbers than this: a processor's cache, a
-# GPU's share of memory.
+# A subset joins a group if it has at least this share of the records of the group's largest, ...
+LIKE_SIZE = 0.75
+# ... and if the group's feature matrices then hold no more numbers than this: a processor's cache,
+# a GPU's share of memory.
 NUMBERS_TOGETHER = {"cpu": 2**18, "cuda": 2**27}
 STILL_RUNNING = 0.9  # finished problems leave the products once no more than this share is running
 NEWTON_STEPS, GRADIENT_STEPS, HALVINGS = 100, 200, 40
@@ -36,12 +37,29 @@ NEWTON_STEPS, GRADIENT_STEPS, HALVINGS = 100, 200, 40
 
 class Probes(NamedTuple):
     """weights `(subsets, penalties, classes, d)`, bias `(subsets, penalties, classes)`, both
-    float64, and penalties.
+    float64, and penalties; where a penalty was chosen for each subset, that axis is gone.
     """
 
     weights: Tensor
     bias: Tensor
     penalties: tuple[float, ...]
+
+    def at(self, chosen: np.ndarray) -> "Probes":
+        """The probes with each subset's penalty at `chosen (subsets,)`."""
+        places = torch.arange(len(chosen)), torch.as_tensor(chosen)
+        penalties = tuple(self.penalties[place] for place in chosen)
+        return Probes(self.weights[places], self.bias[places], penalties)
+
+    def logits(self, features: Tensor | np.ndarray) -> Tensor:
+        """Logits `(subsets, penalties, n, classes)` of features `(n, d)` on their device."""
+        features = _as_double(features)
+        if features.shape[1] != self.weights.shape[-1]:
+            raise DataError(
+                f"The probes were fitted on {self.weights.shape[-1]} features and cannot score "
+                f"records with {features.shape[1]}; use the features of the same encoder."
+            )
+        weights, bias = self.weights.to(features.device), self.bias.to(features.device)
+        return features @ weights.mT + bias[..., None, :]
 
 
 def standardise(features: Tensor | np.ndarray, reference: Tensor | np.ndarray) -> Tensor:
@@ -101,31 +119,26 @@ def fit_probes(
     """
     features = _as_features(features)
     labels = _as_labels(targets, len(features)).to(features.device)
-    names = list(range(len(subsets))) if names is None else list(names)
-    chosen = [
-        _as_positions(subset, len(features), name)
+    names = range(len(subsets)) if names is None else names
+    chosen = {
+        name: _as_positions(subset, len(features), name)
         for name, subset in zip(names, subsets, strict=True)
-    ]
+    }
     penalties = tuple(float(penalty) for penalty in penalties)
     if not chosen or not penalties or not all(0 < penalty < np.inf for penalty in penalties):
         raise DataError(
-            f"Probes need label subsets and penalties above 0, not {len(chosen)} subsets with {penalties}."
+            f"Probes need label subsets and penalties above 0, not {len(chosen)} subsets with "
+            f"{penalties}."
         )
-    _warn_absent(labels.cpu().numpy(), chosen, names, classes)
-    solved: dict[bytes, tuple[Tensor, Tensor]] = {}
-    for group in _groups_of_like_size(
-        chosen, NUMBERS_TOGETHER[features.device.type] // features.shape[1]
-    ):
+    _warn_absent(labels.cpu().numpy(), chosen, classes)
+    most = NUMBERS_TOGETHER[features.device.type] // features.shape[1]
+    solved = {}
+    for group in groups_of_like_size(chosen.values(), most):
         weights, bias = _fit_group(features, labels, group, penalties, tolerance)
-        solved |= {
-            subset.tobytes(): pair for subset, *pair in zip(group, weights, bias, strict=True)
-        }
-    pairs = [solved[subset.tobytes()] for subset in chosen]
-    return Probes(
-        torch.stack([pair[0] for pair in pairs]),
-        torch.stack([pair[1] for pair in pairs]),
-        penalties,
-    )
+        for place, subset in enumerate(group):
+            solved[subset.tobytes()] = weights[place], bias[place]
+    weights, bias = zip(*(solved[subset.tobytes()] for subset in chosen.values()))
+    return Probes(torch.stack(weights), torch.stack(bias), penalties)
 
 
 def choose_penalty(
@@ -141,10 +154,7 @@ def choose_penalty(
     follow noise. Of equal ones the strongest penalty is taken. Classes absent from the targets `(n,
     classes)` are left out, in a warning. DataError where all are absent.
     """
-    logits = (
-        _logits(probes, _as_features(features)).cpu().numpy()
-    )  # they do not saturate, as probabilities do
-    targets = _as_labels(targets, logits.shape[2]).cpu().numpy()
+    targets = _as_double(targets).cpu().numpy()
     absent = absent_classes(targets, classes)
     if len(absent) == targets.shape[1]:
         raise DataError(
@@ -152,24 +162,17 @@ def choose_penalty(
         )
     if absent:
         warnings.warn(
-            f"The penalty is chosen without {', '.join(absent)}: all or no validation record has it.",
+            f"The penalty is chosen without {', '.join(absent)}: all or no validation record has "
+            "it.",
             AbsentClassWarning,
             stacklevel=2,
         )
-    columns = logits.transpose(2, 0, 1, 3).reshape(len(targets), -1)
-    each = class_auroc(np.tile(targets, columns.shape[1] // targets.shape[1]), columns)
-    macro = np.nanmean(each.reshape(*logits.shape[:2], -1), axis=2)
+    # Logits do not saturate, as probabilities do.
+    logits = probes.logits(features).cpu().numpy()
+    areas = [[class_auroc(targets, each) for each in penalties] for penalties in logits]
+    macro = np.nanmean(areas, axis=2)
     strongest_first = np.argsort(probes.penalties, kind="stable")[::-1]
     return strongest_first[np.argmax(macro[:, strongest_first], axis=1)]
-
-
-def probe_scores(probes: Probes, features: Tensor | np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Probabilities `(subsets, n, classes)` of records `(n, d)`, with each subset's penalty at
-    `chosen (subsets,)`.
-    """
-    places = torch.arange(len(chosen)), torch.as_tensor(chosen)
-    picked = Probes(probes.weights[places][:, None], probes.bias[places][:, None], probes.penalties)
-    return torch.sigmoid(_logits(picked, _as_features(features)))[:, 0].cpu().numpy()
 
 
 def probe_subsets(
@@ -192,17 +195,19 @@ def probe_subsets(
     for key, subset in subsets.items():
         if not np.isin(np.arange(len(features))[subset], split["train"]).all():
             raise DataError(
-                f"Label subset {key} holds records outside the training folds; take it from label_subsets."
+                f"Label subset {key} holds records outside the training folds; take it from "
+                "label_subsets."
             )
     features = unit_length(standardise(features, features[split["train"]]))
-    probes, chosen = chosen_probes(features, targets, subsets, split, penalties, classes)
+    probes = chosen_probes(features, targets, subsets, split, penalties, classes)
     scores = {
-        name: probe_scores(probes, features[split[name]], chosen) for name in ("validation", "test")
+        f"{name}/probabilities": torch.sigmoid(probes.logits(features[split[name]])).cpu().numpy()
+        for name in ("validation", "test")
     }
     return {
         key: {
-            "penalty": probes.penalties[chosen[place]],
-            **{f"{name}/probabilities": values[place] for name, values in scores.items()},
+            "penalty": probes.penalties[place],
+            **{name: values[place] for name, values in scores.items()},
         }
         for place, key in enumerate(subsets)
     }
@@ -215,15 +220,15 @@ def chosen_probes(
     split: Mapping[str, np.ndarray],
     penalties: Sequence[float] = PENALTIES,
     classes: Sequence[str] | None = None,
-) -> tuple[Probes, np.ndarray]:
-    """Probes of prepared features `(n, d)` on every subset, and the position of each one's penalty
-    from validation.
+) -> Probes:
+    """Probes of prepared features `(n, d)` on every subset, each with its penalty from validation:
+    weights `(subsets, classes, d)`.
     """
     probes = fit_probes(
         features, targets, list(subsets.values()), penalties, classes=classes, names=list(subsets)
     )
     validation = split["validation"]
-    return probes, choose_penalty(probes, features[validation], targets[validation], classes)
+    return probes.at(choose_penalty(probes, features[validation], targets[validation], classes))
 
 
 def probe_layer(
@@ -239,37 +244,20 @@ def probe_layer(
 
     As in `probe_subsets`, for one subset, but without unit length, which no linear layer can do.
     """
-    raw = _as_features(features)
+    raw = _as_double(features)
     reference = raw[split["train"]]
     prepared = standardise(raw, reference)
-    probes, chosen = chosen_probes(
-        prepared, targets, {"its own": subset}, split, penalties, classes
-    )
+    probes = chosen_probes(prepared, targets, {"its own": subset}, split, penalties, classes)
     mean, deviation = feature_scale(reference)
-    weights = probes.weights[0, chosen[0]] / deviation
-    return weights, probes.bias[0, chosen[0]] - weights @ mean
-
-
-def _logits(probes: Probes, features: Tensor) -> Tensor:
-    """Logits `(subsets, penalties, n, classes)` of features `(n, d)`."""
-    if features.shape[1] != probes.weights.shape[-1]:
-        raise DataError(
-            f"The probes were fitted on {probes.weights.shape[-1]} features and cannot score records with "
-            f"{features.shape[1]}; use the features of the same encoder."
-        )
-    return (
-        features @ probes.weights.mT.to(features.device)
-        + probes.bias.to(features.device)[:, :, None]
-    )
+    weights = probes.weights[0] / deviation
+    return weights, probes.bias[0] - weights @ mean
 
 
 def _as_double(values: Tensor | np.ndarray) -> Tensor:
     """Values as float64, a tensor on its device; arrays are copied, for they may be read-only."""
-    return (
-        values.detach().double()
-        if isinstance(values, Tensor)
-        else torch.from_numpy(np.array(values, np.float64))
-    )
+    if isinstance(values, Tensor):
+        return values.detach().double()
+    return torch.from_numpy(np.array(values, np.float64))
 
 
 def _as_features(features: Tensor | np.ndarray) -> Tensor:
@@ -277,13 +265,15 @@ def _as_features(features: Tensor | np.ndarray) -> Tensor:
     features = _as_double(features)
     if features.ndim != 2 or not features.numel():
         raise DataError(
-            f"Features {tuple(features.shape)} must be a matrix (records, features) that is not empty."
+            f"Features {tuple(features.shape)} must be a matrix (records, features) that is not "
+            "empty."
         )
     wrong = torch.nonzero(~torch.isfinite(features).all(dim=1)).flatten()
     if len(wrong):
         raise DataError(
-            f"The features of the record at position {int(wrong[0])} are not all numbers ({len(wrong)} such records in "
-            "all); encode it again with an encoder whose training has not diverged."
+            f"The features of the record at position {int(wrong[0])} are not all numbers "
+            f"({len(wrong)} such records in all); encode it again with an encoder whose training "
+            "has not diverged."
         )
     return features
 
@@ -293,8 +283,8 @@ def _as_labels(targets: Tensor | np.ndarray, records: int) -> Tensor:
     labels = _as_double(targets)
     if labels.ndim != 2 or len(labels) != records or not ((labels == 0) | (labels == 1)).all():
         raise DataError(
-            f"Targets {tuple(labels.shape)} must hold 0 or 1 for each of {records} records and each class; pass the "
-            "targets of the same records as the features."
+            f"Targets {tuple(labels.shape)} must hold 0 or 1 for each of {records} records and "
+            "each class; pass the targets of the same records as the features."
         )
     return labels
 
@@ -303,7 +293,7 @@ def _as_positions(subset: np.ndarray, records: int, name: Hashable) -> np.ndarra
     """Sorted positions of a subset given as positions or mask, or DataError."""
     subset = np.asarray(subset)
     try:
-        positions = np.sort(np.arange(records)[subset]) if subset.size else np.empty(0)
+        positions = np.sort(np.arange(records)[subset]) if subset.size else subset
     except IndexError as error:
         raise DataError(f"Label subset {name} does not fit {records} records: {error}.") from error
     if not len(positions):
@@ -312,44 +302,36 @@ def _as_positions(subset: np.ndarray, records: int, name: Hashable) -> np.ndarra
 
 
 def _warn_absent(
-    labels: np.ndarray,
-    chosen: list[np.ndarray],
-    names: list[Hashable],
-    classes: Sequence[str] | None,
+    labels: np.ndarray, chosen: Mapping[Hashable, np.ndarray], classes: Sequence[str] | None
 ) -> None:
     """Name once, in one warning, the classes that lack positive or negative records, with their
     subsets.
     """
     found: dict[str, list[str]] = {}
-    for name, subset in zip(names, chosen, strict=True):
+    for name, subset in chosen.items():
         for absent in absent_classes(labels[subset], classes):
             found.setdefault(absent, []).append(str(name))
     if found:
-        listed = "; ".join(
-            f"{absent} in subset {', '.join(where)}" for absent, where in found.items()
-        )
+        listed = [f"{absent} in subset {', '.join(names)}" for absent, names in found.items()]
         warnings.warn(
-            f"All or none of a label subset's records have a class, whose score is constant there: {listed}.",
+            "All or none of a label subset's records have a class, whose score is constant there: "
+            f"{'; '.join(listed)}.",
             AbsentClassWarning,
             stacklevel=3,
         )
 
 
-def _groups_of_like_size(chosen: list[np.ndarray], most: int) -> list[list[np.ndarray]]:
+def groups_of_like_size(subsets: Iterable[np.ndarray], most: int) -> list[list[np.ndarray]]:
     """The different subsets, in groups that waste little when filled up to their longest, of `most`
-    records or one.
+    records or one subset.
     """
+    different = {subset.tobytes(): subset for subset in subsets}.values()
     groups: list[list[np.ndarray]] = []
-    for subset in sorted(
-        {subset.tobytes(): subset for subset in chosen}.values(), key=len, reverse=True
-    ):
-        group = groups[-1] if groups else []
-        if (
-            group
-            and (len(group) + 1) * len(group[0]) <= most
-            and len(subset) >= LIKE_SIZE * len(group[0])
-        ):
-            group.append(subset)
+    for subset in sorted(different, key=len, reverse=True):
+        longest = len(groups[-1][0]) if groups else 0
+        fits = groups and (len(groups[-1]) + 1) * longest <= most
+        if fits and len(subset) >= LIKE_SIZE * longest:
+            groups[-1].append(subset)
         else:
             groups.append([subset])
     return groups
@@ -368,29 +350,29 @@ def _fit_group(
     Shorter subsets are filled up with rows of zeros. The ones of the intercept are 0 there too, so
     that these rows have no part in any product with the transposed matrix.
     """
-    longest, device = max(map(len, group)), features.device
-    positions = torch.tensor(
-        np.array([np.resize(subset, longest) for subset in group]), device=device
-    )
-    counts = torch.tensor([len(subset) for subset in group], device=device)
-    present = (torch.arange(longest, device=device) < counts[:, None]).to(features.dtype)[
-        :, :, None
-    ]
+    longest, device = len(group[0]), features.device
+    filled = np.array([np.resize(subset, longest) for subset in group])
+    positions = torch.from_numpy(filled).to(device)
+    counts = torch.tensor([len(subset) for subset in group], device=device)[:, None]
+    present = (torch.arange(longest, device=device) < counts).to(features.dtype)[:, :, None]
     rows, positive = features[positions] * present, labels[positions] * present
-    mean = rows.sum(dim=1, keepdim=True) / counts[:, None, None]
+    mean = rows.sum(dim=1, keepdim=True) / counts[:, :, None]
     rows = (rows - mean) * present
     axes = _principal_axes(rows)
-    hits, counts = positive.sum(dim=1), counts[:, None]
+    rows = torch.cat([rows @ axes, present], dim=2)
+    hits = positive.sum(dim=1)
     absent = (hits == 0) | (hits == counts)
     signs = ((1 - 2 * positive) * present * ~absent[:, None]).mT
-    each_penalty = torch.tensor(penalties, dtype=rows.dtype, device=device).repeat_interleave(
-        labels.shape[1]
+    penalty = torch.tensor(penalties, dtype=rows.dtype, device=device)
+    solution = _minimise(
+        rows,
+        signs.repeat(1, len(penalties), 1),
+        penalty.repeat_interleave(labels.shape[1]),
+        tolerance,
     )
-    rows = torch.cat([rows @ axes, present], dim=2)
-    solution = _minimise(rows, signs.repeat(1, len(penalties), 1), each_penalty, tolerance)
-    weights = solution[..., :-1] @ axes.mT
-    bias = solution[..., -1] - (weights @ mean.mT).squeeze(2)
-    weights, bias = (tensor.unflatten(1, (len(penalties), -1)) for tensor in (weights, bias))
+    solution = solution.unflatten(1, (len(penalties), -1))  # (g, penalties, classes, r)
+    weights = solution[..., :-1] @ axes.mT[:, None]
+    bias = solution[..., -1] - (weights @ mean.mT[:, None]).squeeze(3)
     constant = torch.log((hits + 0.5) / (counts - hits + 0.5))
     return weights, torch.where(absent[:, None], constant[:, None], bias)
 
@@ -414,35 +396,27 @@ def _minimise(rows: Tensor, signs: Tensor, penalty: Tensor, tolerance: float) ->
     method with a halving line search; problems that have reached the bound of `fit_probes` in all
     subsets are set aside. TrainingError where one has not in `NEWTON_STEPS`.
     """
-    single, radius = rows.float(), rows[:, :, :-1].norm(dim=2).amax(dim=1)[:, None]
-    ridge = torch.cat(
-        [penalty[:, None].expand(-1, rows.shape[2] - 1), torch.zeros_like(penalty)[:, None]], dim=1
-    )
+    radius = rows[:, :, :-1].norm(dim=2).amax(dim=1)[:, None]
+    ridge = F.pad(penalty[:, None].expand(-1, rows.shape[2] - 1), (0, 1))  # none on the intercept
+    single = rows.float()
     solution = rows.new_zeros(len(rows), len(penalty), rows.shape[2])
-    running, current, logits = (
-        torch.arange(len(penalty), device=rows.device),
-        solution.clone(),
-        torch.zeros_like(signs),
-    )
-    first = None
+    running = torch.arange(len(penalty), device=rows.device)
+    current, logits, first = solution.clone(), torch.zeros_like(signs), None
     for _ in range(NEWTON_STEPS):
-        wrong = torch.sigmoid(
-            signs * logits
-        )  # the probability of the class that the record has not
+        wrong = torch.sigmoid(signs * logits)  # the probability of the class that a record has not
         gradient = (signs * wrong) @ rows + ridge * current
         curvature = wrong * (1 - wrong)
-        bound = (gradient[..., :-1].norm(dim=2) + radius * gradient[..., -1].abs()) / ridge[:, 0]
-        bound = bound.maximum(gradient[..., -1].abs() / (curvature @ rows[:, :, -1:]).squeeze(2))
+        intercept = gradient[..., -1].abs()
+        bound = (gradient[..., :-1].norm(dim=2) + radius * intercept) / ridge[:, 0]
+        bound = bound.maximum(intercept / (curvature @ rows[:, :, -1:]).squeeze(2))
         solution[:, running] = current
         first = bound if first is None else first
         live = (bound > tolerance).any(dim=0)
         if not live.any():
             return solution
         running, ridge = running[live], ridge[live]
-        current, logits, signs, curvature, gradient, bound, first = (
-            tensor[:, live]
-            for tensor in (current, logits, signs, curvature, gradient, bound, first)
-        )
+        state = current, logits, signs, curvature, gradient, bound, first
+        current, logits, signs, curvature, gradient, bound, first = _keep(live, *state)
         # Far from the minimum a rough direction does as well; near it, no more than the tolerance
         # asks for.
         accuracy = (bound / first).sqrt().clamp(1e-3, 0.1).maximum(0.3 * tolerance / bound)
@@ -450,10 +424,15 @@ def _minimise(rows: Tensor, signs: Tensor, penalty: Tensor, tolerance: float) ->
         direction = _newton_direction(single, curvature, ridge, gradient, accuracy)
         current, logits = _line_search(rows, signs, ridge, current, logits, gradient, direction)
     raise TrainingError(
-        f"Probes with penalties from {ridge[:, 0].min():g} have not converged in {NEWTON_STEPS} Newton steps: they may "
-        f"be {bound.max():.1e} from the minimum, {tolerance:.0e} is asked for; use stronger penalties or standardise "
-        "the features."
+        f"Probes with penalties from {ridge[:, 0].min():g} have not converged in {NEWTON_STEPS} "
+        f"Newton steps: they may be {bound.max():.1e} from the minimum, {tolerance:.0e} is asked "
+        "for; use stronger penalties or standardise the features."
     )
+
+
+def _keep(live: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Of tensors `(g, k, ...)` the problems that are still live."""
+    return [tensor[:, live] for tensor in tensors]
 
 
 def _newton_direction(
@@ -466,10 +445,10 @@ def _newton_direction(
     that is to stand still. In the float32 of the rows, for a direction need not be exact. Problems
     that are done leave the products.
     """
+    smallest = torch.finfo(rows.dtype).tiny
     scale = gradient.norm(dim=2, keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
-    residual, curvature, ridge = (
-        tensor.to(rows.dtype) for tensor in (-gradient / scale, curvature, ridge)
-    )
+    residual = (-gradient / scale).to(rows.dtype)
+    curvature, ridge = curvature.to(rows.dtype), ridge.to(rows.dtype)
     running, result = torch.arange(len(ridge), device=rows.device), torch.zeros_like(residual)
     inverse, columns = 1 / (curvature @ rows.square() + ridge), rows.mT
     step = inverse * residual
@@ -483,19 +462,15 @@ def _newton_direction(
             break
         if remaining <= STILL_RUNNING * len(live):
             running, ridge = running[live], ridge[live]
-            residual, curvature, inverse, step, energy, target, wanted = (
-                tensor[:, live]
-                for tensor in (residual, curvature, inverse, step, energy, target, wanted)
-            )
+            state = residual, curvature, inverse, step, energy, target, wanted
+            residual, curvature, inverse, step, energy, target, wanted = _keep(live, *state)
         product = ((step @ columns).mul_(curvature) @ rows).addcmul_(ridge, step)
         length = torch.where(wanted, energy / torch.linalg.vecdot(step, product)[..., None], 0)
         result.index_add_(1, running, length * step)
         residual.addcmul_(length, product, value=-1)
         downhill = inverse * residual
         before, energy = energy, torch.linalg.vecdot(residual, downhill)[..., None]
-        step = torch.addcmul(
-            downhill, energy / before.clamp_min_(torch.finfo(rows.dtype).tiny), step
-        )
+        step = torch.addcmul(downhill, energy / before.clamp_min_(smallest), step)
     return result.to(gradient.dtype) * scale
 
 
@@ -516,7 +491,8 @@ def _line_search(
         loss = F.softplus(signs * logits, threshold=40).sum(dim=2, keepdim=True)
         return loss + 0.5 * (ridge * coefficients.square()).sum(dim=2, keepdim=True)
 
-    change, slope = direction @ rows.mT, (gradient * direction).sum(dim=2, keepdim=True)
+    change = direction @ rows.mT
+    slope = (gradient * direction).sum(dim=2, keepdim=True)
     start = objective(current, logits)
     length = torch.ones_like(start)
     for _ in range(HALVINGS):

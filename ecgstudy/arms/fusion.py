@@ -214,13 +214,12 @@ class FusionData:
             groups = [{subset: positions} for subset, positions in self.positions.items()]
         weights, bias, strengths = [], [], []
         for each, positions in zip(features, groups, strict=True):
-            probes, chosen = chosen_probes(
+            probes = chosen_probes(
                 each, self.records.targets, positions, self.split, penalties, self.records.classes
             )
-            places = torch.arange(len(chosen)), torch.from_numpy(chosen)
-            weights.append(probes.weights[places].mT.float())
-            bias.append(probes.bias[places].float())
-            strengths += [probes.penalties[place] for place in chosen]
+            weights.append(probes.weights.mT.float())
+            bias.append(probes.bias.float())
+            strengths += probes.penalties
         return torch.cat(weights), torch.cat(bias), strengths
 
     def probe_logits(self, name: str, split: str) -> Tensor:

@@ -86,12 +86,9 @@ def probed_encoder(run: Run, records: Records, results: Path) -> tuple[nn.Module
     reference = features[split["train"]]
     prepared = unit_length(standardise(features, reference))
     own = {"own": run.predictions()["labelled"]}
-    probes, (chosen,) = chosen_probes(
-        prepared, records.targets, own, split, classes=records.classes
-    )
+    probe = chosen_probes(prepared, records.targets, own, split, classes=records.classes)
     seconds = start.spec.settings["crop_seconds"]
-    layer = probes.weights[0, chosen], probes.bias[0, chosen]
-    return ProbedEncoder(encoder, seconds, reference, *layer), seconds
+    return ProbedEncoder(encoder, seconds, reference, probe.weights[0], probe.bias[0]), seconds
 
 
 def fused_encoders(run: Run, records: Records, results: Path) -> tuple[nn.Module, float]:

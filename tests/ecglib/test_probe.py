@@ -14,8 +14,8 @@ from ecglib.probe import (
     Probes,
     choose_penalty,
     fit_probes,
+    groups_of_like_size,
     probe_layer,
-    probe_scores,
     probe_subsets,
     standardise,
 )
@@ -39,7 +39,7 @@ def make_case(records: int = 400, width: int = 24, seed: int = 0) -> tuple[np.nd
 def scikit_learn(
     features: np.ndarray, target: np.ndarray, penalty: float
 ) -> tuple[np.ndarray, float]:
-    """Weights and bias of one probe by Newton's method, far below the tolerance of the comparison."""
+    """Weights and bias of one probe by Newton's method, far below the comparison's tolerance."""
     model = LogisticRegression(C=1 / penalty, solver="newton-cholesky", tol=1e-12, max_iter=1000)
     model.fit(features, target)
     return model.coef_[0], model.intercept_[0]
@@ -103,19 +103,15 @@ def test_a_hard_start_needs_the_line_search():
     np.testing.assert_allclose(fitted.weights[0, 0, 0].numpy(), weights, atol=1e-5)
 
 
-def test_grouping_orders_and_equal_subsets_do_not_change_the_probes(monkeypatch):
+def test_grouping_orders_and_equal_subsets_do_not_change_the_probes():
     features, targets = make_case()
     generator = np.random.default_rng(0)
     subsets = [generator.permutation(400)[:size] for size in (100, 90, 300, 120, 100)] + [
         np.arange(400)
     ] * 2
-    solved = []
-    fit_group = probe._fit_group
-    monkeypatch.setattr(
-        probe, "_fit_group", lambda *inputs: solved.append(inputs[2]) or fit_group(*inputs)
-    )
+    # 400 and 300, 120 to 90; the equal ones once
+    assert [len(group) for group in groups_of_like_size(subsets, 10_000)] == [2, 4]
     together = fit_probes(features, targets, subsets, [1, 100])
-    assert [len(group) for group in solved] == [2, 4]  # 400 and 300, 120 to 90; the equal ones once
     assert torch.equal(together.weights[5], together.weights[6])
     again = fit_probes(features, targets, subsets, [1, 100])
     assert torch.equal(together.weights, again.weights) and torch.equal(together.bias, again.bias)
@@ -128,8 +124,8 @@ def test_grouping_orders_and_equal_subsets_do_not_change_the_probes(monkeypatch)
 
 def test_memory_bounds_the_groups():
     subsets = [np.arange(start, start + 50) for start in range(5)]
-    assert [len(group) for group in probe._groups_of_like_size(subsets, 100)] == [2, 2, 1]
-    assert [len(group) for group in probe._groups_of_like_size(subsets, 10)] == [1] * 5
+    assert [len(group) for group in groups_of_like_size(subsets, 100)] == [2, 2, 1]
+    assert [len(group) for group in groups_of_like_size(subsets, 10)] == [1] * 5
 
 
 def test_a_mask_is_a_subset_and_tensors_are_taken():
@@ -344,7 +340,7 @@ def test_probes_of_another_encoder_are_refused():
     features, targets = make_case()
     fitted = fit_probes(features, targets, [np.arange(100)], [1])
     with pytest.raises(DataError, match="fitted on 24 features and cannot score records with 7"):
-        probe_scores(fitted, features[:, :7], np.array([0]))
+        fitted.logits(features[:, :7])
 
 
 def test_a_probe_that_does_not_converge_is_an_error(monkeypatch):
@@ -373,8 +369,5 @@ def test_a_gpu_finds_the_same_probes():
     assert there.weights.is_cuda
     torch.testing.assert_close(there.weights.cpu(), here.weights, atol=2e-5, rtol=0)
     chosen = choose_penalty(there, torch.from_numpy(features).cuda(), targets)
-    np.testing.assert_allclose(
-        probe_scores(there, torch.from_numpy(features).cuda(), chosen),
-        probe_scores(here, features, chosen),
-        atol=1e-5,
-    )
+    logits = there.at(chosen).logits(torch.from_numpy(features).cuda()).cpu()
+    torch.testing.assert_close(logits, here.at(chosen).logits(features), atol=1e-3, rtol=0)
