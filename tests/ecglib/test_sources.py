@@ -598,6 +598,13 @@ def test_download_gives_up_in_one_sentence(server, tmp_path: Path) -> None:
         download("ptbxl", tmp_path)
 
 
+def test_download_asks_once_for_a_file_that_is_refused(server, tmp_path: Path) -> None:
+    del server.files["RECORDS"]
+    with pytest.raises(DataError, match="RECORDS: could not be fetched .*HTTP 404"):
+        fetch(server, tmp_path)
+    assert [name for name, _ in server.requests].count("RECORDS") == 1
+
+
 @pytest.mark.parametrize("name", ["../../evil", "/evil", "records100/../../evil"])
 def test_download_never_leaves_its_folder(server, tmp_path: Path, name: str) -> None:
     server.files["SHA256SUMS.txt"] = sums({"RECORDS": b"x\n", name: b"bad"})

@@ -64,6 +64,7 @@ KINDS = {
 BORDERLINE = 0.06
 MISSED = 0.04  # share of plain findings that the reader does not state
 OVERCALLED = 0.08  # share of borderline findings that the reader states
+Arrays = dict[str, np.ndarray]  # one value per patient or record, by name
 
 
 def simulate_records(
@@ -160,21 +161,39 @@ def _simulate_block(
     block at `start`.
     """
     rng = np.random.default_rng([seed, start, 1])
-    patients = _draw_patients(rng, start)
-    person = np.repeat(np.arange(BLOCK), _draw_visits(seed, start))
-    table = _draw_records(rng, patients, person)
+    visits = _draw_visits(seed, start)
+    patients, severities = _draw_patients(rng, start)
+    person = np.repeat(np.arange(BLOCK), visits)
+    traits = {name: values[person] for name, values in patients.items()}
+    severities = {code: severity[person] for code, severity in severities.items()}
+    _vary_visits(rng, traits, severities)
     # The whole block is drawn before its unwanted patients are dropped, so that the others do not
     # depend on how many.
-    heart = draw_heart(rng, patients["age"].to_numpy(), (patients["sex"] == "male").to_numpy())
+    heart = draw_heart(rng, patients["age"], patients["sex"] == "male")
     field = draw_lead_field(rng, BLOCK)[person]
     heart = {name: wave.take(person) for name, wave in heart.items()}
-    apply_conditions(
-        rng, heart, {code: table[f"severity_{code}"].to_numpy() for code in CONDITIONS}
-    )
-    pacing = _pacing(rng, table)
+    apply_conditions(rng, heart, severities)
+    pacing = _pacing(rng, traits)
     beats = draw_beats(rng, pacing, samples / sampling_rate)
     signals, marks = record_hearts(rng, heart, field, pacing, beats, sampling_rate, samples)
-    table = _state(rng, table, beats, marks, samples / sampling_rate)
+    rate = _heart_rate(beats, len(person), samples / sampling_rate)
+    table = pd.DataFrame(
+        {
+            "record_id": [
+                f"{patient}r{visit + 1}"
+                for patient, count in zip(patients["patient_id"], visits, strict=True)
+                for visit in range(count)
+            ],
+            "patient_id": traits["patient_id"],
+            "fold": traits["fold"],
+            "source": "simulated",
+            "age": traits["age"],
+            "sex": traits["sex"],
+            "heart_rate": rate.round(1),
+            "statements": _statements(rng, traits["atria"], rate, severities, marks),
+            **{f"severity_{code}": severity for code, severity in severities.items()},
+        }
+    )
     kept = int((person < wanted).sum())
     marks = marks[marks["record"] < kept]
     marks.insert(0, "record_id", table["record_id"].to_numpy()[marks["record"]])
@@ -187,9 +206,9 @@ def _draw_visits(seed: int, start: int) -> np.ndarray:
     return 1 + np.random.default_rng([seed, start, 0]).choice(4, BLOCK, p=RECORDS_PER_PATIENT)
 
 
-def _draw_patients(rng: np.random.Generator, start: int) -> pd.DataFrame:
-    """One row per patient: identity, fold (each ten patients fill the ten folds), age, sex, rhythm,
-    rate, severities.
+def _draw_patients(rng: np.random.Generator, start: int) -> tuple[Arrays, Arrays]:
+    """Traits of each patient of a block (identity, fold, age, sex, rhythm, rate) and severities of
+    the conditions; each ten patients fill the ten folds.
     """
     shares = np.array(list(COMBINATIONS.values()))
     combination = rng.choice(list(COMBINATIONS), BLOCK, p=shares / shares.sum())
@@ -197,26 +216,21 @@ def _draw_patients(rng: np.random.Generator, start: int) -> pd.DataFrame:
     age = np.clip(rng.normal(np.where(ill, 64, 53), np.where(ill, 14, 17)), 18, 95).round()
     fibrillation = rng.random(BLOCK) < 0.0035 * np.exp(0.06 * (age - 18)) * np.where(ill, 1.2, 0.45)
     rate = rng.normal(72, 10, BLOCK) + rng.choice([0, -20, 34], BLOCK, p=[0.93, 0.03, 0.04])
-    return pd.DataFrame(
-        {
-            "patient_id": [f"p{start + row:06d}" for row in range(BLOCK)],
-            "fold": np.concatenate([rng.permutation(FOLDS) + 1 for _ in range(BLOCK // FOLDS)]),
-            "source": "simulated",
-            "age": age,
-            "sex": np.where(rng.random(BLOCK) < 0.52, "male", "female"),
-            "atria": np.select(
-                [fibrillation, rng.random(BLOCK) < 0.012], ["AFIB", "AFLT"], "sinus"
-            ),
-            "rate": np.clip(rate, 38, 150),
-            "breathing": np.abs(rng.normal(0, 0.05, BLOCK)) * np.exp(-(age - 25) / 45),
-            "ventricular": rng.random(BLOCK) < 0.02 + 0.0011 * (age - 18),
-            "premature_atrial": rng.random(BLOCK) < 0.01 + 0.0006 * (age - 18),
-            **_draw_severities(rng, combination),
-        }
-    )
+    traits = {
+        "patient_id": np.array([f"p{start + row:06d}" for row in range(BLOCK)]),
+        "fold": np.concatenate([rng.permutation(FOLDS) + 1 for _ in range(BLOCK // FOLDS)]),
+        "age": age,
+        "sex": np.where(rng.random(BLOCK) < 0.52, "male", "female"),
+        "atria": np.select([fibrillation, rng.random(BLOCK) < 0.012], ["AFIB", "AFLT"], "sinus"),
+        "rate": np.clip(rate, 38, 150),
+        "breathing": np.abs(rng.normal(0, 0.05, BLOCK)) * np.exp(-(age - 25) / 45),
+        "ventricular": rng.random(BLOCK) < 0.02 + 0.0011 * (age - 18),
+        "premature_atrial": rng.random(BLOCK) < 0.01 + 0.0006 * (age - 18),
+    }
+    return traits, _draw_severities(rng, combination)
 
 
-def _draw_severities(rng: np.random.Generator, combination: np.ndarray) -> dict[str, np.ndarray]:
+def _draw_severities(rng: np.random.Generator, combination: np.ndarray) -> Arrays:
     """Severity of each condition `(n,)`: many mild cases, few severe ones, borderline findings in
     the others.
     """
@@ -232,64 +246,59 @@ def _draw_severities(rng: np.random.Generator, combination: np.ndarray) -> dict[
         severity = PLAIN + (1 - PLAIN) * rng.beta(1.3, 1.6, count)
         slight = rng.uniform(0.02, PLAIN, count) * (rng.random(count) < BORDERLINE)
         slight *= code not in ("CLBBB", "CRBBB")
-        here = [code in found for found in present]
-        severities[f"severity_{code}"] = np.where(here, severity, slight)
+        severities[code] = np.where([code in found for found in present], severity, slight)
     return severities
 
 
-def _draw_records(
-    rng: np.random.Generator, patients: pd.DataFrame, person: np.ndarray
-) -> pd.DataFrame:
-    """One row per record: its patient's traits, with another rate and somewhat other severities at
-    each visit.
-    """
-    table = patients.iloc[person].reset_index(drop=True)
-    count = len(table)
-    visit = table.groupby("patient_id").cumcount() + 1
-    table.insert(0, "record_id", table["patient_id"] + "r" + visit.astype(str))
-    for code in CONDITIONS:
-        severity = table[f"severity_{code}"]
+def _vary_visits(rng: np.random.Generator, traits: Arrays, severities: Arrays) -> None:
+    """Another rate and somewhat other severities at each visit, in place."""
+    count = len(traits["rate"])
+    for code, severity in severities.items():
         varied = np.clip(severity * rng.lognormal(0, 0.12, count), 0, 1)
-        kept = np.where(
-            severity >= PLAIN, np.maximum(varied, PLAIN), np.minimum(varied, 0.99 * PLAIN)
-        )
-        table[f"severity_{code}"] = kept.round(4)
-    rate = np.clip(table["rate"] * rng.lognormal(0, 0.07, count), 36, 165)
+        slight = np.minimum(varied, 0.99 * PLAIN)
+        kept = np.where(severity >= PLAIN, np.maximum(varied, PLAIN), slight)
+        severities[code] = kept.round(4)
+    atria = traits["atria"]
+    rate = np.clip(traits["rate"] * rng.lognormal(0, 0.07, count), 36, 165)
     fast = [np.clip(rate * 1.2, 50, 160), np.clip(rate * 1.25, 65, 150)]
-    table["rate"] = np.select([table["atria"] == "AFIB", table["atria"] == "AFLT"], fast, rate)
-    # Without P waves there is no PR interval.
-    table.loc[table["atria"] != "sinus", "severity_1AVB"] = 0.0
-    return table
+    traits["rate"] = np.select([atria == "AFIB", atria == "AFLT"], fast, rate)
+    severities["1AVB"][atria != "sinus"] = 0.0  # without P waves there is no PR interval
 
 
-def _pacing(rng: np.random.Generator, table: pd.DataFrame) -> Pacing:
+def _pacing(rng: np.random.Generator, traits: Arrays) -> Pacing:
     """What sets the beats of each record."""
-    count = len(table)
-    atrial = (table["premature_atrial"] & (table["atria"] == "sinus")).to_numpy()
+    atria = traits["atria"]
+    count = len(atria)
+    atrial = traits["premature_atrial"] & (atria == "sinus")
     return Pacing(
-        interval=60 / table["rate"].to_numpy(),
-        breathing=table["breathing"].to_numpy(),
+        interval=60 / traits["rate"],
+        breathing=traits["breathing"],
         wander=np.abs(rng.normal(0.008, 0.008, count)),
-        ventricular=table["ventricular"].to_numpy() * rng.uniform(0.02, 0.22, count),
+        ventricular=traits["ventricular"] * rng.uniform(0.02, 0.22, count),
         atrial=atrial * rng.uniform(0.02, 0.15, count),
-        fibrillation=(table["atria"] == "AFIB").to_numpy(),
-        flutter_cycle=np.where(table["atria"] == "AFLT", rng.uniform(0.19, 0.25, count), 0.0),
+        fibrillation=atria == "AFIB",
+        flutter_cycle=np.where(atria == "AFLT", rng.uniform(0.19, 0.25, count), 0.0),
     )
 
 
-def _state(
-    rng: np.random.Generator, table: pd.DataFrame, beats: Beats, marks: pd.DataFrame, seconds: float
-) -> pd.DataFrame:
-    """The table as published: identity, measured heart rate, the reader's statements, true
-    severities.
-    """
-    count = len(table)
-    atria = table["atria"].to_numpy()
+def _heart_rate(beats: Beats, count: int, seconds: float) -> np.ndarray:
+    """Measured beats per minute of each of `count` records."""
     inside = (beats.time >= 0) & (beats.time < seconds)
     record = beats.record[inside]
     lasting = np.bincount(record, beats.interval[inside], count)
-    rate = 60 * np.bincount(record, minlength=count) / np.maximum(lasting, 1e-9)
-    stated = {code: _stated(rng, table[f"severity_{code}"].to_numpy()) for code in CONDITIONS}
+    return 60 * np.bincount(record, minlength=count) / np.maximum(lasting, 1e-9)
+
+
+def _statements(
+    rng: np.random.Generator,
+    atria: np.ndarray,
+    rate: np.ndarray,
+    severities: Arrays,
+    marks: pd.DataFrame,
+) -> list[str]:
+    """The reader's statements about each record, codes between spaces."""
+    count = len(rate)
+    stated = {code: _stated(rng, severity) for code, severity in severities.items()}
     stated["NORM"] = ~np.any(list(stated.values()), axis=0) & (atria == "sinus")
     for code, kind, waves in (("PVC", VENTRICULAR, ["QRS", "T"]), ("PAC", ATRIAL, ["P", "QRS"])):
         stated[code] = _has_beat(marks, kind, waves, count) & (rng.random(count) > MISSED)
@@ -298,10 +307,7 @@ def _state(
     rhythm = np.select([atria != "sinus", slow, fast], [atria, "SBRAD", "STACH"], "SR")
     stated |= {code: rhythm == code for code in ("AFIB", "AFLT", "SBRAD", "SR", "STACH")}
     codes = np.array(list(stated))
-    table["statements"] = [" ".join(codes[row]) for row in np.stack(list(stated.values()), axis=1)]
-    table["heart_rate"] = rate.round(1)
-    first = ["record_id", "patient_id", "fold", "source", "age", "sex", "heart_rate", "statements"]
-    return table[first + [f"severity_{code}" for code in CONDITIONS]]
+    return [" ".join(codes[row]) for row in np.stack(list(stated.values()), axis=1)]
 
 
 def _stated(rng: np.random.Generator, severity: np.ndarray) -> np.ndarray:
