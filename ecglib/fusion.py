@@ -232,10 +232,9 @@ class FusionPerceptron(_Fused):
         *,
         hidden: int,
         dropout: float = 0.1,
-        votes: bool = True,
         seeds: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(models, sizes, classes, votes, dropout)
+        super().__init__(models, sizes, classes, True, dropout)
         self.hidden = StackedLinear(models, sum(sizes), hidden)
         self.head = StackedLinear(models, hidden, classes)
         self._draw(range(models) if seeds is None else seeds)

@@ -64,10 +64,9 @@ class LowRankLayer(nn.Module):
 
     For a weight of `(out, in)` or `(out, in, kernel)`: A `(rank, in x kernel)`, B `(out, rank)`; a
     fused layer of `parts` has one pair per part, stacked: A `(parts x rank, in)`, B `(parts x out,
-    rank)`. `factored` applies A and B one after the other; otherwise their product is added to the
-    weight first, `W0 + BA`, and one layer is applied. `nested` draws the rank anew at each pass in
-    training, as DyLoRA does. With `singular_values` the difference is B diag(values) A and starts
-    at values = 0, as in AdaLoRA.
+    rank)`. A and B are applied one after the other, without forming BA. `nested` draws the rank
+    anew at each pass in training, as DyLoRA does. With `singular_values` the difference is B
+    diag(values) A and starts at values = 0, as in AdaLoRA.
     """
 
     def __init__(
@@ -75,13 +74,11 @@ class LowRankLayer(nn.Module):
         base: nn.Linear | nn.Conv1d,
         rank: int,
         *,
-        factored: bool = True,
         nested: bool = False,
         singular_values: bool = False,
     ) -> None:
         super().__init__()
-        self.base, self.rank = base, rank
-        self.factored, self.nested = factored, nested
+        self.base, self.rank, self.nested = base, rank, nested
         self.deactivation = 0.0
         self.parts = getattr(base, "parts", 1)
         weight = base.weight
@@ -113,41 +110,36 @@ class LowRankLayer(nn.Module):
             b = b[:, :rank]
             yield a[:rank], b * (self.rank / rank) if rank < self.rank else b
 
-    def difference(self, rank: int | None = None) -> Tensor:
+    def difference(self) -> Tensor:
         """BA in the shape of the weight."""
-        return torch.cat([b @ a for a, b in self.pairs(rank)]).view_as(self.base.weight)
+        return torch.cat([b @ a for a, b in self.pairs()]).view_as(self.base.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        share, rank = 1.0, None
+        share, rank = 1.0 - self.deactivation, None
         if self.training:
+            share = 1.0
             # One coin per layer and pass, from torch's random numbers on the CPU: it costs a GPU no
             # waiting.
             if self.deactivation and float(torch.rand(())) < self.deactivation:
-                return self._layer(x)
+                return self._frozen(x)
             rank = int(torch.randint(1, self.rank + 1, ())) if self.nested else None
-        else:
-            share = 1.0 - self.deactivation
-        if not self.factored:
-            return self._layer(x, share * self.difference(rank))
-        return self._with_two_products(self._layer(x), x, share, rank)
+        return self._with_difference(self._frozen(x), x, share, rank)
 
-    def _layer(self, x: Tensor, difference: Tensor | None = None) -> Tensor:
-        """The frozen layer, or the one with W0 + `difference`."""
-        weight = self.base.weight if difference is None else self.base.weight + difference
+    def _frozen(self, x: Tensor) -> Tensor:
+        """The layer without its difference."""
+        weight, bias = self.base.weight, self.base.bias
         if isinstance(self.base, nn.Linear):
-            return F.linear(x, weight, self.base.bias)
-        if difference is not None:
-            return F.conv1d(x, weight, self.base.bias, *self._form())
+            return F.linear(x, weight, bias)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        bias = None if self.base.bias is None else self.base.bias.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
         return _FrozenConvolution.apply(x.to(dtype), weight.to(dtype), bias, *self._form())
 
     def _form(self) -> tuple[list[int], list[int], list[int]]:
         """Stride, padding and dilation of a convolution."""
         return list(self.base.stride), list(self.base.padding), list(self.base.dilation)
 
-    def _with_two_products(self, y: Tensor, x: Tensor, share: float, rank: int | None) -> Tensor:
+    def _with_difference(self, y: Tensor, x: Tensor, share: float, rank: int | None) -> Tensor:
         """y + `share` x BA x, written into y, by two small products and without forming BA."""
         pairs = list(self.pairs(rank))
         if share != 1.0:

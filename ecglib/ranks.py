@@ -14,6 +14,10 @@ from ecglib.batches import Batch
 from ecglib.errors import DataError
 from ecglib.lora import LOW_RANK_PARTS, LowRankLayer, add_lora, low_rank_layers
 
+# AdaLoRA's penalty and smoothing, and the shares of the run between which the ranks shrink.
+PENALTY, SMOOTHING = 0.1, 0.85
+BEGIN, END = 0.1, 0.7
+
 
 def importance(
     model: nn.Module, batches: Iterable[Batch], rank: int, seed: int = 0
@@ -95,7 +99,7 @@ class AdaptiveRanks(nn.Module):
     Every difference is B diag(values) A with B'B and AA' kept near the unit matrix by a penalty. A
     triple is as important as its value's and its vectors' mean of |weight x gradient|, smoothed,
     times how much that varies. From 1.5 times the `rank` at the start, along a cubic, the least
-    important values are set to 0 until `rank` a layer remain on average. `network` must have been
+    important values are set to 0 until `rank` per layer remain on average. `network` must have been
     adapted with `singular_values=True` and 1.5 times the `rank`.
     """
 
@@ -104,18 +108,12 @@ class AdaptiveRanks(nn.Module):
         objective: nn.Module,
         network: nn.Module,
         rank: int,
-        *,
-        penalty: float = 0.1,
-        smoothing: float = 0.85,
-        begin: float = 0.1,
-        end: float = 0.7,
     ) -> None:
         super().__init__()
         self.objective = objective
         self.layers = list(low_rank_layers(network).values())
         self.start = sum(len(layer.values) for layer in self.layers)
         self.goal = sum(rank * layer.parts for layer in self.layers)
-        self.penalty, self.smoothing, self.begin, self.end = penalty, smoothing, begin, end
         for index, layer in enumerate(self.layers):
             for part in LOW_RANK_PARTS:
                 for kind in ("mean", "spread"):
@@ -125,11 +123,11 @@ class AdaptiveRanks(nn.Module):
     def loss(self, batch: Batch) -> Tensor:
         """The objective's loss and the penalty on vectors that are not orthonormal."""
         penalty = sum(_lack_of_orthogonality(layer) for layer in self.layers)
-        return self.objective.loss(batch) + self.penalty * penalty
+        return self.objective.loss(batch) + PENALTY * penalty
 
     def budget(self, progress: float) -> int:
         """How many values may differ from 0."""
-        left = 1.0 - min(max((progress - self.begin) / (self.end - self.begin), 0.0), 1.0)
+        left = 1.0 - min(max((progress - BEGIN) / (END - BEGIN), 0.0), 1.0)
         return self.goal + round((self.start - self.goal) * left**3)
 
     @torch.no_grad()
@@ -163,8 +161,8 @@ class AdaptiveRanks(nn.Module):
         spread = getattr(self, f"spread_{part}_{index}")
         if weight.grad is not None:
             now = (weight * weight.grad).abs()
-            mean.lerp_(now, 1.0 - self.smoothing)
-            spread.lerp_((now - mean).abs(), 1.0 - self.smoothing)
+            mean.lerp_(now, 1.0 - SMOOTHING)
+            spread.lerp_((now - mean).abs(), 1.0 - SMOOTHING)
         return mean * spread
 
     def report(self) -> dict:
