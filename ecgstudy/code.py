@@ -55,17 +55,34 @@ def code_of(*objects: object) -> str:
     was defined in a notebook counts with its own text and the names that it uses there.
     """
     modules: set[str] = set()
-    texts: dict[str, str] = {}
-    seen: set[int] = set()
-    for each in objects:
-        _collect(each, modules, texts, seen)
-    return short_hash([fingerprint(modules), sorted(texts.items())])
+    definitions: set[str] = set()
+    waiting = list(objects)
+    seen: dict[int, object] = {}
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        waiting += _parts(value)
+        if isinstance(value, ModuleType):
+            modules.add(value.__name__)
+        elif is_dataclass(value) and not isinstance(value, type):
+            waiting.append(type(value))
+        elif isinstance(value, FunctionType | type):
+            name = value.__module__
+            if name == "__main__":
+                definitions.add(_text(value))
+                waiting += _notebook_names(value)
+            elif _is_own(name) or _is_users(name):
+                modules.add(name)
+                definitions.add(f"{name}:{value.__qualname__}")
+    return short_hash([fingerprint(modules), sorted(definitions)])
 
 
 def imported_modules(source: str, packages: Sequence[str] = PACKAGES) -> tuple[str, ...]:
     """Names of the modules of some packages that a Python source imports anywhere, in order."""
     found: dict[str, None] = {}
-    for node in _nodes(ast.parse(source)):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -93,15 +110,6 @@ def without_comments(source: str) -> str:
             lines[row - 1] = lines[row - 1][:column]
     kept = [line.rstrip() for row, line in enumerate(lines, start=1) if row not in left_out]
     return "\n".join(line for line in kept if line)
-
-
-def _nodes(tree: ast.AST) -> Iterable[ast.AST]:
-    """All nodes of a tree but those that only a type checker reads."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-            continue
-        yield node
-        yield from _nodes(node)
 
 
 def _docstring_lines(tree: ast.AST) -> set[int]:
@@ -164,21 +172,6 @@ def _read(path: Path) -> tuple[str, tuple[str, ...]]:
     return short_hash(without_comments(source)), imported_modules(source)
 
 
-def _collect(value: object, modules: set[str], texts: dict[str, str], seen: set[int]) -> None:
-    """Add the modules and notebook texts that a value stands for."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    for part in _parts(value):
-        _collect(part, modules, texts, seen)
-    if isinstance(value, ModuleType):
-        modules.add(value.__name__)
-    elif isinstance(value, FunctionType | type):
-        _add_definition(value, modules, texts, seen)
-    elif is_dataclass(value):
-        _add_definition(type(value), modules, texts, seen)
-
-
 def _parts(value: object) -> Iterable[object]:
     """What stands inside a value: a function's enclosed values, a job's fields."""
     if isinstance(value, partial):
@@ -193,22 +186,6 @@ def _parts(value: object) -> Iterable[object]:
     return ()
 
 
-def _add_definition(
-    definition: FunctionType | type, modules: set[str], texts: dict[str, str], seen: set[int]
-) -> None:
-    """Add the module of a function or class, or its own text where it was written in a notebook."""
-    name = definition.__module__
-    if _is_own(name) or _is_users(name):
-        modules.add(name)
-        texts[f"{name}:{definition.__qualname__}"] = ""
-    elif name == "__main__":
-        texts[definition.__qualname__] = without_comments(textwrap.dedent(_text(definition)))
-        for function in _functions(definition):
-            for used in _names(function.__code__):
-                if used in function.__globals__:
-                    _collect(function.__globals__[used], modules, texts, seen)
-
-
 def _is_users(name: str) -> bool:
     """Whether a module is a file of the user's own rather than one that is installed."""
     path = _source_file(name)
@@ -218,12 +195,13 @@ def _is_users(name: str) -> bool:
 
 
 def _text(definition: FunctionType | type) -> str:
-    """The text of a definition in a notebook or script."""
+    """The text of a definition in a notebook, or the code that was made of it."""
+    functions = _functions(definition)
     try:
-        return inspect.getsource(definition)
-    except (OSError, TypeError):
-        codes = [function.__code__ for function in _functions(definition)]
-        return repr([(code.co_code, code.co_names) for code in codes])
+        texts = [textwrap.dedent(inspect.getsource(function)) for function in functions]
+        return "\n".join(map(without_comments, texts))
+    except OSError:
+        return repr([function.__code__.co_code for function in functions])
 
 
 def _functions(definition: FunctionType | type) -> list[FunctionType]:
@@ -231,6 +209,16 @@ def _functions(definition: FunctionType | type) -> list[FunctionType]:
     if isinstance(definition, FunctionType):
         return [definition]
     return [value for value in vars(definition).values() if isinstance(value, FunctionType)]
+
+
+def _notebook_names(definition: FunctionType | type) -> list[object]:
+    """What the global names stand for that a definition in a notebook uses."""
+    used = {
+        name: function.__globals__
+        for function in _functions(definition)
+        for name in _names(function.__code__)
+    }
+    return [values[name] for name, values in used.items() if name in values]
 
 
 def _names(code: CodeType) -> set[str]:
