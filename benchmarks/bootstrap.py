@@ -51,10 +51,12 @@ def main(records: int = 2200, classes: int = 71, draws: int = 1000, loop_draws: 
     difference = np.nanmax(np.abs(areas.T - expected))
     print(f"{draws:,} patient draws x {classes} classes x {records:,} records, one thread")
     print(
-        f"ecglib        {ours:8.2f} s   macro AUROC {interval.value:.4f} ({interval.low:.4f} to {interval.high:.4f})"
+        f"ecglib        {ours:8.2f} s   macro AUROC {interval.value:.4f} "
+        f"({interval.low:.4f} to {interval.high:.4f})"
     )
     print(
-        f"scikit-learn  {loop:8.2f} s   extrapolated from {loop_draws} draws: {loop / ours:.0f} times as long"
+        f"scikit-learn  {loop:8.2f} s   extrapolated from {loop_draws} draws: "
+        f"{loop / ours:.0f} times as long"
     )
     print(f"largest difference of a ROC area, ties included: {difference:.1e}")
 

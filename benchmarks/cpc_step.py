@@ -100,7 +100,8 @@ def measure(name: str, threads: int, steps: int) -> str:
     loss = "" if name.startswith("loop") else f"loss {share:3.0%}, "
     return (
         f"{name:<20} batch {batch:2d} {dtype:<9} records/s median {batch / np.median(wall):5.2f} "
-        f"best {batch / min(wall):5.2f}, of processor time median {batch / np.median(processor):5.2f} "
+        f"best {batch / min(wall):5.2f}, of processor time median "
+        f"{batch / np.median(processor):5.2f} "
         f"best {batch / min(processor):5.2f}; {loss}peak {peak:5.2f} GB"
     )
 

@@ -100,7 +100,8 @@ def main() -> None:
             for place, subset in enumerate(SUBSETS)
         }
         print(
-            f"{machine()}, {options.threads} thread(s); {len(records):,} records, {len(members)} members"
+            f"{machine()}, {options.threads} thread(s); {len(records):,} records, "
+            f"{len(members)} members"
         )
         last = started = np.array([time.perf_counter(), time.process_time()])
         study = Study(records, Path(folder))

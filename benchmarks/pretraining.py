@@ -65,12 +65,15 @@ def measure(name: str, options: argparse.Namespace, compiled: bool) -> None:
     fit(model, batches, options.steps + 3, log_every=1, watch=stamp, compiled=compiled)
     each = np.diff(stamps)[2:]  # the first steps allocate and compile
     print(
-        f"{name:13s} {encoder:12s} batch {options.batch} {precision(options.device)}{' compiled' if compiled else ''}: "
-        f"median {options.batch / statistics.median(each):8.0f} records/s, best {options.batch / min(each):8.0f}"
+        f"{name:13s} {encoder:12s} batch {options.batch} "
+        f"{precision(options.device)}{' compiled' if compiled else ''}: "
+        f"median {options.batch / statistics.median(each):8.0f} records/s, best "
+        f"{options.batch / min(each):8.0f}"
     )
     if options.device == "cuda":
         print(
-            f"{'':13s} peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, utilisation {torch.cuda.utilization()} %"
+            f"{'':13s} peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, "
+            f"utilisation {torch.cuda.utilization()} %"
         )
         torch.cuda.reset_peak_memory_stats()
     if views and objective is not PatientPairs:

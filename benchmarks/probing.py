@@ -166,7 +166,8 @@ def report(clock: Clock, differences: dict[str, np.ndarray], classes: int) -> No
         print(
             f"{name:55s} {whole[0]:8.1f} s wall {whole[1]:8.1f} s processor, from {fits:.0f} of "
             f"{len(keys) * cells:,} fits: {whole[0] / ours[0]:.0f} times as long (processor "
-            f"{whole[1] / ours[1]:.0f}; {once[0] / ours[0]:.0f} if it too fitted equal subsets once)"
+            f"{whole[1] / ours[1]:.0f}; {once[0] / ours[0]:.0f} if it too fitted equal "
+            f"subsets once)"
         )
     for solver, (weights, bias) in differences.items():
         print(f"largest difference from {solver}: weights {weights:.1e}, bias {bias:.1e}")
@@ -192,7 +193,8 @@ def main() -> None:
     }
     validation = split["validation"]
     print(
-        f"{machine()}, {options.threads} thread(s); {len(split['train']):,} training records, 256 features"
+        f"{machine()}, {options.threads} thread(s); {len(split['train']):,} training "
+        f"records, 256 features"
     )
     with threadpool_limits(options.threads):
         for features in make_features(records, split["train"]):

@@ -21,13 +21,13 @@ sys.path.append(
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from toolkit import plain_conv1d  # noqa: E402
 
 from ecglib.batches import Batch, CropBatches
 from ecglib.encoders.xresnet1d import xresnet1d50  # noqa: E402
 from ecglib.sources.simulate import simulate_records
 from ecglib.train import autocast, precision
 from ecgstudy.runs import machine
+from toolkit import plain_conv1d  # noqa: E402
 
 
 def gradients(
@@ -71,7 +71,8 @@ def main() -> None:
     print(machine())
     for name, values in seconds.items():
         print(
-            f"{name:42s} median {1000 * statistics.median(values):7.1f} ms   min {1000 * min(values):7.1f} ms"
+            f"{name:42s} median {1000 * statistics.median(values):7.1f} ms   min "
+            f"{1000 * min(values):7.1f} ms"
         )
     best = min(seconds["plain Conv1d, float32"]) / min(list(seconds.values())[-1])
     print(f"the study's form is {plain / used:.2f} times as fast (medians), {best:.2f} (minima)")
@@ -79,7 +80,8 @@ def main() -> None:
     for name, (network, kind) in list(forms.items())[1:]:
         error = gradients(network, head, batch, kind)
         print(
-            f"{name:42s} gradient differs by {float((error - exact).norm() / exact.norm()):.1e} of its norm"
+            f"{name:42s} gradient differs by "
+            f"{float((error - exact).norm() / exact.norm()):.1e} of its norm"
         )
 
 

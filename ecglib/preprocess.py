@@ -27,7 +27,7 @@ from ecglib.records import (
 
 UNIT = "standard deviations"
 # Standard deviations per count, +-82 in all: none of n samples lies further out than sqrt(n - 1),
-78  # where n is 6144.
+# which is 78 where n is 6144.
 SCALE = 0.0025
 BLOCK = 16  # records filtered together; more are not faster
 

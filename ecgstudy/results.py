@@ -1,4 +1,4 @@
-"""Where the study keeps its tables and figures: `results/tables/NAME.csv`, `results/figures/NAME.svg`."""
+"""Where tables and figures are kept: `results/tables/NAME.csv`, `results/figures/NAME.svg`."""
 
 from pathlib import Path
 

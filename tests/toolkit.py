@@ -1,4 +1,4 @@
-"""What tests share: tiny records, tiny networks, batches, files of every data set, and checks of training."""
+"""What tests share: tiny records and networks, files of every data set, checks of training."""
 
 import copy
 import hashlib
@@ -162,7 +162,7 @@ CLASSES = 3
 
 
 class Linear(nn.Sequential):
-    """Logits that are linear in the signals, so that numpy can follow; counts what passes through."""
+    """Logits linear in the signals, so that numpy can follow; counts what passes through."""
 
     def __init__(self, classes: int = CLASSES, scale: float = 1.0) -> None:
         super().__init__(nn.Flatten(), nn.Linear(12 * 20, classes))
@@ -442,7 +442,7 @@ def annotation_bytes(marks: list[tuple[int, int]]) -> bytes:
 
 
 def write_ludb(folder: Path, count: int = 4) -> Path:
-    """A LUDB folder: headers with a gain of their own in each lead, one mark file a lead, ludb.csv."""
+    """A LUDB folder: headers with a gain for each lead, one mark file per lead, ludb.csv."""
     rows = []
     for number in range(1, count + 1):
         signal = heart_signal(500, seed=number)

@@ -26,7 +26,8 @@ from ecglib.train import autocast, fit, precision
 from ecgstudy.runs import MODEL, PRETRAINED, Result, Run, keep_runs, kept_group
 from ecgstudy.study import Job, Study
 
-WATCHED = 250  # labelled training records, and at most as many validation records, that the online probe sees
+# Labelled training records, and at most as many validation records, that the online probe sees.
+WATCHED = 250
 LOOKS = 12  # rows of the history
 # Alignment is measured between these views whatever a method trains on, so that methods can be
 # compared.

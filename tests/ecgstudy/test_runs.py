@@ -166,11 +166,12 @@ Study(records, sys.argv[1]).run(job(steps=60))
 def test_killed_five_times_a_run_ends_in_the_same_metrics(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(KILLED.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    start = lambda folder: subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path / folder)],  # noqa: E731
-        stdout=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+
+    def start(folder: str) -> subprocess.Popen:
+        command = [sys.executable, str(script), str(tmp_path / folder)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
+
     assert start("undisturbed").wait(120) == 0
     training = table(tmp_path / "undisturbed")["seconds"].max()
     moment = random.Random(5)
