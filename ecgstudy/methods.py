@@ -11,16 +11,15 @@ from pkgutil import resolve_name
 from ecglib.selfsup import Pretraining
 from ecglib.semisup import Adaptation
 from ecgstudy.arms.fusion import (
-    Combined,
     Fits,
     Fused,
     FusionData,
     FusionSettings,
-    Trained,
+    TrainedFits,
     check_members,
 )
 from ecgstudy.arms.pretrain import Pretrain
-from ecgstudy.arms.self_evolving import LABELS_ALONE, Arm, fixmatch
+from ecgstudy.arms.self_evolving import LABELS_ALONE, Arm, distl, fixmatch
 from ecgstudy.arms.semi_supervised import Adapted, Recipe, Start
 from ecgstudy.runs import Run
 from ecgstudy.study import LabelSubset, Study
@@ -83,11 +82,12 @@ class FusionOfProbes(Method):
     `combine(data, names)`, see `arms.fusion`.
     """
 
+    what = "fusion"
     combine: str
 
-    def way(self, settings: FusionSettings) -> Combined:
-        """How the members are combined."""
-        return Combined(resolve_name(self.combine))
+    def fits(self, *shared: object, settings: FusionSettings) -> Fits:
+        """The fits of some members with some subsets of labels."""
+        return Fits(*shared, resolve_name(self.combine))
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ class TrainedFusion(Method):
     options: Mapping = field(default_factory=dict)
     keep: bool = False
 
-    def way(self, settings: FusionSettings) -> Trained:
-        """How the members are fused."""
-        return Trained(resolve_name(self.stack), settings, self.options, self.keep)
+    def fits(self, *shared: object, settings: FusionSettings) -> TrainedFits:
+        """The fits of some members with some subsets of labels."""
+        return TrainedFits(*shared, resolve_name(self.stack), settings, self.options, self.keep)
 
 
 ADAPT = "ecgstudy.arms.semi_supervised:"
@@ -154,15 +154,19 @@ METHODS: dict[str, Method] = {
         "FixMatch with DyLoRA", "#730014", f"{FIXMATCH}make_fixmatch", f"{ADAPT}nested"
     ),
     "supervised_noised": SelfEvolving("supervised with noise", "black", LABELS_ALONE),
-    "oracle": SelfEvolving("oracle", "0.6", Arm(pretext=0.0, unlabelled=False, all_labels=True)),
-    "distl": SelfEvolving("DISTL", "#0173b2", Arm(taught=True)),
-    "noisy_student": SelfEvolving("noisy student", "#de8f05", Arm(pretext=0.0, taught=True)),
-    "dino_fine_tuned": SelfEvolving("DINO, fine-tuned", "#cc78bc", Arm(pretext=1.0, tuned=True)),
+    "oracle": SelfEvolving(
+        "oracle", "0.6", Arm(distl, pretext=0.0, unlabelled=False, all_labels=True)
+    ),
+    "distl": SelfEvolving("DISTL", "#0173b2", Arm(distl, taught=True)),
+    "noisy_student": SelfEvolving("noisy student", "#de8f05", Arm(distl, pretext=0.0, taught=True)),
+    "dino_fine_tuned": SelfEvolving(
+        "DINO, fine-tuned", "#cc78bc", Arm(distl, pretext=1.0, tuned=True)
+    ),
     "distl_without_correction": SelfEvolving(
-        "DISTL without correction", "#56b4e9", Arm(corrected=False, taught=True)
+        "DISTL without correction", "#56b4e9", Arm(distl, corrected=False, taught=True)
     ),
     "distl_without_noise": SelfEvolving(
-        "DISTL without noise", "#029e73", Arm(noised=False, taught=True)
+        "DISTL without noise", "#029e73", Arm(distl, noised=False, taught=True)
     ),
     "fixmatch_noised": SelfEvolving("FixMatch with the same noise", "#d55e00", Arm(fixmatch)),
     "dvme": TrainedFusion("DVME", "#0173b2", keep=True),
@@ -243,12 +247,12 @@ def fused(
     subsets: Sequence[LabelSubset] = (),
 ) -> list[Fused]:
     """The jobs of one fusion method, of all members and subsets of `data` unless some are given."""
-    way = _entry(name, TrainedFusion, FusionOfProbes).way(settings)
+    entry = _entry(name, TrainedFusion, FusionOfProbes)
     members = list(members or data.members)
     if name != "alone":
         check_members(members)
-    fits = Fits(way, data, members, subsets or data.subsets)
-    return [Fused(subset, name, way, fits) for subset in fits.subsets]
+    fits = entry.fits(data, members, list(subsets or data.subsets), settings=settings)
+    return [Fused(subset, name, fits) for subset in fits.subsets]
 
 
 def fuse(study: Study, data: FusionData, *chosen: object) -> list[Run]:

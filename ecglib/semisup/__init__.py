@@ -40,9 +40,8 @@ class Adaptation(Settings):
 
 @dataclass(frozen=True)
 class Task:
-    """What an objective is made for: numbers of classes, unlabelled records and training steps."""
+    """What an objective is made for: numbers of classes and unlabelled records, and settings."""
 
     classes: int
     unlabelled: int
-    steps: int
     settings: Adaptation

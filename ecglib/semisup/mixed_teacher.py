@@ -126,4 +126,4 @@ class MixedTeacher(nn.Module):
 
 def make_mixed_teacher(network: nn.Module, task: Task) -> MixedTeacher:
     """MixedTeacher around a network; of the weights 1 and 10 the better one on folds 8 and 9."""
-    return MixedTeacher(network, task.steps, weight=1.0)
+    return MixedTeacher(network, task.settings.steps, weight=1.0)

@@ -5,6 +5,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -14,11 +15,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from ecglib.batches import SemiBatches
 from ecglib.checkpoints import save_tensors
 from ecglib.lora import low_rank_layers, save_adapter
 from ecglib.records import LEADS, Records
-from ecglib.semisup import Adaptation, Task
+from ecglib.semisup import Adaptation
 from ecglib.train import autocast, fit, linear_schedule
 from ecgstudy.analysis.figures import (
     MARKERS,
@@ -74,14 +74,13 @@ def measure(
     whole network where every weight is trained. peak_bytes is the memory of the process (of the
     device on a GPU), so call this in a process of its own: `measure_apart`.
     """
-    batch = (adaptation.batch_size, adaptation.ratio)
-    records = _noise(2 * round(batch[0] * (1 + batch[1])), classes, samples)
-    labelled, unlabelled = np.arange(len(records)).reshape(2, -1)
-    batches = SemiBatches(records, labelled, unlabelled, *batch, samples / 100.0, 0, device)
-    network = make_network(adaptation.backbone, classes, 0).to(device)
-    task = Task(classes, len(unlabelled), iterations + 1, adaptation)
-    objective, source, notes = recipe.prepare(network, batches, task)
-    objective = objective.to(device).train()
+    adaptation = replace(adaptation, crop_seconds=samples / 100.0, steps=iterations + 1)
+    count = 2 * round(adaptation.batch_size * (1 + adaptation.ratio))
+    records = _noise(count, classes, samples)
+    pools = np.arange(count).reshape(2, -1)
+    network = make_network(adaptation.backbone, classes, 0)
+    objective, source, notes = recipe.prepare(network, records, pools, adaptation, 0, device)
+    objective.train()
     parameters = list(objective.parameters())
     saved = []
     for step in range(iterations):
@@ -91,7 +90,7 @@ def measure(
     history = fit(
         objective,
         source,
-        iterations + 1,
+        adaptation.steps,
         learning_rate=1e-3,
         schedule=linear_schedule,
         log_every=1,

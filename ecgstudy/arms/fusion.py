@@ -30,10 +30,10 @@ from ecglib.fusion import (
 from ecglib.probe import PENALTIES, chosen_probes, feature_scale, standardise, unit_length
 from ecglib.records import Records
 from ecglib.settings import Settings
-from ecglib.supervised import Training, train_classifier
+from ecglib.supervised import Training
 from ecglib.train import parameter_groups
 from ecgstudy.arms.pretrain import Encode, encoded_result
-from ecgstudy.arms.supervised import Labelled, classifier_result, scored_result
+from ecgstudy.arms.supervised import Labelled, scored_result
 from ecgstudy.runs import MODEL, Result, Run
 from ecgstudy.study import LabelSubset, Study
 
@@ -298,91 +298,101 @@ def perceptron_stack(
     return FusionPerceptron(len(seeds), sizes, classes, hidden=hidden, **shared)
 
 
-# Jobs.
+# Fitted for all label subsets together, when the first is asked for.
 
 
-@dataclass(frozen=True)
-class Combined:
-    """A way to use the members without training, one of the functions above."""
+@dataclass(frozen=True, eq=False)
+class Fits:
+    """Members fused without training: `combine` is one of the functions above."""
 
+    data: FusionData
+    names: list[str]
+    subsets: list[LabelSubset]
     combine: Callable[[FusionData, list[str]], tuple[dict[str, Tensor], dict]]
+    keep = False
 
     def about(self) -> dict:
-        """No settings."""
+        """The settings of the training."""
         return {}
 
-    def fit(
-        self, data: FusionData, names: list[str], subsets: Sequence[LabelSubset]
-    ) -> dict[LabelSubset, Result]:
+    def fit(self) -> dict[LabelSubset, Result]:
         """Probabilities of both splits for each subset, as predictions of a result."""
-        logits, notes = self.combine(data, names)
+        logits, notes = self.combine(self.data, self.names)
         results = {}
-        for subset in subsets:
-            place = data.subsets.index(subset)
+        for subset in self.subsets:
+            place = self.data.subsets.index(subset)
             arrays = {split: torch.sigmoid(each[place]).numpy() for split, each in logits.items()}
             own = {name: values[place] for name, values in notes.items()}
             results[subset] = Result([], arrays, notes=own)
         return results
 
+    @cached_property
+    def fitted(self) -> dict[LabelSubset, Result]:
+        """The result of each subset, not yet scored."""
+        started = time.perf_counter()
+        results = self.fit()
+        for result in results.values():
+            result.seconds = (time.perf_counter() - started) / len(results)
+        return results
 
-@dataclass(frozen=True)
-class Trained:
-    """A fusion that is trained: `stack(sizes, classes, settings, seeds, **options)` makes it, one
-    for each seed. With `keep` the trained networks are kept, to be tuned on or explained.
+    def result(self, subset: LabelSubset) -> Result:
+        """The scores of one subset."""
+        result = self.fitted[subset]
+        arrays = dict(result.predictions)
+        probabilities = {name: arrays.pop(name) for name in SPLITS}
+        scored = scored_result(self.data.records, probabilities, self.data.positions[subset])
+        return replace(result, metrics=scored.metrics, predictions={**scored.predictions, **arrays})
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedFits(Fits):
+    """Members fused by training what `combine(sizes, classes, settings, seeds, **options)` makes,
+    one for each seed. With `keep` the trained networks are kept, to be tuned on or explained.
     """
 
-    stack: Callable[..., FusionNetwork | FusionPerceptron]
     settings: FusionSettings
     options: Mapping
     keep: bool
 
     def about(self) -> dict:
-        """The settings, and the stack's options."""
         return {**asdict(self.settings), "options": dict(self.options)}
 
-    def fit(
-        self, data: FusionData, names: list[str], subsets: Sequence[LabelSubset]
-    ) -> dict[LabelSubset, Result]:
-        """As `Combined.fit`: one stack trained at each learning rate, and for each subset the rate
-        that is best on fold 9.
-        """
-        settings = self.settings
-        places = [data.subsets.index(subset) for subset in subsets]
-        seeds = [subset.seed for subset in subsets]
-        features = [_at(data.features[name], places) for name in names]
-        batches = FusionBatches(
-            features,
-            data.records.targets,
-            [data.positions[subset] for subset in subsets],
-            seeds,
-            settings.steps,
-            settings.batch_size,
-        )
-        rates = sorted(settings.learning_rates)
-        stacks = []
-        for rate in rates:
-            sizes = [each.shape[2] for each in features]
-            classes = len(data.records.classes)
-            stack = self.stack(sizes, classes, settings, seeds, **self.options)
-            if stack.votes is not None:
-                probes = [data.probes[name] for name in names]
-                weights = torch.cat([weights[places] for weights, _, _ in probes], dim=1)
-                bias = torch.stack([bias[places] for _, bias, _ in probes], dim=1)
-                stack.start_from(weights, bias)
-            train_stack(stack, batches, settings.steps, rate, settings.token_dropout)
-            stacks.append(stack)
+    def fit(self) -> dict[LabelSubset, Result]:
+        """Each subset has the learning rate that is best on fold 9, of equal ones the smallest."""
+        data = self.data
+        places = [data.subsets.index(subset) for subset in self.subsets]
+        features = [_at(data.features[name], places) for name in self.names]
+        rates = sorted(self.settings.learning_rates)
+        stacks = [self._trained_stack(features, places, rate) for rate in rates]
         validation = data.split["validation"]
-        logits = [stack_logits(stack, features, validation, len(subsets)) for stack in stacks]
-        scores = [data.validation_scores(each) for each in logits]
-        best = np.argmax(scores, axis=0)  # of equal ones the smallest rate
+        logits = [stack_logits(stack, features, validation, len(places)) for stack in stacks]
+        best = np.argmax([data.validation_scores(each) for each in logits], axis=0)
         results = {}
-        for place, subset in enumerate(subsets):
+        for place, subset in enumerate(self.subsets):
             network = model_of(stacks[best[place]], place)
             result = network_result(data, network, [_at(each, [place]) for each in features])
             result.notes = {"learning_rate": rates[best[place]]}
             result.model = network if self.keep else None
             results[subset] = result
         return results
+
+    def _trained_stack(self, features: list[Tensor], places: list[int], rate: float) -> nn.Module:
+        """A model for each subset, trained at one learning rate."""
+        data = self.data
+        settings = self.settings
+        seeds = [subset.seed for subset in self.subsets]
+        positions = [data.positions[subset] for subset in self.subsets]
+        sizes = [each.shape[2] for each in features]
+        classes = len(data.records.classes)
+        stack = self.combine(sizes, classes, settings, seeds, **self.options)
+        if stack.votes is not None:
+            weights, bias, _ = zip(*(data.probes[name] for name in self.names), strict=True)
+            stack.start_from(torch.cat(weights, dim=1)[places], torch.stack(bias, dim=1)[places])
+        steps = settings.steps
+        targets = data.records.targets
+        batches = FusionBatches(features, targets, positions, seeds, steps, settings.batch_size)
+        train_stack(stack, batches, steps, rate, settings.token_dropout)
+        return stack
 
 
 def _at(features: Tensor, places: list[int]) -> Tensor:
@@ -404,55 +414,21 @@ def network_result(data: FusionData, network: nn.Module, features: Sequence[Tens
     return Result([], arrays)
 
 
-class Fits:
-    """One fusion of some members, fitted for all label subsets when the first is asked for."""
-
-    def __init__(
-        self,
-        way: Combined | Trained,
-        data: FusionData,
-        names: Sequence[str],
-        subsets: Sequence[LabelSubset],
-    ) -> None:
-        self.way = way
-        self.data = data
-        self.names = list(names)
-        self.subsets = list(subsets)
-
-    @cached_property
-    def fitted(self) -> tuple[dict[LabelSubset, Result], float]:
-        """The result of each subset, not yet scored, and the seconds for each."""
-        started = time.perf_counter()
-        results = self.way.fit(self.data, self.names, self.subsets)
-        return results, (time.perf_counter() - started) / len(results)
-
-    def result(self, subset: LabelSubset) -> Result:
-        """The scores of one subset."""
-        results, seconds = self.fitted
-        result = results[subset]
-        arrays = dict(result.predictions)
-        probabilities = {name: arrays.pop(name) for name in SPLITS}
-        scored = scored_result(self.data.records, probabilities, self.data.positions[subset])
-        own = {**scored.predictions, **arrays}
-        return replace(result, metrics=scored.metrics, predictions=own, seconds=seconds)
-
-
 @dataclass(frozen=True)
 class Fused(Labelled):
     """The fusion of some frozen members with the labels of one subset, see `Fits`."""
 
     method: str
-    way: Combined | Trained
     fits: Fits
 
     @property
     def rebuild(self) -> str:
         """Where the network is kept, it is put together with the members' encoders."""
-        return "ecgstudy.arms.trained:fused_encoders" if getattr(self.way, "keep", False) else ""
+        return "ecgstudy.arms.trained:fused_encoders" if self.fits.keep else ""
 
     def settings(self) -> Mapping:
         members = self.fits.data.runs(self.fits.names, self.subset)
-        return {**self.way.about(), **origin_of_members(members, "frozen", self.subset)}
+        return {**self.fits.about(), **origin_of_members(members, "frozen", self.subset)}
 
     def compute(self, study: Study, workspace: Path) -> Result:
         return self.fits.result(self.subset)
@@ -490,10 +466,10 @@ class FusedClassifier(nn.Module):
         self.encoders = nn.ModuleList(encoders)
         self.network = network
         self.token_dropout = token_dropout
-        for place, reference in enumerate(references):
-            mean, deviation = feature_scale(reference)
-            self.register_buffer(f"mean{place}", mean.float())
-            self.register_buffer(f"deviation{place}", deviation.float())
+        scales = [feature_scale(reference) for reference in references]
+        mean, deviation = (torch.cat(parts).float() for parts in zip(*scales, strict=True))
+        self.register_buffer("mean", mean)
+        self.register_buffer("deviation", deviation)
 
     def features(self, signals: Tensor) -> Tensor:
         """What the encoders say of signals `(n, leads, time)`, side by side, `(n, d)`."""
@@ -501,10 +477,8 @@ class FusedClassifier(nn.Module):
 
     def answer(self, features: Tensor) -> Tensor:
         """Logits `(n, classes)` of such features."""
-        parts = []
-        for place, part in enumerate(features.split(self.network.sizes, dim=1)):
-            centred = part - self.get_buffer(f"mean{place}")
-            parts.append(unit_length(centred / self.get_buffer(f"deviation{place}")))
+        scaled = (features - self.mean) / self.deviation
+        parts = [unit_length(part) for part in scaled.split(self.network.sizes, dim=1)]
         keep = None
         if self.training:
             count = len(features)
@@ -559,22 +533,10 @@ class TunedFusion(Labelled):
         return tuple(map(encoder_maker, names))
 
     def compute(self, study: Study, workspace: Path) -> Result:
-        training = self.training
         classifier = fused_classifier(self.frozen, list(self.members.values()), study.records)
         groups = [
             {**group, "learning_rate_factor": self.encoder_factor}
-            for group in parameter_groups(classifier.encoders, training.weight_decay)
+            for group in parameter_groups(classifier.encoders, self.training.weight_decay)
         ]
         groups.append({"params": list(classifier.network.parameters()), "weight_decay": 0.0})
-        labelled = self.subset.positions(study.records)
-        history = train_classifier(
-            classifier,
-            study.records,
-            labelled,
-            self.seed,
-            training,
-            workspace,
-            study.device,
-            groups=groups,
-        )
-        return classifier_result(study, classifier, labelled, training.crop_seconds, history)
+        return self.train(study, classifier, workspace, groups)

@@ -34,6 +34,8 @@ from ecgstudy.arms.supervised import Labelled, classifier_result
 from ecgstudy.runs import MODEL, Result, Run
 from ecgstudy.study import LabelSubset, Study
 
+Pools = tuple[np.ndarray, np.ndarray]  # positions of labelled and unlabelled records
+Learned = tuple[nn.Module, Callable]  # an objective and its batches
 STUDENT = "network."  # of an objective's weights, those that are scored
 
 
@@ -65,72 +67,18 @@ class Evolution(Settings):
 
 
 @dataclass(frozen=True)
-class StageData:
-    """What an arm learns from at one stage: records at the positions `labelled` and `unlabelled`."""
-
-    records: Records
-    labelled: np.ndarray
-    unlabelled: np.ndarray
-    steps: int
-    seed: int
-    device: str
-
-
-def distl(
-    network: Classifier, data: StageData, arm: "Arm", settings: Evolution
-) -> tuple[nn.Module, Callable]:
-    """DISTL's objective around a network, and its batches."""
-    batches = StageBatches(
-        data.records,
-        data.labelled,
-        data.unlabelled,
-        settings.batch_size,
-        settings.crop_seconds,
-        settings.correction_every if arm.corrected else math.inf,
-        data.seed,
-        data.device,
-    )
-    options = {**settings.options, "noised": arm.noised}
-    if arm.pretext is not None:
-        options["pretext"] = arm.pretext
-    unlabelled_steps = batches.unlabelled_steps(data.steps)
-    transforms = arm.transforms(settings)
-    return DISTL(network, transforms, unlabelled_steps=unlabelled_steps, **options), batches
-
-
-def fixmatch(
-    network: Classifier, data: StageData, arm: "Arm", settings: Evolution
-) -> tuple[nn.Module, Callable]:
-    """FixMatch's objective with the other arms' noise, and its batches.
-
-    Its own strong view shuffles leads and turns time round.
-    """
-    batches = SemiBatches(
-        data.records,
-        data.labelled,
-        data.unlabelled,
-        settings.batch_size // 2,
-        1,
-        settings.crop_seconds,
-        data.seed,
-        data.device,
-    )
-    thresholds = FixedThreshold(len(data.records.classes), settings.threshold)
-    return FixMatch(network, thresholds, transforms=arm.transforms(settings)), batches
-
-
-@dataclass(frozen=True)
 class Arm:
     """What an arm of the study does with the records that arrive.
 
-    `learner(network, data, arm, settings)` gives its objective and batches; `pretext` is DISTL's
+    `learner(job, study, network, pools, steps)` gives its objective around a network and the
+    batches of the labelled and unlabelled records at the positions `pools`. `pretext` is DISTL's
     weight where it is not that of the options. `noised`: the student sees noise. `corrected`: the
     labelled records come again. `unlabelled`: it learns from records without labels. `all_labels`:
     it is told the labels of all that arrived. `taught`: its teacher is scored and goes on beside
     the student. `tuned`: half of the steps go to fine-tuning on the labels.
     """
 
-    learner: Callable = distl
+    learner: Callable
     pretext: float | None = None
     noised: bool = True
     corrected: bool = True
@@ -138,39 +86,6 @@ class Arm:
     all_labels: bool = False
     taught: bool = False
     tuned: bool = False
-
-    def transforms(self, settings: Evolution) -> list:
-        """The student's noise."""
-        return named_transforms(settings.transforms) if self.noised else []
-
-    def train(
-        self,
-        network: Classifier,
-        data: StageData,
-        settings: Evolution,
-        rate: float,
-        before: Mapping[str, Tensor],
-        folder: Path | None,
-    ) -> tuple[nn.Module, list[dict]]:
-        """Train `network` in place; its objective, which goes on from `before`, and the history."""
-        torch.manual_seed(data.seed)
-        objective, batches = self.learner(network, data, self, settings)
-        if "center" in before:
-            # Teacher, heads and centre go on, too; but each stage has a progress of its own.
-            objective.load_state_dict({**before, "progress": objective.progress})
-        history = fit(
-            objective.to(data.device),
-            batches,
-            data.steps,
-            learning_rate=rate,
-            weight_decay=settings.weight_decay,
-            seed=data.seed,
-            folder=folder,
-        )
-        return objective, history.to_dict("records")
-
-
-LABELS_ALONE = Arm(pretext=0.0, unlabelled=False)  # T = 0 of every arm
 
 
 def stage_pools(
@@ -224,6 +139,16 @@ class Evolved(Labelled):
         """T."""
         return 1 + self.previous.spec.settings["stage"] if self.previous else 0
 
+    @property
+    def stage_seed(self) -> int:
+        """Each stage draws batches of its own."""
+        return self.seed + 1000 * self.stage
+
+    @property
+    def transforms(self) -> list:
+        """The student's noise."""
+        return named_transforms(self.evolution.transforms) if self.arm.noised else []
+
     def settings(self) -> Mapping:
         arm = {**asdict(self.arm), "learner": self.arm.learner.__name__}
         previous = self.previous.spec.key if self.previous else "none"
@@ -236,24 +161,26 @@ class Evolved(Labelled):
     def compute(self, study: Study, workspace: Path) -> Result:
         settings = self.evolution
         arm = self.arm
+        pools = stage_pools(study.records, self.fraction, self.seed, settings.stages)
+        labelled = pools[self.stage if arm.all_labels else 0]
+        unlabelled = np.setdiff1d(pools[self.stage], labelled) if arm.unlabelled else labelled[:0]
         network = new_classifier(study.records, self.seed, Training.of(asdict(settings)))
         network = network.to(study.device)
         set_drop_path(network.encoder, settings.drop_path if arm.noised else 0.0)
         before = self._before()
         if before:
             network.load_state_dict(student_weights(before))
-        data = self._data(study)
-        rate = settings.learning_rate if self.previous else settings.first_learning_rate
-        steps = data.steps // 2 if arm.tuned else data.steps
-        now = replace(data, steps=steps)
-        objective, history = arm.train(network, now, settings, rate, before, workspace)
+        steps = settings.steps if self.previous else settings.first_steps
+        own = steps // 2 if arm.tuned else steps
+        data = (labelled, unlabelled)
+        objective, history = self._train(study, network, data, own, before, workspace)
         final = network
         if arm.tuned:
             final = copy.deepcopy(network)
-            rest = replace(data, unlabelled=data.unlabelled[:0], steps=data.steps - steps)
-            _, more = LABELS_ALONE.train(final, rest, settings, rate, {}, None)
+            tuning = replace(self, arm=LABELS_ALONE)
+            _, more = tuning._train(study, final, (labelled, labelled[:0]), steps - own)
             history += [{**row, "seconds": row["seconds"] + history[-1]["seconds"]} for row in more]
-        return self._result(study, objective, final, data.labelled, history)
+        return self._result(study, objective, final, labelled, history)
 
     def _before(self) -> dict[str, Tensor]:
         """What the stage before left, nothing for T = 0; DataError where that run is gone."""
@@ -266,20 +193,32 @@ class Evolved(Labelled):
             )
         return self.previous.weights()
 
-    def _data(self, study: Study) -> StageData:
-        """What the arm may see at this stage."""
+    def _train(
+        self,
+        study: Study,
+        network: Classifier,
+        pools: Pools,
+        steps: int,
+        before: Mapping[str, Tensor] | None = None,
+        folder: Path | None = None,
+    ) -> tuple[nn.Module, list[dict]]:
+        """Train `network` in place; its objective, which goes on from `before`, and the history."""
         settings = self.evolution
-        pools = stage_pools(study.records, self.fraction, self.seed, settings.stages)
-        labelled = pools[self.stage if self.arm.all_labels else 0]
-        unlabelled = np.setdiff1d(pools[self.stage], labelled)
-        return StageData(
-            study.records,
-            labelled,
-            unlabelled if self.arm.unlabelled else unlabelled[:0],
-            settings.steps if self.previous else settings.first_steps,
-            self.seed + 1000 * self.stage,  # each stage draws its own batches
-            study.device,
+        torch.manual_seed(self.stage_seed)
+        objective, batches = self.arm.learner(self, study, network, pools, steps)
+        if before and "center" in before:
+            # Teacher, heads and centre go on, too; but each stage has a progress of its own.
+            objective.load_state_dict({**before, "progress": objective.progress})
+        history = fit(
+            objective.to(study.device),
+            batches,
+            steps,
+            learning_rate=settings.learning_rate if self.previous else settings.first_learning_rate,
+            weight_decay=settings.weight_decay,
+            seed=self.stage_seed,
+            folder=folder,
         )
+        return objective, history.to_dict("records")
 
     def _result(
         self,
@@ -290,26 +229,60 @@ class Evolved(Labelled):
         history: list[dict],
     ) -> Result:
         """Scores of the student, those of its teacher where it has one, and what goes on."""
-        networks = {"student": final}
+        shared = (labelled, self.evolution.crop_seconds, history)
+        result = classifier_result(study, final, *shared)
+        self._name_rows(study, result, "student")
+        result.model = nn.ModuleDict({"network": final})
         if self.arm.taught:
-            networks["teacher"] = objective.teacher
-        results = {}
-        for name, network in networks.items():
-            seconds = self.evolution.crop_seconds
-            result = classifier_result(study, network, labelled, seconds, history)
-            result.metrics += calibration_rows(study.records, result)
-            for row in result.metrics:
-                row |= {"stage": self.stage, "network": name}
-            results[name] = result
-        result = results.pop("student")
-        for name, other in results.items():
-            result.metrics += other.metrics
-            del other.predictions["labelled"]
-            kept = {f"{name}/{key}": values for key, values in other.predictions.items()}
-            result.predictions |= kept
-        goes_on = self.arm.taught or self.arm.tuned
-        result.model = objective if goes_on else nn.ModuleDict({"network": final})
+            taught = classifier_result(study, objective.teacher, *shared)
+            self._name_rows(study, taught, "teacher")
+            result.metrics += taught.metrics
+            del taught.predictions["labelled"]
+            result.predictions |= {
+                f"teacher/{name}": values for name, values in taught.predictions.items()
+            }
+        if self.arm.taught or self.arm.tuned:
+            result.model = objective
         return result
+
+    def _name_rows(self, study: Study, result: Result, network: str) -> None:
+        """Add calibration errors to the metrics, and whose they are."""
+        for name in ("validation", "test"):
+            targets, _ = study.records.split_truth(name)
+            error = expected_calibration_error(targets, result.predictions[f"{name}/probabilities"])
+            row = next(row for row in result.metrics if row["split"] == name)
+            own = {"metric": "expected_calibration_error", "value": error}
+            result.metrics.append({**row, **own, "low": np.nan, "high": np.nan})
+        for row in result.metrics:
+            row |= {"stage": self.stage, "network": network}
+
+
+def distl(job: Evolved, study: Study, network: Classifier, pools: Pools, steps: int) -> Learned:
+    """DISTL."""
+    settings = job.evolution
+    every = settings.correction_every if job.arm.corrected else math.inf
+    crops = (settings.batch_size, settings.crop_seconds)
+    batches = StageBatches(study.records, *pools, *crops, every, job.stage_seed, study.device)
+    options = {**settings.options, "noised": job.arm.noised}
+    if job.arm.pretext is not None:
+        options["pretext"] = job.arm.pretext
+    unlabelled_steps = batches.unlabelled_steps(steps)
+    objective = DISTL(network, job.transforms, unlabelled_steps=unlabelled_steps, **options)
+    return objective, batches
+
+
+def fixmatch(job: Evolved, study: Study, network: Classifier, pools: Pools, steps: int) -> Learned:
+    """FixMatch with the other arms' noise: its own strong view shuffles leads and turns time
+    round.
+    """
+    settings = job.evolution
+    crops = (settings.batch_size // 2, 1, settings.crop_seconds)
+    batches = SemiBatches(study.records, *pools, *crops, job.stage_seed, study.device)
+    thresholds = FixedThreshold(len(study.records.classes), settings.threshold)
+    return FixMatch(network, thresholds, transforms=job.transforms), batches
+
+
+LABELS_ALONE = Arm(distl, pretext=0.0, unlabelled=False)  # T = 0 of every arm
 
 
 def evolve(
@@ -362,15 +335,3 @@ def kept_student(run: Run, records: Records, results: Path) -> tuple[nn.Module, 
     network = new_classifier(records, run.spec.seed, Training.of(settings))
     load_state(network, student_weights(run.weights()), run.folder / MODEL)
     return network, settings["crop_seconds"]
-
-
-def calibration_rows(records: Records, result: Result) -> list[dict]:
-    """Expected calibration error on folds 9 and 10 as rows of the study's tables."""
-    rows = []
-    for name in ("validation", "test"):
-        targets, _ = records.split_truth(name)
-        error = expected_calibration_error(targets, result.predictions[f"{name}/probabilities"])
-        shared = next(row for row in result.metrics if row["split"] == name)
-        own = {"metric": "expected_calibration_error", "value": error}
-        rows.append({**shared, **own, "low": np.nan, "high": np.nan})
-    return rows

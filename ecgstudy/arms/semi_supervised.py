@@ -1,8 +1,9 @@
-"""Every semi-supervised method as a run: the same backbone, start, records, batches and schedule."""
+"""Semi-supervised methods as runs: the same backbone, start, records, batches and schedule."""
 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from inspect import signature
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from ecglib.lora import (
     last_linear,
     low_rank_layers,
     merge_lora,
-    set_deactivation,
     trainable_parameters,
 )
 from ecglib.ranks import allocate_ranks
@@ -83,63 +83,49 @@ def make_network(
     return network
 
 
-# Ways to adapt a network in place before training. Each returns what it decided, for `run.json`.
-
-
 def every_weight(network: nn.Module, labelled: CropBatches, settings: Adaptation) -> dict:
     """Leave the network as it is, all of it trained."""
     return {}
 
 
-def low_rank(network: nn.Module, labelled: CropBatches, settings: Adaptation) -> dict:
-    """A low-rank pair of the full rank beside every layer."""
-    add_lora(network, settings.rank)
-    return {}
+def low_rank(
+    network: nn.Module,
+    labelled: CropBatches,
+    settings: Adaptation,
+    allocate: bool = False,
+    deactivate: bool = False,
+    start: float = 1.0,
+    **kind: bool,
+) -> dict:
+    """Put low-rank pairs beside the layers; returns their ranks and the seconds to find them.
 
-
-def nested(network: nn.Module, labelled: CropBatches, settings: Adaptation) -> dict:
-    """Pairs whose rank is drawn anew at each pass, as in DyLoRA."""
-    add_lora(network, settings.rank, nested=True)
-    return {}
-
-
-def singular(network: nn.Module, labelled: CropBatches, settings: Adaptation) -> dict:
-    """Pairs with singular values and 1.5 times the rank, as AdaLoRA begins."""
-    add_lora(network, round(1.5 * settings.rank), singular_values=True)
-    return {}
-
-
-def deactivated(network: nn.Module, labelled: CropBatches, settings: Adaptation) -> dict:
-    """Pairs of the full rank that are left out at random."""
-    add_lora(network, settings.rank, settings.deactivation)
-    return {"ranks": {name: layer.rank for name, layer in low_rank_layers(network).items()}}
-
-
-def allocated(network: nn.Module, labelled: CropBatches, settings: Adaptation) -> dict:
-    """Pairs whose rank one pass over the labelled batches decides."""
+    All have `start` times the full rank, or with `allocate` what one pass over the labelled batches
+    decides. With `deactivate` they are left out at random. `kind` goes to `LowRankLayer`.
+    """
     started = time.perf_counter()
-    steps = max(len(labelled.indices) // labelled.batch_size, 1)
-    batches = (labelled(step) for step in range(steps))
-    ranks = allocate_ranks(network, batches, settings.rank, settings.share, settings.score)
-    seconds = time.perf_counter() - started
-    add_lora(network, ranks)
+    ranks = round(start * settings.rank)
+    if allocate:
+        steps = max(len(labelled.indices) // labelled.batch_size, 1)
+        batches = (labelled(step) for step in range(steps))
+        ranks = allocate_ranks(network, batches, settings.rank, settings.share, settings.score)
+    seconds = time.perf_counter() - started if allocate else 0.0
+    add_lora(network, ranks, settings.deactivation if deactivate else 0.0, **kind)
+    ranks = {name: layer.rank for name, layer in low_rank_layers(network).items()}
     return {"ranks": ranks, "rank_pass_seconds": seconds}
 
 
-def allocated_and_deactivated(
-    network: nn.Module, labelled: CropBatches, settings: Adaptation
-) -> dict:
-    """Both, as in CE-SSL."""
-    notes = allocated(network, labelled, settings)
-    set_deactivation(network, settings.deactivation)
-    return notes
+allocated = partial(low_rank, allocate=True)
+deactivated = partial(low_rank, deactivate=True)
+allocated_and_deactivated = partial(low_rank, allocate=True, deactivate=True)  # CE-SSL
+nested = partial(low_rank, nested=True)  # DyLoRA
+singular = partial(low_rank, start=1.5, singular_values=True)  # AdaLoRA
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What makes a semi-supervised method: `adapt(network, labelled, settings)` is one of the ways
-    above, `objective(network, task)` gives the loss around the adapted network, and `unlabelled`
-    says whether it learns from unlabelled records at all.
+    """What makes a semi-supervised method: `adapt(network, labelled, settings)` changes the network
+    in place, as those above, and returns what it decided, `objective(network, task)` gives the loss
+    around the adapted network, and `unlabelled` says whether it learns from unlabelled records.
     """
 
     objective: Callable[[nn.Module, Task], nn.Module]
@@ -147,13 +133,25 @@ class Recipe:
     unlabelled: bool = True
 
     def prepare(
-        self, network: nn.Module, batches: SemiBatches, task: Task
+        self,
+        network: nn.Module,
+        records: Records,
+        pools: tuple[np.ndarray, np.ndarray],
+        settings: Adaptation,
+        seed: int = 0,
+        device: str = "cpu",
     ) -> tuple[nn.Module, SemiBatches | CropBatches, dict]:
-        """Adapt `network`; its objective, the batches to learn from, and what was decided."""
-        notes = self.adapt(network, batches.labelled, task.settings)
-        objective = self.objective(network, task)
+        """Adapt `network`; its objective, the batches to learn from, and what was decided.
+
+        `pools` are the positions of the labelled and of the unlabelled records.
+        """
+        crops = (settings.batch_size, settings.ratio, settings.crop_seconds)
+        batches = SemiBatches(records, *pools, *crops, seed, device)
+        network.to(device)
+        notes = self.adapt(network, batches.labelled, settings)
+        objective = self.objective(network, Task(len(records.classes), len(pools[1]), settings))
         notes["trained_parameters"] = sum(p.numel() for p in trainable_parameters(network))
-        return objective, batches if self.unlabelled else batches.labelled, notes
+        return objective.to(device), batches if self.unlabelled else batches.labelled, notes
 
 
 @dataclass(frozen=True)
@@ -179,28 +177,18 @@ class Adapted(Labelled):
     def compute(self, study: Study, workspace: Path) -> Result:
         settings = self.adaptation
         records = study.records
-        classes = len(records.classes)
         labelled = self.subset.positions(records)
-        unlabelled = np.setdiff1d(records.split["train"], labelled)
-        batches = SemiBatches(
-            records,
-            labelled,
-            unlabelled,
-            settings.batch_size,
-            settings.ratio,
-            settings.crop_seconds,
-            self.seed,
-            study.device,
+        pools = (labelled, np.setdiff1d(records.split["train"], labelled))
+        start = self.start.weights()
+        network = make_network(settings.backbone, len(records.classes), self.seed, start)
+        objective, batches, notes = self.recipe.prepare(
+            network, records, pools, settings, self.seed, study.device
         )
-        network = make_network(settings.backbone, classes, self.seed, self.start.weights())
-        network = network.to(study.device)
-        task = Task(classes, len(unlabelled), settings.steps, settings)
-        objective, source, notes = self.recipe.prepare(network, batches, task)
         pairs = low_rank_layers(network)
         report = getattr(objective, "report", dict)
         history = fit(
-            objective.to(study.device),
-            source,
+            objective,
+            batches,
             settings.steps,
             learning_rate=settings.low_rank_learning_rate if pairs else settings.learning_rate,
             weight_decay=settings.weight_decay,

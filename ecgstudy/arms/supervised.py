@@ -34,6 +34,30 @@ class Labelled(Job):
         """The seed of the subset, which also draws weights and batches."""
         return self.subset.seed
 
+    def train(
+        self,
+        study: Study,
+        classifier: nn.Module,
+        workspace: Path,
+        groups: list[dict] | None = None,
+    ) -> Result:
+        """The result of a classifier trained on the labelled records by the job's `training`, with
+        parameter `groups` that have rates of their own where they are given.
+        """
+        training = self.training
+        labelled = self.subset.positions(study.records)
+        history = train_classifier(
+            classifier,
+            study.records,
+            labelled,
+            self.seed,
+            training,
+            workspace,
+            study.device,
+            groups=groups,
+        )
+        return classifier_result(study, classifier, labelled, training.crop_seconds, history)
+
 
 @dataclass(frozen=True)
 class FromScratch(Labelled):
@@ -51,12 +75,8 @@ class FromScratch(Labelled):
         return (encoder_maker(self.training.encoder),)
 
     def compute(self, study: Study, workspace: Path) -> Result:
-        labelled = self.subset.positions(study.records)
         classifier = new_classifier(study.records, self.seed, self.training)
-        history = train_classifier(
-            classifier, study.records, labelled, self.seed, self.training, workspace, study.device
-        )
-        return classifier_result(study, classifier, labelled, self.training.crop_seconds, history)
+        return self.train(study, classifier, workspace)
 
 
 def classifier_result(

@@ -17,9 +17,9 @@ from ecglib.checkpoints import load_state
 from ecglib.encoders import encoder_maker
 from ecglib.probe import probe_layer, probe_subsets
 from ecglib.records import Records
-from ecglib.supervised import Classifier, Training, new_classifier, train_classifier
+from ecglib.supervised import Classifier, Training, new_classifier
 from ecglib.train import parameter_groups
-from ecgstudy.arms.supervised import Labelled, classifier_result, scored_result
+from ecgstudy.arms.supervised import Labelled, scored_result
 from ecgstudy.runs import MODEL, Result, Run
 from ecgstudy.study import LabelSubset, Study
 
@@ -156,17 +156,7 @@ class FineTuned(Labelled):
         labelled = self.subset.positions(study.records)
         classifier = start_classifier(study.records, labelled, self.start, training, self.seed)
         groups = layerwise_groups(classifier, training.weight_decay, training.layer_factor)
-        history = train_classifier(
-            classifier,
-            study.records,
-            labelled,
-            self.seed,
-            training,
-            workspace,
-            study.device,
-            groups=groups,
-        )
-        return classifier_result(study, classifier, labelled, training.crop_seconds, history)
+        return self.train(study, classifier, workspace, groups)
 
 
 def start_classifier(

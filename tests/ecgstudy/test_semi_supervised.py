@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ecglib.batches import SemiBatch, SemiBatches
+from ecglib.batches import SemiBatch
 from ecglib.errors import DataError
 from ecglib.labels import label_subsets
 from ecglib.records import Records
-from ecglib.semisup import Adaptation, Task
+from ecglib.semisup import Adaptation
 from ecglib.sources.simulate import simulate_records
 from ecglib.supervised import Training
 from ecglib.train import fit
@@ -86,10 +86,10 @@ def test_a_stopped_run_ends_in_the_same_weights(
     def trained(folder: Path | None, stops: bool) -> dict[str, torch.Tensor]:
         labelled = label_subsets(records, [0.1], 0)[0.1]
         others = np.setdiff1d(records.split["train"], labelled)
-        batches = SemiBatches(records, labelled, others, 6, 1, 2.5, 0)
         network = make_network("conv_transformer_small", 5, 0)
-        task = Task(5, len(others), 8, ADAPTATION)
-        objective, _, _ = METHODS[method].recipe.prepare(network, batches, task)
+        settings = replace(ADAPTATION, steps=8, ratio=1)
+        recipe = METHODS[method].recipe
+        objective, batches, _ = recipe.prepare(network, records, (labelled, others), settings)
 
         def interrupted(step: int) -> SemiBatch:
             if stops and step == 5:
