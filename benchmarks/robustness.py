@@ -20,8 +20,10 @@ import torch
 
 from ecglib.evaluate.windows import WINDOWS_TOGETHER, record_windows
 from ecglib.records import Records
+from ecgstudy.analysis.robustness import STUDIES, noise_arms
 from ecgstudy.arms import noise
 from ecgstudy.arms.trained import trained_classifier
+from ecgstudy.study import Study
 from ecgstudy.runs import Run, machine
 
 
@@ -44,16 +46,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=Path("results/laptop"))
-    parser.add_argument("--studies", nargs="+", default=list(noise.STUDIES))
+    parser.add_argument("--studies", nargs="+", default=list(STUDIES))
     parser.add_argument("--methods", nargs="*", default=[])
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(1)
     everything = Records.load(options.results / "records")
     records = everything.labelled
-    arms = noise.noise_arms(options.results, records, 1.0, options.studies, options.methods)
+    arms = noise_arms(options.results, records, 1.0, options.studies, options.methods)
     test = len(records.split["test"])
-    conditions = len(noise.conditions_of(noise.KINDS, noise.SNRS))
+    conditions = len(noise.NoiseGrid().conditions)
     print(
         f"{machine()}, {options.workers} worker(s) of one thread; {len(arms)} classifiers, "
         f"{test} records"
@@ -72,7 +74,8 @@ def main() -> None:
             if "-noise-" not in path.name:
                 os.symlink(path.resolve(), Path(folder) / "runs" / path.name)
         before, started = os.times(), time.perf_counter()
-        noise.score_under_noise(arms, records, folder, workers=options.workers)
+        study = Study(records, Path(folder), workers=options.workers)
+        noise.score_under_noise(study, arms, noise.NoiseGrid())
         wall, after = time.perf_counter() - started, os.times()
     own = after.user + after.system - before.user - before.system
     print(

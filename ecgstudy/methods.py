@@ -27,10 +27,14 @@ from ecgstudy.study import LabelSubset, Study
 
 @dataclass(frozen=True)
 class Method:
-    """How a method is shown: `label` in tables and figures, `colour` in figures."""
+    """How a method is shown: `label` in tables and figures, `colour` in figures.
+
+    `noise` says whether it is scored under noise in notebook 15.
+    """
 
     label: str
     colour: str
+    noise: bool = field(default=True, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -124,71 +128,86 @@ METHODS: dict[str, Method] = {
         "ecglib.selfsup.patient_pairs:PatientPairs",
         "ecglib.batches:PatientBatches",
     ),
-    "frozen": Method("linear probe", "0.6"),
+    "frozen": Method("linear probe", "0.6", noise=False),
     "ce_ssl": SemiSupervised("CE-SSL", "#0173b2", CE_SSL, f"{ADAPT}allocated_and_deactivated"),
     "ce_ssl_without_deactivation": SemiSupervised(
-        "CE-SSL without deactivation", "#56b4e9", CE_SSL, f"{ADAPT}allocated"
+        "CE-SSL without deactivation", "#56b4e9", CE_SSL, f"{ADAPT}allocated", noise=False
     ),
     "ce_ssl_without_allocation": SemiSupervised(
-        "CE-SSL without allocation", "#029e73", CE_SSL, f"{ADAPT}deactivated"
+        "CE-SSL without allocation", "#029e73", CE_SSL, f"{ADAPT}deactivated", noise=False
     ),
     "ce_ssl_without_norm": SemiSupervised(
-        "CE-SSL without norm", "#949494", CUTMIX, f"{ADAPT}allocated_and_deactivated", False
+        "CE-SSL without norm",
+        "#949494",
+        CUTMIX,
+        f"{ADAPT}allocated_and_deactivated",
+        False,
+        noise=False,
     ),
+    "fixmatch": SemiSupervised("FixMatch", "#d55e00", f"{FIXMATCH}make_fixmatch"),
     "supervised_cutmix": SemiSupervised(
         "supervised with CutMix", "black", CUTMIX, unlabelled=False
     ),
-    "fixmatch": SemiSupervised("FixMatch", "#d55e00", f"{FIXMATCH}make_fixmatch"),
-    "flexmatch": SemiSupervised("FlexMatch", "#de8f05", f"{FIXMATCH}make_flexmatch"),
-    "softmatch": SemiSupervised("SoftMatch", "#ca9161", f"{FIXMATCH}make_softmatch"),
+    "flexmatch": SemiSupervised("FlexMatch", "#de8f05", f"{FIXMATCH}make_flexmatch", noise=False),
+    "softmatch": SemiSupervised("SoftMatch", "#ca9161", f"{FIXMATCH}make_softmatch", noise=False),
     "mixed_teacher": SemiSupervised(
-        "MixedTeacher", "#cc78bc", "ecglib.semisup.mixed_teacher:make_mixed_teacher"
+        "MixedTeacher", "#cc78bc", "ecglib.semisup.mixed_teacher:make_mixed_teacher", noise=False
     ),
     "fixmatch_lora": SemiSupervised(
-        "FixMatch with LoRA", "#ece133", f"{FIXMATCH}make_fixmatch", f"{ADAPT}low_rank"
+        "FixMatch with LoRA", "#ece133", f"{FIXMATCH}make_fixmatch", f"{ADAPT}low_rank", noise=False
     ),
     "fixmatch_adalora": SemiSupervised(
-        "FixMatch with AdaLoRA", "#fbafe4", f"{FIXMATCH}make_adalora", f"{ADAPT}singular"
+        "FixMatch with AdaLoRA",
+        "#fbafe4",
+        f"{FIXMATCH}make_adalora",
+        f"{ADAPT}singular",
+        noise=False,
     ),
     "fixmatch_dylora": SemiSupervised(
-        "FixMatch with DyLoRA", "#730014", f"{FIXMATCH}make_fixmatch", f"{ADAPT}nested"
+        "FixMatch with DyLoRA", "#730014", f"{FIXMATCH}make_fixmatch", f"{ADAPT}nested", noise=False
     ),
-    "supervised_noised": SelfEvolving("supervised with noise", "black", LABELS_ALONE),
     "oracle": SelfEvolving(
-        "oracle", "0.6", Arm(distl, pretext=0.0, unlabelled=False, all_labels=True)
+        "oracle", "0.6", Arm(distl, pretext=0.0, unlabelled=False, all_labels=True), noise=False
     ),
     "distl": SelfEvolving("DISTL", "#0173b2", Arm(distl, taught=True)),
-    "noisy_student": SelfEvolving("noisy student", "#de8f05", Arm(distl, pretext=0.0, taught=True)),
+    "supervised_noised": SelfEvolving("supervised with noise", "black", LABELS_ALONE),
+    "noisy_student": SelfEvolving(
+        "noisy student", "#de8f05", Arm(distl, pretext=0.0, taught=True), noise=False
+    ),
     "dino_fine_tuned": SelfEvolving(
-        "DINO, fine-tuned", "#cc78bc", Arm(distl, pretext=1.0, tuned=True)
+        "DINO, fine-tuned", "#cc78bc", Arm(distl, pretext=1.0, tuned=True), noise=False
     ),
     "distl_without_correction": SelfEvolving(
-        "DISTL without correction", "#56b4e9", Arm(distl, corrected=False, taught=True)
+        "DISTL without correction", "#56b4e9", Arm(distl, corrected=False, taught=True), noise=False
     ),
     "distl_without_noise": SelfEvolving(
-        "DISTL without noise", "#029e73", Arm(distl, noised=False, taught=True)
+        "DISTL without noise", "#029e73", Arm(distl, noised=False, taught=True), noise=False
     ),
-    "fixmatch_noised": SelfEvolving("FixMatch with the same noise", "#d55e00", Arm(fixmatch)),
+    "fixmatch_noised": SelfEvolving(
+        "FixMatch with the same noise", "#d55e00", Arm(fixmatch), noise=False
+    ),
     "dvme": TrainedFusion("DVME", "#0173b2", keep=True),
     "dvme_random_start": TrainedFusion(
-        "DVME from random weights", "#56b4e9", options={"votes": False}
+        "DVME from random weights", "#56b4e9", options={"votes": False}, noise=False
     ),
     "uniform_attention": TrainedFusion(
-        "uniform attention", "#de8f05", options={"mixing": "uniform"}
+        "uniform attention", "#de8f05", options={"mixing": "uniform"}, noise=False
     ),
-    "softmax_gate": TrainedFusion("softmax gate", "#029e73", options={"mixing": "gate"}),
+    "softmax_gate": TrainedFusion(
+        "softmax gate", "#029e73", options={"mixing": "gate"}, noise=False
+    ),
     "perceptron": TrainedFusion(
-        "matched perceptron", "#d55e00", "ecgstudy.arms.fusion:perceptron_stack"
+        "matched perceptron", "#d55e00", "ecgstudy.arms.fusion:perceptron_stack", noise=False
     ),
-    "alone": FusionOfProbes("one encoder", "0.6", "ecgstudy.arms.fusion:alone"),
+    "alone": FusionOfProbes("one encoder", "0.6", "ecgstudy.arms.fusion:alone", noise=False),
     "best_single": FusionOfProbes(
-        "best single encoder", "black", "ecgstudy.arms.fusion:best_single"
+        "best single encoder", "black", "ecgstudy.arms.fusion:best_single", noise=False
     ),
     "concatenation": FusionOfProbes(
-        "concatenation + logistic", "#ca9161", "ecgstudy.arms.fusion:concatenation"
+        "concatenation + logistic", "#ca9161", "ecgstudy.arms.fusion:concatenation", noise=False
     ),
     "mean_of_logits": FusionOfProbes(
-        "mean of logits", "#949494", "ecgstudy.arms.fusion:mean_of_logits"
+        "mean of logits", "#949494", "ecgstudy.arms.fusion:mean_of_logits", noise=False
     ),
 }
 SPARE_COLOURS = ("#fbafe4", "#ece133", "#56b4e9", "#730014", "#4a6a2f", "#3b3b98")

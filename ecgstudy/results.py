@@ -1,4 +1,4 @@
-"""Where tables and figures are kept: `results/tables/NAME.csv`, `results/figures/NAME.svg`."""
+"""Where the study keeps its tables, `tables/NAME.csv`, and figures, `figures/NAME.svg`."""
 
 from pathlib import Path
 

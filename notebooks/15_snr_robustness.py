@@ -33,9 +33,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ecglib.records import Records
+from ecgstudy.study import Study
 
-records = Records.load(Path(results) / "records").labelled
+study = Study.open(results, workers)
+records = study.records
 rate, test = records.sampling_rate, records.split["test"]
 clean = torch.from_numpy(records.millivolts(test))
 note = f"{records.name}, fold 10{records.caveat}"
@@ -207,21 +208,12 @@ pd.DataFrame({"measured here (dB)": measured, "PTB-XL's mean power (dB)": noted}
 # trained with few labels, and each row says how many. DVME of notebook 10 asks all its frozen encoders.
 
 # %%
-from ecgstudy.arms.noise import arm_of, noise_arms, score_under_noise
-from ecglib.train import default_device
+from ecgstudy.analysis.robustness import noise_arms
+from ecgstudy.arms.noise import NoiseGrid, arm_of, score_under_noise
 
 arms = noise_arms(results, records, fraction, studies, methods)
-scores = score_under_noise(
-    arms,
-    records,
-    results,
-    kinds,
-    snr_db,
-    mains=mains,
-    draws=draws,
-    device=default_device(),
-    workers=workers,
-)
+grid = NoiseGrid(kinds, snr_db, mains=mains, draws=draws)
+scores = score_under_noise(study, arms, grid)
 
 # %%
 from ecglib.evaluate.metrics import absent_classes, class_auroc
@@ -244,8 +236,7 @@ clean_scores.style.format(precision=3).hide(axis="index").set_caption(
 # the larger the signal was, so that its size tells something of the heart: the price of any comparison at a fixed SNR.
 
 # %%
-from ecgstudy.analysis.robustness import plot_robustness
-from ecgstudy.analysis.robustness import robustness_table
+from ecgstudy.analysis.robustness import plot_robustness, robustness_table
 
 table = robustness_table(scores)
 figure = plot_robustness(table, f"Macro AUROC under noise: {note}")
@@ -264,8 +255,8 @@ from ecgstudy.results import save_table
 from ecgstudy.analysis.robustness import threshold_table
 
 thresholds = threshold_table(scores, limit)
-for name, frame in {"robustness": table, "robustness_threshold": thresholds}.items():
-    save_table(frame, name, results)
+save_table(table, "robustness", results)
+save_table(thresholds, "robustness_threshold", results)
 told = thresholds.pivot(
     index=["protocol", "encoder", "method", "fraction", "clean"], columns="kind", values="told"
 )

@@ -1,26 +1,24 @@
-"""Where records come from: each module reads one source and returns `ecglib.records.Records`."""
+"""Where records come from: each module reads one source and returns `ecglib.records.Records`.
 
-from collections.abc import Callable, Mapping
+A new source is a file and an entry here.
+"""
+
 from pathlib import Path
+from pkgutil import resolve_name
 
 from ecglib.errors import DataError
 from ecglib.records import Records
-from ecglib.sources import cinc2021, code15, ludb, ptbxl
-from ecglib.sources.cinc2021 import read_cinc2021
-from ecglib.sources.code15 import read_code15
 from ecglib.sources.index_files import existing_folder
-from ecglib.sources.ludb import read_ludb
-from ecglib.sources.ptbxl import read_ptbxl
-from ecglib.sources.wfdb_folder import read_wfdb_folder
 
-LABELS = "labels.csv"
-# The file by which a folder is recognised -> its reader, called with folder, task and rate in Hz.
-READERS: Mapping[str, Callable[[Path, str, int], Records]] = {
-    ptbxl.INDEX: lambda folder, task, rate: read_ptbxl(folder, task, sampling_rate=rate),
-    code15.INDEX: lambda folder, task, rate: read_code15(folder, sampling_rate=rate),
-    ludb.INDEX: lambda folder, task, rate: read_ludb(folder, sampling_rate=rate),
-    LABELS: lambda folder, task, rate: read_wfdb_folder(folder, LABELS, sampling_rate=rate),
+# The file by which a folder is recognised: where its reader is. Only the reader asked for is
+# imported, so that an edit of one leaves the runs that do not read with it as they are.
+READERS = {
+    "ptbxl_database.csv": "ecglib.sources.ptbxl:read_ptbxl",
+    "exams.csv": "ecglib.sources.code15:read_code15",
+    "ludb.csv": "ecglib.sources.ludb:read_ludb",
+    "labels.csv": "ecglib.sources.wfdb_folder:read_wfdb_folder",
 }
+CINC2021 = "ecglib.sources.cinc2021"  # recognised by the names of its folders
 
 
 def read_source(folder: str | Path, task: str = "superclass", sampling_rate: int = 100) -> Records:
@@ -32,19 +30,19 @@ def read_source(folder: str | Path, task: str = "superclass", sampling_rate: int
     set of classes each.
     """
     folder = existing_folder(folder, "the ECG files")
-    for index, read in READERS.items():
+    options = {"ptbxl_database.csv": {"task": task}, "labels.csv": {"labels_csv": "labels.csv"}}
+    for index, reader in READERS.items():
         if (folder / index).exists():
-            return read(folder, task, sampling_rate)
-    datasets = [name for name, part in cinc2021.DATASETS.items() if folder.name in part.folders]
-    if len(datasets) > 1:
-        raise DataError(
-            f"{folder}: a folder of this name holds {' and '.join(datasets)}; separate them and "
-            "name each after its data set, such as WFDB_Ningbo."
-        )
-    if not datasets:
+            chosen = options.get(index, {})
+            return resolve_name(reader)(folder, sampling_rate=sampling_rate, **chosen)
+    cinc2021 = resolve_name(CINC2021)
+    dataset = cinc2021.dataset_of(folder)
+    if dataset is None:
         raise DataError(
             f"{folder}: holds none of ptbxl_database.csv (PTB-XL), exams.csv (CODE-15 %), ludb.csv "
             "(LUDB) or labels.csv (your own WFDB records, see the README), and has no name of a "
             "CinC 2021 data set such as WFDB_Ga; give the folder that does."
         )
-    return read_cinc2021(folder, datasets[0], sampling_rate=sampling_rate, keep_without_class=False)
+    return cinc2021.read_cinc2021(
+        folder, dataset, sampling_rate=sampling_rate, keep_without_class=False
+    )

@@ -63,6 +63,19 @@ NO_PATIENTS = (
 CE_SSL_DATASETS = ("georgia", "ptb-xl", "ningbo", "chapman")
 
 
+def dataset_of(folder: Path) -> str | None:
+    """The one of `DATASETS` that a folder of this name holds, None for another name; DataError for
+    a name that several have.
+    """
+    datasets = [name for name, part in DATASETS.items() if folder.name in part.folders]
+    if len(datasets) > 1:
+        raise DataError(
+            f"{folder}: a folder of this name holds {' and '.join(datasets)}; separate them and "
+            "name each after its data set, such as WFDB_Ningbo."
+        )
+    return datasets[0] if datasets else None
+
+
 def read_cinc2021(
     folder: str | Path,
     dataset: str,

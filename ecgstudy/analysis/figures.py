@@ -14,22 +14,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ecglib.errors import DataError
+from ecgstudy.methods import SPARE_COLOURS, method
 
 MARKERS = "osD^vPXhp*"
 LINE_STYLES = ("-", "--", ":", "-.", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
-CONTROLS = {
-    **dict.fromkeys(("supervised", "supervised_cutmix", "supervised_noised"), "black"),
-    **dict.fromkeys(("random", "oracle"), "0.6"),
-}
-LABELS = {"best_single": "best single encoder"}
 PALETTE = [colour for place, colour in enumerate(sns.color_palette("colorblind")) if place != 7]
 
 
-def method_label(method: str) -> str:
+def method_label(name: str) -> str:
     """A method's name in a figure."""
-    for name, written in (("ce_ssl", "CE-SSL"), ("distl", "DISTL"), ("dvme", "DVME")):
-        method = method.replace(name, written)
-    return LABELS.get(method, method.replace("_", " "))
+    return method(name).label
 
 
 def arm_label(method: str, encoder: str) -> str:
@@ -42,12 +36,18 @@ def percent_label(fraction: float) -> str:
     return f"{100 * fraction:g} % of the labels"
 
 
-def method_colours(methods: Iterable[str]) -> dict[str, object]:
-    """Each colour: the controls black and grey, every other method with one of its own."""
-    methods = [name for name in dict.fromkeys(methods) if name not in CONTROLS]
-    many = len(methods) > len(PALETTE)
-    palette = sns.husl_palette(len(methods), l=0.5) if many else PALETTE
-    return CONTROLS | dict(zip(methods, palette))
+def method_colours(names: Iterable[str]) -> dict[str, str]:
+    """Each method's colour. The later one of two methods that share one gets a spare colour; the
+    controls stay black and grey.
+    """
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        colour = method(name).colour
+        if colour in set(found.values()) - {"black", "0.6"}:
+            spare = [*SPARE_COLOURS, *sns.husl_palette(len(found) + 1, l=0.5).as_hex()]
+            colour = next(each for each in spare if each not in found.values())
+        found[name] = colour
+    return found
 
 
 def looks(names: Iterable, choices: Sequence) -> dict:

@@ -15,9 +15,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ecglib.errors import DataError
 from ecglib.evaluate.draws import Interval, first_crossing, percentile_interval
 from ecglib.noise import KINDS
-from ecglib.records import LEADS
+from ecglib.records import LEADS, Records
 from ecgstudy.analysis.figures import (
     MARKERS,
     PALETTE,
@@ -31,8 +32,10 @@ from ecgstudy.analysis.figures import (
 )
 from ecgstudy.analysis.gains import gain_row
 from ecgstudy.arms.noise import CLEAN, NoiseScores, arm_of
-from ecgstudy.runs import Run, find_run
+from ecgstudy.methods import METHODS, method
+from ecgstudy.runs import Run, find_run, kept_runs
 
+STUDIES = ("label_efficiency", "semi_supervised", "self_evolving", "fusion")
 LIMIT = 0.05  # of macro AUROC, that a classifier may lose
 # The augmentations that show a network a kind of noise.
 TAUGHT = {
@@ -114,9 +117,9 @@ def plot_robustness(table: pd.DataFrame, title: str | None = None) -> Figure:
     for axes, kind in zip(grid.flat, kinds):
         own = table[table["kind"] == kind].sort_values("snr_db").replace({"snr_db": {CLEAN: clean}})
         for arm, line in own.groupby(list(columns[:4]), sort=False):
-            method, protocol, encoder, fraction = arm
-            look = {"color": colours[method], "marker": markers[encoder], "markersize": 3.2}
-            label = f"{arm_label(method, encoder)}, {protocol}, {100 * fraction:g} %"
+            name, protocol, encoder, fraction = arm
+            look = {"color": colours[name], "marker": markers[encoder], "markersize": 3.2}
+            label = f"{arm_label(name, encoder)}, {protocol}, {100 * fraction:g} %"
             style = STYLES.get(protocol, "--")
             axes.plot(line["snr_db"], line["auroc"], linestyle=style, label=label, **look)
         axes.set_title(_noise_name(kind))
@@ -132,6 +135,61 @@ def plot_robustness(table: pd.DataFrame, title: str | None = None) -> Figure:
     handles, labels = grid[0, 0].get_legend_handles_labels()
     grid.flat[-1].legend(handles, labels, frameon=False, fontsize=7.5, loc="center", handlelength=3)
     return finish(figure, title)
+
+
+def noise_arms(
+    results: str | Path,
+    records: Records,
+    fraction: float = 1.0,
+    studies: Sequence[str] = STUDIES,
+    methods: Sequence[str] = (),
+) -> list[Run]:
+    """The runs to be scored under noise: all arms of notebook 09 at `fraction`, seed 0, and a run
+    of each method of the notebooks 12, 13 and 10 whose entry in `METHODS` says so.
+
+    That one is from the simulated start, at the last stage, of the largest fraction and of the
+    smallest seed, as far as there are several. `methods`, where given, leaves others out. DataError
+    where a study's list is missing or has no run at `fraction`.
+    """
+    unknown = [study for study in studies if study not in STUDIES]
+    if unknown:
+        raise DataError(f"There is no study {unknown[0]!r}; choose from {', '.join(STUDIES)}.")
+    arms = []
+    for study in studies:
+        runs = kept_runs(study, results, records)
+        whole = study == "label_efficiency"
+        arms += _at_fraction(runs, fraction) if whole else _one_per_method(runs)
+    chosen = [run for run in arms if not methods or run.spec.method in methods]
+    if not chosen:
+        raise DataError(
+            f"No run of {', '.join(studies)} is by {', '.join(methods)}; choose other methods."
+        )
+    return chosen
+
+
+def _at_fraction(runs: Sequence[Run], fraction: float) -> list[Run]:
+    """The runs at one fraction, seed 0."""
+    found = [run for run in runs if run.spec.fraction == fraction and run.spec.seed == 0]
+    if not found:
+        there = ", ".join(f"{value:g}" for value in sorted({run.spec.fraction for run in runs}))
+        raise DataError(
+            f"No arm of notebook 09 was run at a fraction of {fraction:g}; choose one of {there}."
+        )
+    return found
+
+
+def _one_per_method(runs: Sequence[Run]) -> list[Run]:
+    """The run of each method in the order of `METHODS`, those without an entry at the end."""
+
+    def preference(run: Run) -> tuple:
+        other = run.spec.value("start") not in (None, "simulated")
+        return other, -run.spec.settings.get("stage", 0), -run.spec.fraction, run.spec.seed
+
+    first: dict[str, Run] = {}
+    for run in sorted(runs, key=preference):
+        first.setdefault(run.spec.method, run)
+    names = [name for name in dict.fromkeys([*METHODS, *first]) if name in first]
+    return [first[name] for name in names if method(name).noise]
 
 
 def robustness_table(scores: NoiseScores) -> pd.DataFrame:
@@ -229,9 +287,9 @@ def loss_gains(scores: NoiseScores, families: Mapping[str, Sequence[str]]) -> pd
         kinds = [kind for kind in kinds if kind in scores.kinds]
         by_protocol: dict[str, list] = {}
         for cell, place in cells.items():
-            method, protocol, encoder, fraction = cell
+            name, protocol, encoder, fraction = cell
             control = cells.get(("supervised", "supervised", encoder, fraction))
-            pretrained = protocol in ("frozen", "fine-tuned") and method != "random"
+            pretrained = protocol in ("frozen", "fine-tuned") and name != "random"
             if not kinds or control is None or not pretrained:
                 continue
             value, drawn = _mean_loss(scores, place, kinds)

@@ -6,9 +6,11 @@ import pytest
 
 from ecglib.errors import DataError
 from ecgstudy.analysis.cost import COSTS, plot_cost, plot_ranks
+from ecgstudy.analysis.figures import method_colours, method_label
 from ecgstudy.analysis.fusion import plot_similarity, plot_token_weights
 from ecgstudy.analysis.gains import plot_gains
-from ecgstudy.analysis.label_curve import plot_label_curve
+from ecgstudy.analysis.label_curve import plot_label_curve, plot_label_efficiency
+from ecgstudy.analysis.robustness import plot_robustness
 from ecgstudy.analysis.self_evolving import plot_stages
 from ecgstudy.analysis.training_curves import plot_training
 from ecgstudy.results import save_figure
@@ -152,9 +154,9 @@ def test_gains_have_a_row_an_arm_and_are_filled_where_sure():
     )
     few, many = plot_gains(gains, row="arm", colour="protocol").axes
     assert [text.get_text() for text in few.get_yticklabels()] == [
-        "random, b",
-        "random, a",
-        "byol, a",
+        "never trained, b",
+        "never trained, a",
+        "BYOL, a",
     ]
     filled = [
         line.get_markerfacecolor() != "white" for line in few.lines if line.get_marker() == "o"
@@ -178,8 +180,8 @@ def test_one_methods_gains_have_a_panel_a_measure():
     panels = plot_gains(gains, panel="metric", colour="fraction").axes
     assert [axes.get_title() for axes in panels] == ["macro auroc", "macro f2"]
     assert [text.get_text() for text in panels[0].get_yticklabels()] == [
-        "mixed teacher",
-        "fixmatch",
+        "MixedTeacher",
+        "FixMatch",
     ]
     assert all(
         len([line for line in axes.lines if line.get_marker() == "o"]) == 4 for axes in panels
@@ -214,7 +216,7 @@ def test_similarity_shows_every_number():
     names = ["byol", "patient_pairs"]
     axes = plot_similarity(pd.DataFrame([[1.0, 0.25], [0.25, 1.0]], names, names)).axes[0]
     assert sorted(text.get_text() for text in axes.texts) == ["0.25", "0.25", "1.00", "1.00"]
-    assert [text.get_text() for text in axes.get_xticklabels()] == ["byol", "patient pairs"]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["BYOL", "patient pairs"]
     with pytest.raises(DataError, match="byol"):
         plot_similarity(pd.DataFrame([[1.0]], ["byol"], ["swav"]))
 
@@ -229,7 +231,7 @@ def test_token_weights_have_a_panel_a_measure_and_a_dot_a_class():
     weights = pd.DataFrame(rows, columns=["measure", "class", "member", "share"])
     panels = plot_token_weights(weights).axes
     assert [axes.get_title() for axes in panels] == ["attention", "gradient x input"]
-    assert [text.get_text() for text in panels[0].get_yticklabels()] == ["swav", "byol"]
+    assert [text.get_text() for text in panels[0].get_yticklabels()] == ["SwAV", "BYOL"]
     dots = [line for line in panels[0].lines if line.get_marker() == "o"]
     assert [list(line.get_xdata()) for line in dots] == [[0.7, 0.3]] * 2
     with pytest.raises(DataError, match="share"):
@@ -271,3 +273,24 @@ def test_stages_have_a_line_an_arm_and_the_teacher_is_dashed():
     )
     with pytest.raises(DataError, match="calibration_error"):
         plot_stages(summary.drop(columns="calibration_error"))
+
+
+def test_methods_have_a_label_and_a_colour_of_their_own_even_new_ones():
+    names = ["supervised", "random", "simclr", "ce_ssl", "my_method", "mine_too", "oracle"]
+    colours = method_colours(names)
+    assert colours["supervised"] == "black" and colours["random"] == colours["oracle"] == "0.6"
+    others = [colours[name] for name in names[2:6]]
+    assert len(set(others)) == 4 and not {"black", "0.6"} & set(others)
+    assert len(set(method_colours(f"method_{place}" for place in range(30)).values())) == 30
+    assert (method_label("ce_ssl"), method_label("my_method")) == ("CE-SSL", "my method")
+
+
+def test_more_encoders_than_line_styles_and_markers_can_be_drawn():
+    encoders = [f"encoder {place}" for place in range(12)]
+    summary = pd.DataFrame({"encoder": encoders, "value": 0.8, "low": 0.7, "high": 0.9})
+    summary = summary.assign(method="supervised", protocol="supervised", fraction=1.0)
+    figure = plot_label_efficiency(summary, 100)
+    assert [len(axes.containers) for axes in figure.axes] == [12, 12]
+    table = summary.assign(kind="white", snr_db=np.inf, auroc=0.8)
+    table = pd.concat([table, table.assign(snr_db=6.0, auroc=0.7)])
+    assert len(plot_robustness(table).axes[0].lines) == 12 + 1

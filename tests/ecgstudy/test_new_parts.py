@@ -13,9 +13,9 @@ from ecglib.encoders import ENCODERS
 from ecglib.records import Records
 from ecgstudy.analysis.gains import transfer_gains
 from ecgstudy.analysis.label_curve import plot_label_efficiency
-from ecgstudy.analysis.robustness import plot_robustness, robustness_table
+from ecgstudy.analysis.robustness import noise_arms, plot_robustness, robustness_table
 from ecgstudy.analysis.summary import seed_summary
-from ecgstudy.arms.noise import noise_arms, score_under_noise
+from ecgstudy.arms.noise import NoiseGrid, score_under_noise
 from ecgstudy.arms.pretrain import keep_pretrained, pretrained_runs, untrained
 from ecgstudy.arms.semi_supervised import Start
 from ecgstudy.arms.supervised import FromScratch
@@ -97,7 +97,7 @@ def test_they_stand_under_noise(curve, semi, study):
     studies = ("label_efficiency", "semi_supervised")
     arms = noise_arms(study.results, study.records, studies=studies)
     assert {PRETEXT, CONSISTENCY} <= {run.spec.method for run in arms}
-    scores = score_under_noise(arms, study.records, study.results, ["white"], [0.0], draws=20)
+    scores = score_under_noise(study, arms, NoiseGrid(["white"], [0.0], draws=20))
     table = robustness_table(scores)
     assert {PRETEXT, CONSISTENCY} <= set(table["method"])
     assert {"Toy pretext", "Toy consistency"} <= set(

@@ -23,8 +23,10 @@ from ecglib.noise import add_noise, measured_snr, record_generator
 from ecglib.records import Records
 from ecglib.supervised import Training
 from ecgstudy.analysis.localisation import record_probabilities
+from ecgstudy.analysis import robustness
 from ecgstudy.analysis.robustness import (
     loss_gains,
+    noise_arms,
     plot_noise_kinds,
     plot_robustness,
     robustness_table,
@@ -36,8 +38,9 @@ from ecgstudy.arms import noise
 from ecgstudy.arms.noise import (
     NoiseScores,
     arm_of,
+    NoiseGrid,
+    UnderNoise,
     make_noisy,
-    noise_arms,
     score_conditions,
     score_under_noise,
 )
@@ -77,7 +80,7 @@ def arms(records, folder) -> list[Run]:
 
 @pytest.fixture(scope="module")
 def scores(records, folder, arms) -> NoiseScores:
-    return score_under_noise(arms, records, folder, KINDS, SNRS, draws=50)
+    return score_under_noise(Study(records, folder), arms, NoiseGrid(KINDS, SNRS, draws=50))
 
 
 def test_noisy_signals_are_those_of_add_noise(records, tmp_path):
@@ -93,7 +96,7 @@ def test_noisy_signals_are_those_of_add_noise(records, tmp_path):
         records.classes,
         about=records.about,
     )
-    noisy = make_noisy(records, test, tmp_path / "noisy.npy", KINDS, SNRS)
+    noisy = make_noisy(records, test, tmp_path / "noisy.npy", NoiseGrid(KINDS, SNRS))
     clean = torch.from_numpy(records.millivolts(test))
     assert noisy.conditions == [
         ("clean", math.inf),
@@ -127,7 +130,7 @@ def test_large_amplitudes_are_not_clipped(records, tmp_path):
         records.classes,
         about=records.about,
     )
-    noisy = make_noisy(records, test, tmp_path / "loud.npy", ("white",), (-20.0,))
+    noisy = make_noisy(records, test, tmp_path / "loud.npy", NoiseGrid(("white",), (-20.0,)))
     clean = torch.from_numpy(records.millivolts(test))
     assert noisy.millivolts(1, slice(None)).abs().max() > 40  # more than int16 microvolts hold
     assert (measured_snr(clean, noisy.millivolts(1, slice(None))) + 20).abs().max() < 0.02
@@ -138,10 +141,12 @@ def test_clean_scores_are_those_that_the_runs_kept(
 ):
     """One score of a classifier, a frozen probe and a DVME, wherever it is printed."""
     fused, _ = small_fusion(tmp_path, (1.0, 0.5))  # whose members have windows of their own
-    fused_scores = score_under_noise([fused], records, tmp_path, ("white",), (6.0,), draws=20)
+    fused_scores = score_under_noise(
+        Study(records, tmp_path), [fused], NoiseGrid(("white",), (6.0,), draws=20)
+    )
     assert robustness_table(fused_scores)["encoder"].unique().tolist() == ["2 encoders"]
     test = records.split["test"]
-    noisy = make_noisy(records, test, tmp_path / "clean.npy", (), ())
+    noisy = make_noisy(records, test, tmp_path / "clean.npy", NoiseGrid((), ()))
     printed = [*scores.auroc[:, 0], fused_scores.auroc[0, 0]]
     for run, value in zip([*arms, fused], printed, strict=True):
         kept = run.predictions()["test/probabilities"]
@@ -162,7 +167,7 @@ def test_clean_scores_are_those_that_the_runs_kept(
 def test_frozen_runs_with_one_encoder_share_its_features(
     records, folder, arms, tmp_path, monkeypatch
 ):
-    noisy = make_noisy(records, records.split["test"], tmp_path / "n.npy", (), ())
+    noisy = make_noisy(records, records.split["test"], tmp_path / "n.npy", NoiseGrid((), ()))
     networks = [trained_classifier(run, records, folder)[0] for run in arms[1:]]
     monkeypatch.setattr(networks[1].encoder, "forward", None)  # would fail if asked
     assert score_conditions(networks, noisy, 1.0).shape[0] == 2
@@ -185,14 +190,16 @@ def test_macro_auroc_and_its_draws_are_those_of_evaluate(records, scores, folder
 
 def test_a_scored_arm_is_kept_and_not_scored_again(records, folder, arms, scores, monkeypatch):
     monkeypatch.setattr(noise, "make_noisy", None)
-    again = score_under_noise(arms, records, folder, KINDS, SNRS, draws=50)
+    grid = NoiseGrid(KINDS, SNRS, draws=50)
+    again = score_under_noise(Study(records, folder), arms, grid)
     assert np.array_equal(again.auroc, scores.auroc) and np.array_equal(again.drawn, scores.drawn)
     assert scores.auroc.shape == (3, 5) and scores.drawn.shape == (3, 5, 50)
     assert len(list((folder / "runs").glob("*-noise-*"))) == 2  # one for each network
 
 
 def test_another_seed_is_another_noise(records, folder, arms, scores):
-    other = score_under_noise(arms[:1], records, folder, KINDS, SNRS, draws=50, seed=1)
+    grid = NoiseGrid(KINDS, SNRS, seed=1, draws=50)
+    other = score_under_noise(Study(records, folder), arms[:1], grid)
     kept = sorted((folder / "runs").glob("supervised-noise-*"))
     first, second = (
         open_run(path).predictions()[f"{arms[0].spec.key}/probabilities"] for path in kept
@@ -203,8 +210,8 @@ def test_another_seed_is_another_noise(records, folder, arms, scores):
 
 def test_the_work_can_be_sent_to_other_processes(records, folder, arms):
     cloudpickle = pytest.importorskip("cloudpickle")  # what joblib sends work with
-    score = noise._scoring({"key": arms[:1]}, records, folder, None, "cpu")
-    assert cloudpickle.loads(cloudpickle.dumps(score)).__name__ == score.__name__
+    job = UnderNoise(arms[:1], NoiseGrid(KINDS, SNRS))
+    assert cloudpickle.loads(cloudpickle.dumps(job)).settings() == job.settings()
 
 
 def test_table_has_clean_and_every_ratio(scores):
@@ -254,7 +261,7 @@ def made_scores(arms: list[dict], auroc: list[list[float]], draws: int = 400) ->
     generator, values = np.random.default_rng(0), np.array(auroc)
     shared = 0.05 * generator.normal(size=(1, 1, draws))
     drawn = values[:, :, None] + shared + 0.002 * generator.normal(size=(*values.shape, draws))
-    conditions = noise.conditions_of(("white", "muscle"), (6.0, 0.0))
+    conditions = NoiseGrid(("white", "muscle"), (6.0, 0.0)).conditions
     return NoiseScores(runs, conditions, values, drawn, 100)
 
 
@@ -330,7 +337,7 @@ def test_one_run_a_method_of_the_other_notebooks(monkeypatch, records):
             for s in (1, 0)
         ],
     }
-    monkeypatch.setattr(noise, "kept_runs", lambda name, *_: lists[name])
+    monkeypatch.setattr(robustness, "kept_runs", lambda name, *_: lists[name])
     found = [arm_of(run) for run in noise_arms("", records, 1.0, list(lists))]
     assert [(arm["method"], arm["protocol"], arm["fraction"], arm["seed"]) for arm in found] == [
         ("ce_ssl", "simulated start", 0.1, 1),
