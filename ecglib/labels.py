@@ -35,6 +35,18 @@ def patients_shared(records: Records, test_share: float = 0.1) -> tuple[float, f
     return float(on_both_sides.sum()), float(with_another_outside.sum() / sizes.sum())
 
 
+def classes_of_patients(
+    patients: Sequence[str], targets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The patient of each record as a number, the patients' names, and which classes each patient
+    has in any record, bool `(patients, classes)`.
+    """
+    patient, names = pd.factorize(np.asarray(patients, dtype=object))
+    has = np.zeros((len(names), targets.shape[1]), dtype=bool)
+    np.logical_or.at(has, patient, targets > 0)
+    return patient, names, has
+
+
 def label_subsets(
     records: Records, fractions: Sequence[float], seed: int, folds: Iterable[int] = TRAINING_FOLDS
 ) -> dict[float, np.ndarray]:
@@ -49,13 +61,10 @@ def label_subsets(
     """
     pool = np.flatnonzero(records.table["fold"].isin(list(folds)))
     fractions = sorted(fractions)
-    positive = records.targets[pool] > 0
-    _check_request(fractions, len(pool), int(positive.any(axis=0).sum()))
-    patient, names = pd.factorize(records.table["patient_id"].iloc[pool])
-    sizes = np.bincount(patient, minlength=len(names))
-    has = np.zeros((len(names), positive.shape[1]), dtype=bool)
-    np.logical_or.at(has, patient, positive)
-
+    targets = records.targets[pool]
+    _check_request(fractions, len(pool), int((targets > 0).any(axis=0).sum()))
+    patient, names, has = classes_of_patients(records.table["patient_id"].iloc[pool], targets)
+    sizes = np.bincount(patient)
     order = np.random.default_rng(seed).permutation(len(names))
     order = _cover_classes(order, fractions[0], sizes, has)
     missing = _missing_classes(order, fractions[0], sizes, has)

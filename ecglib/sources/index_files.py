@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ecglib.errors import DataError, explain_reading
+from ecglib.labels import classes_of_patients
 
 SUMS = "SHA256SUMS.txt"
 FOLDS = 10
@@ -152,12 +153,10 @@ def ten_folds(patients: Sequence[str], targets: np.ndarray) -> np.ndarray:
     rarest class first, and within a set by the SHA-256 of their name; then they are dealt to the
     folds in turn.
     """
-    codes, names = pd.factorize(np.asarray(patients, dtype=object))
-    has = np.zeros((len(names), targets.shape[1]), dtype=bool)
-    np.logical_or.at(has, codes, targets > 0)
+    patient, names, has = classes_of_patients(patients, targets)
     rarest_first = has[:, np.argsort(has.sum(axis=0), kind="stable")]
     _, group = np.unique(rarest_first, axis=0, return_inverse=True)
     keys = [hashlib.sha256(str(name).encode()).hexdigest() for name in names]
     folds = np.empty(len(names), dtype=np.int64)
     folds[np.lexsort((keys, group.reshape(-1)))] = np.arange(len(names)) % FOLDS + 1
-    return folds[codes]
+    return folds[patient]
