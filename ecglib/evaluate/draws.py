@@ -218,8 +218,7 @@ def bootstrap_interval(
     draw's mean; one absent in all records is named in a warning. statistic: auroc,
     average_precision.
     """
-    measure = _known_statistic(statistic)(targets, scores)
-    warn_of_absent_classes(targets, classes)
+    (measure,) = _measures(statistic, targets, [scores], classes)
     return PatientDraws(groups, draws, seed, level).interval(measure)
 
 
@@ -238,18 +237,24 @@ def paired_difference(
 
     The rest is as in `bootstrap_interval`.
     """
-    measure = _known_statistic(statistic)
-    sides = measure(targets, scores_a), measure(targets, scores_b)
-    warn_of_absent_classes(targets, classes)
+    sides = _measures(statistic, targets, [scores_a, scores_b], classes)
     return PatientDraws(groups, draws, seed, level).difference(*sides)
 
 
-def _known_statistic(name: str) -> Callable[[np.ndarray, np.ndarray], Measure]:
-    if name not in STATISTICS:
+def _measures(
+    statistic: str,
+    targets: np.ndarray,
+    models: Sequence[np.ndarray],
+    classes: Sequence[str] | None,
+) -> list[Measure]:
+    """The statistic of each model; absent classes are named in a warning."""
+    if statistic not in STATISTICS:
         raise DataError(
-            f"The statistic {name!r} is unknown; choose one of {', '.join(STATISTICS)}."
+            f"The statistic {statistic!r} is unknown; choose one of {', '.join(STATISTICS)}."
         )
-    return STATISTICS[name]
+    measures = [STATISTICS[statistic](targets, scores) for scores in models]
+    warn_of_absent_classes(targets, classes)
+    return measures
 
 
 def area_intervals(
@@ -300,9 +305,8 @@ def labels_needed(
     """
     fractions = sorted(curve)
     models = [goal, *(curve[fraction] for fraction in fractions)]
-    measure = together(*(auroc(targets, scores) for scores in models))
-    warn_of_absent_classes(targets, classes)
-    value, drawn = PatientDraws(groups, draws).sample(measure)
+    measures = _measures("auroc", targets, models, classes)
+    value, drawn = PatientDraws(groups, draws).sample(together(*measures))
     needed = [first_reached(fractions, column[1:], column[0]) for column in drawn.T]
     whole = first_reached(fractions, value[1:], value[0])
     return percentile_interval(whole, needed, method="inverted_cdf")

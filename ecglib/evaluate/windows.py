@@ -88,13 +88,14 @@ def score_signals(
         features = torch.cat(parts, dim=1)
         return torch.stack([network.answer(features).float().sigmoid() for network in networks])
 
-    def probabilities(network: Network) -> Tensor:
-        def answer(windows: Tensor) -> Tensor:
-            return network(windows).float().sigmoid()
+    def probabilities(network: Network) -> Network:
+        return lambda windows: network(windows).float().sigmoid()
 
-        return mean_over_windows(answer, signals, sampling_rate, window_seconds)
-
-    return torch.stack([probabilities(network) for network in networks])
+    scored = [
+        mean_over_windows(probabilities(network), signals, sampling_rate, window_seconds)
+        for network in networks
+    ]
+    return torch.stack(scored)
 
 
 def predict_windows(
@@ -170,14 +171,14 @@ def device_millivolts(
 @contextmanager
 def evaluation(network: Network) -> Iterator[None]:
     """Evaluation mode of a module, and afterwards each of its modules' own mode again."""
-    modules = list(network.modules()) if isinstance(network, nn.Module) else []
-    modes = [module.training for module in modules]
+    modules = network.modules() if isinstance(network, nn.Module) else ()
+    modes = {module: module.training for module in modules}
     try:
-        for module in modules:
+        for module in modes:
             module.training = False
         yield
     finally:
-        for module, mode in zip(modules, modes, strict=True):
+        for module, mode in modes.items():
             module.training = mode
 
 

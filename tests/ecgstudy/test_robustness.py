@@ -10,13 +10,6 @@ import pytest
 import torch
 
 from ecglib.errors import DataError
-from ecglib.evaluate.draws import (
-    PatientDraws,
-    auroc,
-    bootstrap_interval,
-    paired_difference,
-    together,
-)
 from ecglib.evaluate.metrics import macro_auroc
 from ecglib.evaluate.windows import predict_windows
 from ecglib.noise import add_noise, measured_snr, record_generator
@@ -171,21 +164,6 @@ def test_frozen_runs_with_one_encoder_share_its_features(
     networks = [trained_classifier(run, records, folder)[0] for run in arms[1:]]
     monkeypatch.setattr(networks[1].encoder, "forward", None)  # would fail if asked
     assert score_conditions(networks, noisy, 1.0).shape[0] == 2
-
-
-def test_macro_auroc_and_its_draws_are_those_of_evaluate(records, scores, folder, arms):
-    targets, patients = records.split_truth("test")
-    generator = np.random.default_rng(0)
-    clean = generator.normal(size=targets.shape) + targets
-    noisy = clean + generator.normal(size=targets.shape)
-    measure = together(auroc(targets, clean), auroc(targets, noisy))
-    values, drawn = PatientDraws(patients, 200).sample(measure)
-    expected = bootstrap_interval(targets, clean, patients, 200)
-    assert math.isclose(values[0], expected.value) and np.allclose(
-        np.quantile(drawn[0], [0.025, 0.975]), expected[1:]
-    )
-    paired = paired_difference(targets, clean, noisy, patients, 200)
-    assert np.allclose(np.quantile(drawn[0] - drawn[1], [0.025, 0.975]), paired[1:])
 
 
 def test_a_scored_arm_is_kept_and_not_scored_again(records, folder, arms, scores, monkeypatch):
