@@ -1,5 +1,6 @@
 """Where the study keeps its tables, `tables/NAME.csv`, and figures, `figures/NAME.svg`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -31,3 +32,21 @@ def save_figure(figure: Figure, name: str, results: str | Path) -> Path:
         figure.savefig(temporary, format="svg", metadata={"Date": None})
     plt.close(figure)
     return path
+
+
+def interval_table(
+    table: pd.DataFrame,
+    index: str | Sequence[str],
+    columns: str = "fraction",
+    value: str = "value",
+    form: str = ".3f",
+) -> pd.DataFrame:
+    """A table for reading, with `value [low, high]` of each row in a cell, by the columns `index`
+    and `columns`; fractions are in per cent.
+    """
+    cells = [
+        f"{row[value]:{form}} [{row['low']:{form}}, {row['high']:{form}}]"
+        for row in table.to_dict("records")
+    ]
+    shown = table.assign(cell=cells).pivot(index=index, columns=columns, values="cell")
+    return shown.rename(columns="{:.0%}".format) if columns == "fraction" else shown

@@ -226,20 +226,17 @@ trained = study.grid(arms)
 # and `protocol` (frozen, fine-tuned, or supervised from scratch).
 
 # %%
-from ecgstudy.results import save_table
+from ecgstudy.results import interval_table, save_table
 from ecgstudy.runs import keep_runs, tidy
 
 runs = frozen + trained
 keep_runs(runs, "label_efficiency", results)  # for the notebooks that follow
 rows = tidy((row for run in runs for row in run.rows()), extra=("encoder", "protocol"))
 summary = seed_summary(runs, records, cell=CELL)
-for filename, frame in {"label_efficiency": rows, "label_efficiency_summary": summary}.items():
-    save_table(frame, filename, results)
-arms = summary.assign(
-    score=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in summary.itertuples()]
-)
-arms = arms.pivot(index=["protocol", "encoder", "method"], columns="fraction", values="score")
-arms.rename(columns="{:.0%}".format).style.set_caption(f"Macro AUROC, mean over seeds: {note}")
+save_table(rows, "label_efficiency", results)
+save_table(summary, "label_efficiency_summary", results)
+shown = interval_table(summary, ["protocol", "encoder", "method"])
+shown.style.set_caption(f"Macro AUROC, mean over seeds: {note}")
 
 # %% [markdown]
 # ## Gains, paired

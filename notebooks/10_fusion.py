@@ -193,13 +193,12 @@ print(f"{len(runs)} runs in {time.perf_counter() - started:.0f} s")
 # %%
 from ecgstudy.analysis.summary import seed_summary
 
+from ecgstudy.results import interval_table
+
 CELL = ("method", "members", "protocol", "data", "labels", "fraction")
 table = seed_summary(runs, records, cell=CELL)
 table["fusion"] = table["method"].where(table["method"] != "alone", "alone: " + table["members"])
-table["score"] = [f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in table.itertuples()]
-shown = table.pivot(index="fusion", columns="fraction", values="score").rename(
-    columns="{:.0%}".format
-)
+shown = interval_table(table, "fusion")
 shown.style.set_caption(f"Macro AUROC, frozen encoders, mean over label subsets: {note}")
 
 # %% [markdown]
@@ -285,12 +284,7 @@ missing = fusion_gains([run for run in runs if run.spec.method == "dvme"] + fewe
 missing["without"] = [
     "".join(set(members) - set(names.split("+"))) for names in missing["over_members"]
 ]
-missing["difference"] = [
-    f"{row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in missing.itertuples()
-]
-missing.pivot(index="without", columns="fraction", values="difference").rename(
-    columns="{:.0%}".format
-)
+interval_table(missing, "without", value="gain", form="+.3f")
 
 # %% [markdown]
 # ## How alike are the encoders?

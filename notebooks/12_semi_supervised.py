@@ -209,20 +209,12 @@ runs = runs_from(starts[start], methods)
 # ## The table
 
 # %%
-from ecgstudy.results import save_table
 from ecgstudy.analysis.summary import seed_summary
+from ecgstudy.results import interval_table, save_table
 
 CELL = ("method", "backbone", "start", "data", "labels", "fraction")
 summary = seed_summary(runs, records, cell=CELL)
-arms = summary.assign(
-    score=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in summary.itertuples()]
-)
-arms = arms.sort_values(["fraction", "value"]).pivot(
-    index="method", columns="fraction", values="score"
-)
-arms.rename(columns="{:.0%}".format).style.set_caption(
-    f"Macro AUROC from the {start} start: {note}"
-)
+interval_table(summary, "method").style.set_caption(f"Macro AUROC from the {start} start: {note}")
 
 # %% [markdown]
 # ## CE-SSL against each, paired
@@ -284,11 +276,8 @@ compared = ["supervised_cutmix", "ce_ssl"]
 from_starts = [run for other in others for run in runs_from(other, compared)]
 wanted = [run for run in runs if run.spec.method in (*compared, "frozen")]
 by_start = seed_summary(wanted + from_starts, records, cell=CELL)
-shown = by_start.assign(
-    score=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in by_start.itertuples()]
-)
-shown = shown.pivot(index=["start", "method"], columns="fraction", values="score")
-shown.rename(columns="{:.0%}".format).style.set_caption(f"Macro AUROC: {note}")
+shown = interval_table(by_start, ["start", "method"])
+shown.style.set_caption(f"Macro AUROC: {note}")
 
 # %%
 from ecglib.evaluate.draws import bootstrap_interval

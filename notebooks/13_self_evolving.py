@@ -216,7 +216,7 @@ runs = evolve(study, evolving(arms), label_grid([fraction], seeds, seeds), evolu
 # miss the shares that are found, averaged over classes.
 
 # %%
-from ecgstudy.results import save_table
+from ecgstudy.results import interval_table, save_table
 from ecgstudy.analysis.self_evolving import plot_stages
 from ecgstudy.results import save_figure
 from ecgstudy.runs import keep_runs, tidy
@@ -228,10 +228,7 @@ summary, gains = stage_summary(runs, records), self_evolving_gains(runs, records
 rows = tidy((row for run in runs for row in run.rows()), extra=("network", "stage"))
 for name, frame in {"": rows, "_summary": summary, "_gains": gains}.items():
     save_table(frame, f"self_evolving{name}", results)
-shown = summary.assign(
-    score=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in summary.itertuples()]
-)
-shown = shown.pivot(index=["method", "network"], columns="stage", values="score")
+shown = interval_table(summary, ["method", "network"], "stage")
 shown.style.set_caption(
     f"Macro AUROC at each T, {fraction:.0%} of the labels, mean over subsets: {note}"
 )

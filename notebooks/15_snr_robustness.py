@@ -251,7 +251,7 @@ figure
 # classifier has little to lose, so read it beside the clean score. The interval asks again on every patient sample.
 
 # %%
-from ecgstudy.results import save_table
+from ecgstudy.results import interval_table, save_table
 from ecgstudy.analysis.robustness import threshold_table
 
 thresholds = threshold_table(scores, limit)
@@ -284,10 +284,8 @@ families = {"in the family": family, "outside": outside} | {kind: [kind] for kin
 differences = loss_gains(scores, families)
 save_table(differences, "robustness_differences", results)
 print(f"In the family: {', '.join(family) or 'none'}; outside: {', '.join(outside)}")
-cells = [f"{row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in differences.itertuples()]
-cells = differences.assign(cell=cells).pivot(
-    index=["protocol", "method", "encoder"], columns="family", values="cell"
-)
+arm = ["protocol", "method", "encoder"]
+cells = interval_table(differences, arm, "family", "gain", "+.3f")
 cells[["in the family", "outside"]].style.set_caption(
     f"Loss minus that of supervised training: {note}"
 )

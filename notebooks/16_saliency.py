@@ -320,10 +320,10 @@ scores = pd.DataFrame(scores)
 
 # %%
 enriched = scores[scores["measure"] == "enrichment"]
-wide = enriched.assign(
-    text=[f"{row.value:.2f} ({row.low:.2f}-{row.high:.2f})" for row in enriched.itertuples()]
-)
-wide = wide.pivot_table("text", "attribution", "class", aggfunc="first", sort=False)
+from ecgstudy.results import interval_table
+
+names, order = list(pd.unique(enriched["attribution"])), list(pd.unique(enriched["class"]))
+wide = interval_table(enriched, "attribution", "class", form=".2f").loc[names, order]
 wide.style.set_caption(f"Mass over chance, mean of the records' own ratios: {note}")
 
 # %%
@@ -347,9 +347,8 @@ figure
 # than the mean of the ratios above where small regions score high.
 
 # %%
-own = scores[scores["attribution"] == chosen].copy()
-own["text"] = [f"{row.value:.2f} ({row.low:.2f}-{row.high:.2f})" for row in own.itertuples()]
-own.pivot_table("text", "measure", "class", aggfunc="first", sort=False)
+own = scores[scores["attribution"] == chosen]
+interval_table(own, "measure", "class", form=".2f").loc[pd.unique(own["measure"]), order]
 
 # %% [markdown]
 # ## True negatives

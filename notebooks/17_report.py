@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from ecglib.files import read_json
-from ecgstudy.results import save_table
+from ecgstudy.results import interval_table, save_table
 
 about = read_json(Path(results) / "records" / "records.json")["about"]
 kind = (
@@ -154,14 +154,8 @@ print(
 # *fine-tuned*: trained on from there. The controls are the same encoders from scratch and never trained.
 
 # %%
-efficiency = tables["label_efficiency_summary"]
-cells = efficiency.assign(
-    score=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in efficiency.itertuples()]
-)
-cells = cells.pivot(index=["protocol", "encoder", "method"], columns="fraction", values="score")
-cells.rename(columns="{:.0%}".format).style.set_caption(
-    f"Macro AUROC on fold 10, mean over label subsets: {kind}"
-)
+cells = interval_table(tables["label_efficiency_summary"], ["protocol", "encoder", "method"])
+cells.style.set_caption(f"Macro AUROC on fold 10, mean over label subsets: {kind}")
 
 # %%
 needed = tables["labels_needed"]
@@ -181,14 +175,13 @@ fused = tables["fusion_gains"]
 fused = fused[
     (fused["over_protocol"] == "frozen") & fused["over"].isin(["best_single", "concatenation"])
 ]
-fused["cell"] = [f"{row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in fused.itertuples()]
 for fraction, rows in fused.groupby("fraction"):
     print(
         f"{fraction:4.0%}: fusion is {'supported' if (rows['low'] > 0).all() else 'NOT supported'}"
     )
-fused.pivot(index="over", columns="fraction", values="cell").rename(
-    columns="{:.0%}".format
-).style.set_caption(f"What DVME gains in macro AUROC on fold 10: {kind}")
+interval_table(fused, "over", value="gain", form="+.3f").style.set_caption(
+    f"What DVME gains in macro AUROC on fold 10: {kind}"
+)
 
 # %% [markdown]
 # ## Beside it: what papers print
@@ -211,14 +204,8 @@ printed.assign(origin="published")[
 # backbone of 9.5 million weights pretrained on CODE. Again orientation, not a comparison.
 
 # %%
-semi_supervised = tables["semi_supervised_summary"]
-cells = [f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in semi_supervised.itertuples()]
-cells = semi_supervised.assign(score=cells).pivot(
-    index=["start", "method"], columns="fraction", values="score"
-)
-cells.rename(columns="{:.0%}".format).style.set_caption(
-    f"Macro AUROC on fold 10, mean over label subsets: {kind}"
-)
+cells = interval_table(tables["semi_supervised_summary"], ["start", "method"])
+cells.style.set_caption(f"Macro AUROC on fold 10, mean over label subsets: {kind}")
 
 # %%
 paper = pd.read_csv(Path(published) / "ce-ssl.csv")
@@ -235,9 +222,7 @@ paper.pivot(index=["table", "method"], columns="metric", values="mean").assign(o
 # %%
 stages = tables["self_evolving_summary"]
 stages = stages[stages["network"] == "student"]
-cells = [f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in stages.itertuples()]
-cells = stages.assign(score=cells).pivot(index="method", columns="stage", values="score")
-cells.style.set_caption(
+interval_table(stages, "method", "stage").style.set_caption(
     f"Macro AUROC on fold 10 at each T, {stages['fraction'].iloc[0]:.0%} of the labels: {kind}"
 )
 
@@ -275,11 +260,7 @@ measured = measured[(measured["measure"] == "enrichment") & (measured["method"] 
 flat = ["random", "|input|", "|input|²", "R peaks"]
 known = measured["attribution"].str.startswith("chosen") | measured["attribution"].isin(flat)
 measured = measured[known & measured["value"].notna()]
-cells = [f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in measured.itertuples()]
-cells = measured.assign(cell=cells).pivot(
-    index=["truth", "attribution"], columns="class", values="cell"
-)
-cells.style.set_caption(
+interval_table(measured, ["truth", "attribution"], "class", form=".2f").style.set_caption(
     "Mass over chance, mean of the records' own ratios, one network trained with labels alone"
 )
 

@@ -14,6 +14,8 @@ import pandas as pd
 from ecglib.errors import DataError
 from ecglib.files import atomic_folder
 from ecglib.records import LEADS, Records
+from ecgstudy.analysis.figures import percent_label
+from ecgstudy.results import interval_table
 from ecgstudy.runs import MODEL, RESULT, Run
 
 LICENCES = {
@@ -136,10 +138,9 @@ def _scores(name: str, encoder: str, summary: pd.DataFrame) -> str:
             f"label_efficiency_summary.csv has no row of {name} on {encoder}; run notebook "
             "09_probe_and_fine_tune again."
         )
-    cells = own.assign(
-        score=[f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in own.itertuples()],
-        use=own["method"].map(words) + ", " + own["protocol"],
-    ).pivot(index="use", columns="fraction", values="score")
-    header = ["use", *(f"{100 * fraction:g} % of the labels" for fraction in cells)]
+    own = own.assign(use=own["method"].map(words) + ", " + own["protocol"])
+    cells = interval_table(own, "use")
+    fractions = sorted(set(own["fraction"]))
+    header = ["use", *(percent_label(fraction) for fraction in fractions)]
     rows = [header, ["---"] * len(header), *cells.fillna("–").reset_index().to_numpy()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
