@@ -7,14 +7,13 @@ samples and 1,144 zeros. Voltages and proportions between leads are lost by this
 Einthoven's law and the voltage criteria.
 """
 
-import tempfile
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 from scipy.signal import butter, sosfiltfilt
 
-from ecglib.errors import DataError, explain_storage
+from ecglib.errors import DataError
 from ecglib.records import (
     FLAT_RANGE,
     LEADS,
@@ -22,6 +21,7 @@ from ecglib.records import (
     MISSING,
     Records,
     bridge_gaps,
+    counts_on_disk,
     to_counts,
 )
 
@@ -47,19 +47,18 @@ def preprocess(
     _check(records, low, high, order, length)
     sections = butter(order, (low, high), "bandpass", fs=records.sampling_rate, output="sos")
     notes: list[tuple[str, str, str, str, str]] = []
-    # The temporary file has no name; it vanishes with the records that map it.
-    with explain_storage(tempfile.gettempdir()), tempfile.TemporaryFile() as file:
-        for start in range(0, len(records), BLOCK):
-            part = slice(start, start + BLOCK)
-            counts = np.asarray(records.signals[part])
-            ids = records.table["record_id"].iloc[part].astype(str).tolist()
-            sizes = _samples_before_padding(counts)
-            _check_sizes(ids, sizes, order)
-            standardised = _standardised_block(counts, sizes, records.scale, sections, length)
-            notes += _notes(ids, sizes, ~standardised.any(axis=2), length, records.sampling_rate)
-            file.write(standardised.tobytes())
-        file.flush()
-        signals = np.memmap(file, np.int16, "r", shape=(len(records), len(LEADS), length))
+
+    def standardised(start: int) -> np.ndarray:
+        part = slice(start, start + BLOCK)
+        counts = np.asarray(records.signals[part])
+        ids = records.table["record_id"].iloc[part].astype(str).tolist()
+        sizes = _samples_before_padding(counts)
+        _check_sizes(ids, sizes, order)
+        block = _standardised_block(counts, sizes, records.scale, sections, length)
+        notes.extend(_notes(ids, sizes, ~block.any(axis=2), length, records.sampling_rate))
+        return block
+
+    signals = counts_on_disk(map(standardised, range(0, len(records), BLOCK)))
     noted = pd.DataFrame(notes, columns=list(LEFT_OUT_COLUMNS), dtype=str)
     settings = {
         "filter": f"Butterworth band-pass of order {order}, forwards and backwards",
@@ -140,10 +139,10 @@ def _standardised_block(
         rows = sizes == size
         part = counts[rows, :, :size]
         missing = part == MISSING
-        # Second-order sections keep 13 digits of what filtfilt(b, a) keeps 8 of; ends as in
-        # filtfilt.
         signals = part * scale
         bridge_gaps(signals, missing)
+        # Second-order sections keep 13 digits of what filtfilt(b, a) keeps 8 of; ends as in
+        # filtfilt.
         filtered = sosfiltfilt(sections, signals, axis=2, padlen=_edge(len(sections)))
         result[rows, :, :size] = to_counts(_standardised(filtered, missing)[:, :, :length], SCALE)
     return result

@@ -7,7 +7,8 @@ them. The count -32768 marks a missing sample, as in WFDB format 16.
 import hashlib
 import itertools
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -316,6 +317,21 @@ def to_counts(values: np.ndarray, scale: float = MICROVOLT) -> np.ndarray:
         np.rint(np.asarray(values, dtype=np.float32) / np.float32(scale)), -32767, 32767
     )
     return np.where(np.isnan(counts), MISSING, counts).astype(np.int16)
+
+
+def counts_on_disk(blocks: Iterable[np.ndarray]) -> np.ndarray:
+    """Signals `(n, 12, time)` int16 from blocks of them, mapped from a temporary file without a
+    name, which vanishes with them.
+    """
+    shape = (0, len(LEADS), 0)
+    with explain_storage(tempfile.gettempdir()):
+        file = tempfile.TemporaryFile()
+    for block in blocks:
+        with explain_storage(tempfile.gettempdir()):
+            file.write(block.tobytes())
+            file.flush()
+        shape = (shape[0] + len(block), *block.shape[1:])
+    return np.memmap(file, np.int16, "r", shape=shape) if shape[0] else np.empty(shape, np.int16)
 
 
 def bridge_gaps(signals: np.ndarray, missing: np.ndarray) -> None:

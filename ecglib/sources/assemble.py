@@ -5,7 +5,6 @@ Every repair and every omission becomes one row of `Records.left_out`. Recording
 after the other and written to disk as counts, so memory does not grow with their number.
 """
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -16,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.signal import resample_poly
 
-from ecglib.errors import DataError, explain_storage
+from ecglib.errors import DataError
 from ecglib.records import (
     ABSURD_PEAK,
     FLAT_RANGE,
@@ -26,6 +25,7 @@ from ecglib.records import (
     MICROVOLT,
     Records,
     bridge_gaps,
+    counts_on_disk,
     find_faults,
     limb_permutation,
     to_counts,
@@ -136,16 +136,17 @@ def assemble(
     usable = (recording for recording in formed if recording is not None)
     rows: list[dict] = []
     targets: list[np.ndarray] = []
-    with explain_storage(tempfile.gettempdir()):
-        file = tempfile.TemporaryFile()  # without a name; it vanishes with the records that map it
-    while batch := list(islice(usable, BATCH)):
-        signals = np.stack([recording.millivolts for recording in batch])
-        kept = _settle_faults(signals, [recording.row["record_id"] for recording in batch], ledger)
-        with explain_storage(tempfile.gettempdir()):
-            file.write(to_counts(signals[kept]).tobytes())
-            file.flush()
-        rows += [batch[place].row for place in kept]
-        targets += [batch[place].target for place in kept]
+
+    def sound() -> Iterator[np.ndarray]:
+        while batch := list(islice(usable, BATCH)):
+            signals = np.stack([recording.millivolts for recording in batch])
+            ids = [recording.row["record_id"] for recording in batch]
+            kept = _settle_faults(signals, ids, ledger)
+            rows.extend(batch[place].row for place in kept)
+            targets.extend(batch[place].target for place in kept)
+            yield to_counts(signals[kept])
+
+    signals = counts_on_disk(sound())
     left_out = pd.DataFrame(ledger.rows, columns=list(LEFT_OUT_COLUMNS))
     if not rows:
         why = f" ({left_out['fault'][0]}: {left_out['detail'][0]})" if len(left_out) else ""
@@ -154,7 +155,7 @@ def assemble(
             "folder."
         )
     return Records(
-        np.memmap(file, np.int16, "r", shape=(len(rows), len(LEADS), length)),
+        signals,
         MICROVOLT,
         sampling_rate,
         pd.DataFrame(rows),
