@@ -258,22 +258,23 @@ def evolving(names: Iterable[str]) -> dict[str, Arm]:
     return {name: _entry(name, SelfEvolving).arm for name in names}
 
 
-def fused(
+def fuse(
+    study: Study,
     data: FusionData,
     name: str,
     settings: FusionSettings,
     members: Sequence[str] = (),
     subsets: Sequence[LabelSubset] = (),
-) -> list[Fused]:
-    """The jobs of one fusion method, of all members and subsets of `data` unless some are given."""
+) -> list[Run]:
+    """The runs of one fusion method, of all members and subsets of `data` unless some are given.
+
+    In one process, for all subsets are fitted together. ValueError for other methods, DataError for
+    a single member.
+    """
     entry = _entry(name, TrainedFusion, FusionOfProbes)
     members = list(members or data.members)
     if name != "alone":
         check_members(members)
     fits = entry.fits(data, members, list(subsets or data.subsets), settings=settings)
-    return [Fused(subset, name, fits) for subset in fits.subsets]
-
-
-def fuse(study: Study, data: FusionData, *chosen: object) -> list[Run]:
-    """The runs of one fusion method, see `fused`; in one process, for all are fitted together."""
-    return study.grid(fused(data, *chosen), workers=1, progress_bar=False)
+    jobs = [Fused(subset, name, fits) for subset in fits.subsets]
+    return study.grid(jobs, workers=1, progress_bar=False)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ecglib.encoders import ENCODERS, encoder_maker
 from ecglib.labels import label_subsets
 from ecglib.records import Records
 from ecglib.train import default_device
@@ -71,8 +72,13 @@ class Job:
         raise NotImplementedError
 
     def reaches(self) -> tuple:
-        """Functions and classes that the job finds by name, whose source its key takes in."""
-        return ()
+        """Functions and classes that the job finds by name, whose source its key takes in.
+
+        These are the makers of its encoders.
+        """
+        settings = self.settings()
+        names = {settings.get("encoder"), settings.get("backbone")}
+        return tuple(encoder_maker(name) for name in names if name in ENCODERS)
 
     def compute(self, study: "Study", workspace: Path) -> Result:
         """The result; `workspace` is a folder that survives a kill."""

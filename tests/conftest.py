@@ -9,7 +9,7 @@ import torch
 from ecglib.records import Records
 from ecgstudy.arms.fusion import FusionData, FusionSettings
 from ecgstudy.arms.pretrain import Encode
-from ecgstudy.methods import fused
+from ecgstudy.methods import fuse
 from ecgstudy.runs import Run
 from ecgstudy.study import Study, label_grid
 from toolkit import labelled_records
@@ -23,7 +23,7 @@ def seed() -> None:
 
 @pytest.fixture(scope="module")
 def records() -> Records:
-    """A data set for tiny studies; where a test module has records of its own, these are not used."""
+    """A data set for tiny studies, used where a test module has no records of its own."""
     return labelled_records()
 
 
@@ -56,7 +56,7 @@ def small_fusion(records: Records) -> Callable[..., tuple[Run, dict[str, Run]]]:
             learning_rates=[0.001],
         )
         data = FusionData(records, label_grid([1.0], 1), members)
-        (run,) = study.grid(fused(data, "dvme", settings), progress_bar=False)
+        (run,) = fuse(study, data, "dvme", settings)
         return run, members
 
     return make

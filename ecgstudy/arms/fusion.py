@@ -167,26 +167,26 @@ class FusionData:
     ) -> None:
         check_members(list(members))
         self.records = records
-        self.members = dict(members)
         self.split = records.split
         self.positions = {subset: subset.positions(records) for subset in subsets}
         self.subsets = list(self.positions)
-        self.features = {name: self._prepared(name, member) for name, member in members.items()}
+        self.members = {
+            name: dict.fromkeys(self.subsets, member) if isinstance(member, Run) else member
+            for name, member in members.items()
+        }
+        self.features = {name: self._prepared(name) for name in members}
 
     def runs(self, names: Iterable[str], subset: LabelSubset) -> dict[str, Run]:
         """The runs whose features stand for members with the labels of one subset."""
-        members = {name: self.members[name] for name in names}
-        return {
-            name: member if isinstance(member, Run) else member[subset]
-            for name, member in members.items()
-        }
+        return {name: self.members[name][subset] for name in names}
 
-    def _prepared(self, name: str, member: Member) -> Tensor:
+    def _prepared(self, name: str) -> Tensor:
         """Features `(1, records, d)`, or `(subsets, records, d)` where the encoder differs by
         subset.
         """
         prepared = []
-        for run in [member] if isinstance(member, Run) else map(member.get, self.subsets):
+        runs = {run.spec.key: run for run in map(self.members[name].get, self.subsets)}
+        for run in runs.values():
             if run.spec.data_key != self.records.fingerprint:
                 raise DataError(
                     f"{name}: its features were computed on other records or on another split "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ecglib.augment import apply, named_transforms
 from ecglib.batches import CropBatches, step_generator
 from ecglib.checkpoints import load_state
-from ecglib.encoders import encoder_maker, make_encoder
+from ecglib.encoders import make_encoder
 from ecglib.evaluate.metrics import class_auroc
 from ecglib.evaluate.windows import encode_windows
 from ecglib.probe import fit_probes
@@ -143,9 +143,6 @@ class Pretrain(Job):
     def settings(self) -> Mapping:
         return asdict(self.pretraining)
 
-    def reaches(self) -> tuple[Callable, ...]:
-        return (encoder_maker(self.pretraining.encoder), self.objective, self.batches)
-
     def compute(self, study: Study, workspace: Path) -> Result:
         settings = self.pretraining
         records = study.records
@@ -200,9 +197,6 @@ class Encode(Job):
     def settings(self) -> Mapping:
         own = {"encoder": self.encoder, "crop_seconds": self.crop_seconds, **self.about}
         return own if self.start is None else {**own, "start_key": self.start.spec.key}
-
-    def reaches(self) -> tuple[Callable, ...]:
-        return (encoder_maker(self.encoder),)
 
     def compute(self, study: Study, workspace: Path) -> Result:
         torch.manual_seed(self.seed)

@@ -8,7 +8,7 @@ run is one arm, stage and label subset.
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from ecglib.augment import named_transforms
 from ecglib.batches import SemiBatches
 from ecglib.checkpoints import load_state
-from ecglib.encoders import encoder_maker
 from ecglib.encoders.transformer import set_drop_path
 from ecglib.errors import DataError
 from ecglib.evaluate.metrics import expected_calibration_error
 from ecglib.labels import label_subsets
-from ecglib.records import TRAINING_FOLDS, Records
+from ecglib.records import Records
 from ecglib.semisup.distl import DISTL, StageBatches
 from ecglib.semisup.fixmatch import FixedThreshold, FixMatch
 from ecglib.settings import Settings
@@ -93,7 +92,6 @@ def stage_pools(
     fraction: float,
     seed: int,
     stages: int = 3,
-    folds: Iterable[int] = TRAINING_FOLDS,
 ) -> list[np.ndarray]:
     """Positions of the records at each T: the labelled `fraction` at 0, then all that have arrived,
     up to the whole.
@@ -108,7 +106,7 @@ def stage_pools(
     # Counted down from the whole, so that the last share is 1 and not what rounding makes of it.
     later = [1.0 - (1.0 - fraction) * (stages - stage) / stages for stage in range(1, stages + 1)]
     shares = [fraction, *later]
-    subsets = label_subsets(records, shares, seed, folds)
+    subsets = label_subsets(records, shares, seed)
     pools = [subsets[share] for share in shares]
     for stage in range(1, stages + 1):
         if len(pools[stage]) == len(pools[stage - 1]):
@@ -154,9 +152,6 @@ class Evolved(Labelled):
         previous = self.previous.spec.key if self.previous else "none"
         own = {"protocol": f"stage{self.stage}", "stage": self.stage, "previous": previous}
         return {**asdict(self.evolution), **own, "arm": arm}
-
-    def reaches(self) -> tuple[Callable, ...]:
-        return (encoder_maker(self.evolution.encoder),)
 
     def compute(self, study: Study, workspace: Path) -> Result:
         settings = self.evolution

@@ -171,9 +171,6 @@ class Adapted(Labelled):
         own = {"unlabelled": self.recipe.unlabelled, "fractions": list(self.subset.fractions)}
         return {**asdict(self.adaptation), **self.start.settings(), **own}
 
-    def reaches(self) -> tuple[Callable, ...]:
-        return (encoder_maker(self.adaptation.backbone),)
-
     def compute(self, study: Study, workspace: Path) -> Result:
         settings = self.adaptation
         records = study.records

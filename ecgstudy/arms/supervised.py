@@ -1,7 +1,7 @@
 """Training from scratch as a run: the control of every other arm."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,7 +9,6 @@ import numpy as np
 from torch import nn
 
 from ecglib.checkpoints import load_state
-from ecglib.encoders import encoder_maker
 from ecglib.evaluate.draws import score_rows
 from ecglib.evaluate.windows import predict_windows
 from ecglib.records import Records
@@ -70,9 +69,6 @@ class FromScratch(Labelled):
     def settings(self) -> Mapping:
         own = {"protocol": "supervised", "fractions": list(self.subset.fractions)}
         return {**asdict(self.training), **own}
-
-    def reaches(self) -> tuple[Callable, ...]:
-        return (encoder_maker(self.training.encoder),)
 
     def compute(self, study: Study, workspace: Path) -> Result:
         classifier = new_classifier(study.records, self.seed, self.training)

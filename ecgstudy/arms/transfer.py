@@ -5,7 +5,7 @@ Both give runs in the form of the supervised control, so that all stand in one t
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from ecglib.checkpoints import load_state
-from ecglib.encoders import encoder_maker
 from ecglib.probe import probe_layer, probe_subsets
 from ecglib.records import Records
 from ecglib.supervised import Classifier, Training, new_classifier
@@ -147,9 +146,6 @@ class FineTuned(Labelled):
     def settings(self) -> Mapping:
         own = {**origin_of(self.start, "fine-tuned"), "fractions": list(self.subset.fractions)}
         return {**asdict(self.training), **own}
-
-    def reaches(self) -> tuple[Callable, ...]:
-        return (encoder_maker(self.training.encoder),)
 
     def compute(self, study: Study, workspace: Path) -> Result:
         training = self.training

@@ -25,7 +25,7 @@ from ecgstudy.arms.fusion import (
 )
 from ecgstudy.arms.pretrain import Encode
 from ecgstudy.arms.supervised import FromScratch
-from ecgstudy.methods import TrainedFusion, fused, names_of
+from ecgstudy.methods import TrainedFusion, fuse, names_of
 from ecgstudy.runs import Result, Run, RunSpec, run_or_load, tidy
 from ecgstudy.study import LabelSubset, Study
 from toolkit import labelled_records
@@ -64,17 +64,19 @@ def data(records: Records, folder: Path) -> FusionData:
     return FusionData(records, SUBSETS, members)
 
 
-def fuse(data: FusionData, method: str, folder: Path, *chosen: list) -> list[Run]:
-    """The runs of one fusion method."""
-    jobs = fused(data, method, SETTINGS, *chosen)
-    return Study(data.records, folder).grid(jobs, progress_bar=False)
-
-
 @pytest.fixture(scope="module")
 def runs(data: FusionData, folder: Path) -> list[Run]:
     methods = (*NETWORKS, "best_single", "concatenation", "mean_of_logits")
-    found = [run for method in methods for run in fuse(data, method, folder)]
-    return found + [run for name in data.members for run in fuse(data, "alone", folder, [name])]
+    found = [
+        run
+        for method in methods
+        for run in fuse(Study(data.records, folder), data, method, SETTINGS)
+    ]
+    return found + [
+        run
+        for name in data.members
+        for run in fuse(Study(data.records, folder), data, "alone", SETTINGS, [name])
+    ]
 
 
 def test_comparators_are_the_probes_of_the_package(data, runs, records):
@@ -85,7 +87,10 @@ def test_comparators_are_the_probes_of_the_package(data, runs, records):
     logits = {}
     for name, each in data.members.items():
         probes = probe_subsets(
-            each.predictions()["features"], records.targets, data.positions, data.split
+            each[data.subsets[0]].predictions()["features"],
+            records.targets,
+            data.positions,
+            data.split,
         )
         for subset in data.subsets:
             cell = subset.fraction, subset.seed
@@ -129,14 +134,14 @@ def test_runs_tell_members_and_protocol_and_keep_token_weights(runs):
 
 
 def test_a_lost_run_is_made_again_and_the_others_are_opened(data, runs, tmp_path):
-    first = fuse(data, "dvme", tmp_path)
+    first = fuse(Study(data.records, tmp_path), data, "dvme", SETTINGS)
     lost, written = (
         first[1],
         {run.folder: (run.folder / "run.json").stat().st_mtime_ns for run in first},
     )
     numbers = lost.predictions()
     shutil.rmtree(lost.folder)
-    again = fuse(data, "dvme", tmp_path)
+    again = fuse(Study(data.records, tmp_path), data, "dvme", SETTINGS)
     changed = [
         run.folder
         for run in again
@@ -150,7 +155,9 @@ def test_a_lost_run_is_made_again_and_the_others_are_opened(data, runs, tmp_path
 def test_a_lone_cell_gives_the_same_numbers(data, runs, tmp_path):
     before = {(run.spec.method, run.spec.fraction, run.spec.seed): run for run in runs}
     for subsets in (data.subsets, data.subsets[1:2]):
-        for again in fuse(data, "dvme", tmp_path / str(len(subsets)), [], subsets):
+        for again in fuse(
+            Study(data.records, tmp_path / str(len(subsets))), data, "dvme", SETTINGS, [], subsets
+        ):
             kept = before["dvme", again.spec.fraction, again.spec.seed]
             assert again.spec == kept.spec
             for name, values in kept.predictions().items():
@@ -161,7 +168,9 @@ def test_a_lone_cell_gives_the_same_numbers(data, runs, tmp_path):
 
 
 def test_gains_are_over_every_other_method(data, runs, records, folder):
-    without = fuse(data, "dvme", folder, ["p", "q"], data.subsets[:2])
+    without = fuse(
+        Study(data.records, folder), data, "dvme", SETTINGS, ["p", "q"], data.subsets[:2]
+    )
     gains = fusion_gains(runs + without, records)
     assert set(gains["over"]) == {
         "alone",
@@ -179,10 +188,11 @@ def test_gains_are_over_every_other_method(data, runs, records, folder):
 def test_a_member_that_differs_by_cell_is_taken_by_cell(data, records, folder):
     subset = SUBSETS[0]
     own = {subset: member(records, folder, f"own{subset.fraction:g}", subset.seed, 2.0)}
-    both = FusionData(records, [subset], {"p": data.members["p"], "own": own})
-    (run,) = fuse(both, "dvme", folder)
+    shared = data.members["p"][subset]
+    both = FusionData(records, [subset], {"p": shared, "own": own})
+    (run,) = fuse(Study(records, folder), both, "dvme", SETTINGS)
     assert run.spec.settings["member_keys"] == {
-        "p": data.members["p"].spec.key,
+        "p": shared.spec.key,
         "own": own[subset].spec.key,
     }
     assert run.predictions()["tokens/attention"].shape == (2, 2)
@@ -192,7 +202,7 @@ def test_bad_members_are_named(data, records, folder):
     with pytest.raises(DataError, match="^p: a single member cannot be fused; add"):
         FusionData(records, SUBSETS, {"p": data.members["p"]})
     with pytest.raises(DataError, match="^q: a single member cannot be fused"):
-        fuse(data, "dvme", folder, ["q"])
+        fuse(Study(data.records, folder), data, "dvme", SETTINGS, ["q"])
     others = records.select(np.arange(110))
     with pytest.raises(
         DataError,
@@ -208,7 +218,7 @@ def test_bad_members_are_named(data, records, folder):
     ):
         supervised_member(Study(records, folder), [], SUBSETS[:1], "xresnet1d_narrow")
     with pytest.raises(ValueError, match="no fusion 'dvm'"):
-        fused(data, "dvm", SETTINGS)
+        fuse(Study(records, folder), data, "dvm", SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +231,7 @@ def encoded(records: Records, folder: Path) -> dict[str, Run]:
 
 def test_fine_tuning_starts_as_the_frozen_fusion_and_moves_the_encoders(records, folder, encoded):
     data = FusionData(records, SUBSETS[:1], encoded)
-    frozen = fuse(data, "dvme", folder)
+    frozen = fuse(Study(data.records, folder), data, "dvme", SETTINGS)
     classifier = fused_classifier(frozen[0], list(encoded.values()), records).eval()
     positions = data.split["test"][:4]
     raw = [torch.from_numpy(run.predictions()["features"]) for run in encoded.values()]
