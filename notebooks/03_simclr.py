@@ -126,7 +126,7 @@ print(f"with e subtracted at T = 0.5: {wrong:.4f} instead of {by_package:.4f}")
 # how many directions features vary). If all records moved to one point, alignment would be perfect and the rank 1:
 # collapse.
 
-# %
+# %%
 from ecglib.selfsup import Pretraining
 from ecgstudy.arms.pretrain import keep_pretrained
 from ecgstudy.methods import pretraining

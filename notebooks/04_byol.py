@@ -161,7 +161,7 @@ for rule, target in {"every parameter": ours, "published rule": published}.items
 # No label is used. The quantities measured along the way are those of notebook 03. Look at the *effective rank*: if all
 # records moved to one point, the loss would be perfect and the rank 1. No negatives push them apart.
 
-# %
+# %%
 from ecglib.selfsup import Pretraining
 from ecgstudy.arms.pretrain import keep_pretrained
 from ecgstudy.methods import pretraining

@@ -186,7 +186,7 @@ for prototypes in (options["prototypes"], 3000):
 #
 # No label is used. The quantities measured along the way are those of notebook 03.
 
-# %
+# %%
 from ecglib.selfsup import Pretraining
 from ecgstudy.arms.pretrain import keep_pretrained
 from ecgstudy.methods import pretraining

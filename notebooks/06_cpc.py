@@ -229,7 +229,7 @@ print(
 # how many directions features vary). If all records moved to one point, alignment would be perfect and the rank 1:
 # collapse. CPC never sees two views of one crop, so nothing but its own task brings them together.
 
-# %
+# %%
 from ecglib.selfsup import Pretraining
 from ecgstudy.arms.pretrain import keep_pretrained
 from ecgstudy.methods import pretraining

@@ -177,7 +177,7 @@ for start in (0.9995, 0.996, momentum):
 # No label is used. The quantities measured along the way are those of notebook 03, here of the teacher. The loss says
 # little: what it asks for changes with the teacher. Look at alignment and effective rank instead.
 
-# %
+# %%
 from ecglib.selfsup import Pretraining
 from ecgstudy.arms.pretrain import keep_pretrained
 from ecgstudy.methods import pretraining

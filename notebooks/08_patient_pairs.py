@@ -252,7 +252,7 @@ shortcuts.style.format("{:.1%}", na_rep="none").set_caption(caption)
 # how many directions features vary). Alignment is that of two views of one crop, as for all methods, not that of the
 # pairs. If all records moved to one point, alignment would be perfect and the rank 1: collapse.
 
-# %
+# %%
 from ecglib.selfsup import Pretraining
 from ecgstudy.arms.pretrain import keep_pretrained
 from ecgstudy.methods import pretraining
