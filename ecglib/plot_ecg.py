@@ -99,21 +99,16 @@ class _Segment:
 
     def __init__(self, lead: str, time: np.ndarray, values: np.ndarray) -> None:
         self.lead, self.time, self.values = lead, time, values
-        near = values[time - time[0] < (1 + LABEL_WIDTH) / PAPER_SPEED]
-        self.low, self.high = _extent(values)
-        self.high_at_label = _extent(near)[1]
+        known = np.isfinite(values)
+        near = known & (time - time[0] < (1 + LABEL_WIDTH) / PAPER_SPEED)
+        self.low, self.high = min(values[known], default=0.0), max(values[known], default=0.0)
+        self.high_at_label = max(values[near], default=0.0)
 
     def label_bottom(self, gain: float) -> float:
         """Millimetres from the zero line to the lower edge of the lead's name, clear of the trace
         below it.
         """
         return max(self.high_at_label * gain + 1, LABEL_LIFT)
-
-
-def _extent(values: np.ndarray) -> tuple[float, float]:
-    """The smallest and the largest number; zeros where there is none."""
-    finite = values[np.isfinite(values)]
-    return (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
 
 
 class _Drawing:
@@ -137,15 +132,15 @@ class _Drawing:
             )
         count = min(shape[1], max(len(LEADS), round(seconds * rate)))
         time, self.rate, self.seconds = np.arange(count) / rate, rate, count / rate
-        signals = np.where(np.isfinite(millivolts), millivolts, np.nan)[:, :count]
+        signals = pd.DataFrame(np.where(np.isfinite(millivolts), millivolts, np.nan)[:, :count].T)
+        signals = (signals - signals.median()).to_numpy()
         self.rows = []
         for names in LAYOUTS[layout]:
             parts = np.array_split(np.arange(count), len(names))
-            leads = [signals[LEADS.index(name)] for name in names]
             self.rows.append(
                 [
-                    _Segment(name, time[part], (lead - _median(lead))[part])
-                    for name, lead, part in zip(names, leads, parts, strict=True)
+                    _Segment(name, time[part], signals[part, LEADS.index(name)])
+                    for name, part in zip(names, parts, strict=True)
                 ]
             )
         self.stack(GAIN)
@@ -186,11 +181,6 @@ class _Drawing:
                 axes.text(x[0] + 1, bottom, segment.lead, va="bottom", fontsize=9, weight="bold")
                 if segment is not row[0]:
                     axes.vlines(x[0], zero - 2, zero + 2, **line)
-
-
-def _median(lead: np.ndarray) -> float:
-    """The median of what was measured; 0 where nothing was."""
-    return float(np.nanmedian(lead)) if np.isfinite(lead).any() else 0.0
 
 
 def _paper(

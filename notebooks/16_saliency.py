@@ -381,18 +381,10 @@ for group, case in cases.items():
     found = relevance(attributed(best, truth.records, others, case.place), *form)
     present = localisation.enrichment(case.maps[chosen][:here], case.region[:here])
     difference = present - localisation.enrichment(found, absent)
-    gap = localisation.mean_interval(difference, patients[positions[:here]], draws)
-    rows.append(
-        {
-            "class": group,
-            "records": here,
-            "attribution": chosen,
-            **gap._asdict(),
-            "chance": 0.0,
-            "measure": "enrichment over true negatives",
-            "passes": gap.low > 0,
-        }
+    row = localisation.difference_row(
+        "enrichment over true negatives", difference, patients[positions[:here]], draws
     )
+    rows.append({"class": group, "records": here, "attribution": chosen, **row})
 against = pd.DataFrame(rows)
 against[["class", "records", "value", "low", "high", "passes"]].round(2)
 
@@ -418,18 +410,11 @@ for group in bars:
             network, few, relevance(case.kept["occlusion"]), case.place, rate, window
         )
     for name, area in areas.items():
-        over = localisation.mean_interval(area - areas["random"], who, draws)
-        rows.append(
-            {
-                "class": group,
-                "records": len(few),
-                "attribution": name,
-                "measure": "deletion area over random",
-                **over._asdict(),
-                "chance": 0.0,
-                "passes": over.low > 0 if name != "random" else None,
-            }
+        row = localisation.difference_row(
+            "deletion area over random", area - areas["random"], who, draws
         )
+        row["passes"] = row["passes"] if name != "random" else None
+        rows.append({"class": group, "records": len(few), "attribution": name, **row})
 deleted = pd.DataFrame(rows)
 deleted.pivot_table("value", "attribution", "class", sort=False).style.format(precision=3)
 
@@ -544,20 +529,11 @@ for method, group in [
         ]
         pairs.append(two[0] - two[1])
         gaps.append(auroc[method, run.spec.seed] - auroc["supervised", nearest])
-    gain = localisation.mean_interval(np.mean(pairs, axis=0), patients[positions], draws)
-    rows.append(
-        {
-            "method": method,
-            "class": group,
-            "seeds": len(pairs),
-            "records": len(positions),
-            **gain._asdict(),
-            "measure": "enrichment over supervised",
-            "chance": 0.0,
-            "auroc_left": np.mean(gaps),
-            "passes": gain.low > 0,
-        }
+    row = localisation.difference_row(
+        "enrichment over supervised", np.mean(pairs, axis=0), patients[positions], draws
     )
+    about = {"method": method, "class": group, "seeds": len(pairs), "records": len(positions)}
+    rows.append({**about, **row, "auroc_left": np.mean(gaps)})
 matched = pd.DataFrame(rows)
 matched[["method", "class", "seeds", "value", "low", "high", "auroc_left"]].round(3)
 

@@ -1,9 +1,10 @@
 """What one iteration of a method costs: time, memory, and what has to be stored."""
 
+import re
 import resource
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -27,6 +28,7 @@ from ecgstudy.analysis.figures import (
     finish,
     legend_line,
     looks,
+    method_colours,
     method_label,
     panels,
     require_columns,
@@ -122,9 +124,8 @@ def _noise(count: int, classes: int, samples: int) -> Records:
     table = pd.DataFrame({"record_id": names, "patient_id": names, "fold": 1, "source": "noise"})
     signals = generator.integers(-1000, 1000, (count, len(LEADS), samples), dtype=np.int16)
     targets = (generator.random((count, classes)) < 0.2).astype(np.uint8)
-    return Records(
-        signals, 0.001, 100.0, table, targets, tuple(f"class {number}" for number in range(classes))
-    )
+    names = tuple(f"class {number}" for number in range(classes))
+    return Records(signals, 0.001, 100.0, table, targets, names)
 
 
 def _stored(network: nn.Module) -> int:
@@ -143,16 +144,8 @@ def _peak(device: str) -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if (
-        status.exists()
-    ):  # getrusage would still tell the parent's peak, from before this process was its own
-        return 1024 * int(
-            next(
-                line.split()[1]
-                for line in status.read_text().splitlines()
-                if line.startswith("VmHWM")
-            )
-        )
+    if status.exists():  # getrusage would tell the peak of the parent, from before the fork
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -171,37 +164,24 @@ COSTS = {
 
 
 def plot_cost(costs: pd.DataFrame, summary: pd.DataFrame, title: str | None = None) -> Figure:
-    """Macro AUROC over time, memory and storage: a point per method, whose colour tells the way of
-    training.
+    """Macro AUROC over time, memory and storage: a point per method.
 
     costs has method and the columns of `COSTS` (see `measure`), summary method, value, low, high.
     """
     require_columns(costs, ("method", *COSTS), "table of costs")
     require_columns(summary, ("method", "value", "low", "high"), "summary")
     table = costs.merge(summary[["method", "value", "low", "high"]], on="method")
-    looks_of = method_looks(table["method"])
+    colours, markers = method_colours(table["method"]), looks(table["method"], MARKERS)
     figure, grid = panels(len(COSTS), (13.5, 4.6), sharey=True)
     for axes, (column, (name, unit)) in zip(grid[0], COSTS.items(), strict=True):
         for method, rows in table.groupby("method", sort=False):
-            colour, marker = looks_of[method]
-            look = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 7}
-            draw_line(axes, rows[column] / unit, rows, **look, label=method_label(method))
+            look = {"color": colours[method], "marker": markers[method], "markersize": 7}
+            label = method_label(method)
+            draw_line(axes, rows[column] / unit, rows, linestyle="none", label=label, **look)
         axes.set_xlabel(name)
         axes.set_xscale("log") if column == "stored_bytes" else axes.set_xlim(left=0)
     grid[0, 0].set_ylabel("Macro AUROC (95 % interval)")
     return finish(figure, title, grid[0, 0].get_legend_handles_labels()[0])
-
-
-def method_looks(methods: Iterable[str]) -> dict[str, tuple]:
-    """Colour by what is trained (CE-SSL, low-rank pairs, every weight), marker by method."""
-    families = {
-        name: 0 if name.startswith("ce_ssl") else 1 if "lora" in name else 2 for name in methods
-    }
-    found = {}
-    for family, colour in enumerate(PALETTE[:3]):
-        members = [name for name in families if families[name] == family]
-        found |= {name: (colour, marker) for name, marker in looks(members, MARKERS).items()}
-    return found
 
 
 def plot_ranks(scores: pd.DataFrame, ranks: pd.DataFrame, title: str | None = None) -> Figure:

@@ -114,7 +114,6 @@ def gain_table(
     pairs: Callable[[list[tuple]], Pairs],
     beside: Sequence[str] = ("method",),
     metrics: Sequence[str] = ("macro_auroc",),
-    split: str = "test",
 ) -> pd.DataFrame:
     """One row per pair of cells and metric: gain with its paired interval, see `gain_row`.
 
@@ -123,7 +122,7 @@ def gain_table(
     the same seeds, on the same patient draws. DataError where two sides have other seeds.
     """
     cells = group_runs(runs, cell)
-    targets, patients = records.split_truth(split)
+    targets, patients = records.split_truth("test")
     warn_of_absent_classes(targets, records.classes)
     draws = PatientDraws(patients)
 
@@ -131,7 +130,7 @@ def gain_table(
     def sample(metric: str, values: tuple) -> tuple[np.ndarray, np.ndarray]:
         members = cells[values]
         decided = metric == "macro_f2"
-        answers = decide(members, records, split) if decided else stack_scores(members, split)
+        answers = decide(members, records) if decided else stack_scores(members)
         return draws.sample(METRICS[metric](targets, answers))
 
     rows = []
@@ -149,7 +148,7 @@ def gain_table(
     return pd.DataFrame(rows)
 
 
-def decide(members: Members, records: Records, split: str) -> np.ndarray:
+def decide(members: Members, records: Records) -> np.ndarray:
     """1 where a model says yes, 0 where it says no, `(seeds, n, classes)`.
 
     Thresholds come from validation, one for each model and class; a class without a positive record
@@ -160,7 +159,7 @@ def decide(members: Members, records: Records, split: str) -> np.ndarray:
         warnings.simplefilter("ignore", AbsentClassWarning)  # named once, when the run was scored
         known = stack_scores(members, "validation")
         thresholds = np.stack([choose_thresholds(truth, seed) for seed in known])[:, None]
-    return np.where(np.isnan(thresholds), np.nan, stack_scores(members, split) > thresholds)
+    return np.where(np.isnan(thresholds), np.nan, stack_scores(members) > thresholds)
 
 
 def transfer_gains(runs: Sequence[Run], records: Records) -> pd.DataFrame:

@@ -31,7 +31,6 @@ from ecgstudy.study import label_grid
 def plot_label_curve(
     table: pd.DataFrame,
     training_records: int | None = None,
-    metric: str = "Macro AUROC",
     title: str | None = None,
 ) -> Figure:
     """Mean over seeds of `value` against the share of labels, one line per method; small dots are
@@ -54,7 +53,7 @@ def plot_label_curve(
         axes.plot(x, rows["value"], ".", color=colour, alpha=0.35, markersize=4)
         draw_line(axes, mean.index * shift, mean, color=colour, marker=marker, label=method)
     label_axis(axes, sorted(table["fraction"].unique()), training_records)
-    axes.set_ylabel(f"{metric} (mean, 95 % interval)")
+    axes.set_ylabel("Macro AUROC (mean, 95 % interval)")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return finish(figure, title)
 
@@ -97,61 +96,46 @@ def _shifts(count: int, factor: float) -> np.ndarray:
 def frozen_validation(
     records: Records, features: Mapping[str, np.ndarray], fractions: Sequence[float], seeds: int
 ) -> pd.DataFrame:
-    """Macro AUROC on fold 9 of linear probes: a row for each of the named feature matrices, a
-    column a fraction.
+    """Macro AUROC on fold 9 of linear probes: one row per named feature matrix, one
+    column per fraction.
 
     Mean over `seeds` label subsets. The penalty is chosen on the same fold, so this is for looking
     while one learns; what counts is measured on fold 10 in notebook 09.
     """
-    split = records.split
     grid = label_grid(fractions, seeds, seeds)
     subsets = {(cell.fraction, cell.seed): cell.positions(records) for cell in grid}
-    rows = {}
+    targets, _ = records.split_truth("validation")
+    rows = []
     for name, values in features.items():
-        probes = probe_subsets(values, records.targets, subsets, split, classes=records.classes)
-        scores = {
-            key: macro_auroc(
-                records.targets[split["validation"]], probe["validation/probabilities"]
-            )
-            for key, probe in probes.items()
-        }
-        rows[name] = {
-            fraction: np.mean([scores[fraction, seed] for seed in range(seeds)])
-            for fraction in fractions
-        }
-    return pd.DataFrame(rows).T
+        probes = probe_subsets(
+            values, records.targets, subsets, records.split, classes=records.classes
+        )
+        for (fraction, _), probe in probes.items():
+            score = macro_auroc(targets, probe["validation/probabilities"])
+            rows.append({"features": name, "fraction": fraction, "score": score})
+    table = pd.DataFrame(rows).pivot_table("score", "features", "fraction")
+    return table.loc[list(features), list(fractions)]
 
 
 def labels_needed_table(runs: Sequence[Run], records: Records, draws: int = 1000) -> pd.DataFrame:
     """Share of the labels with which each arm reaches the same encoder trained from scratch with
     all labels.
 
-    A row an arm: goal (macro AUROC to be reached), needed with its interval `low` to `high`, see
+    One row per arm: goal (macro AUROC to be reached), needed with its interval `low` to `high`, see
     `labels_needed`, and `records` that this share means.
     """
-    split = records.split
     targets, patients = records.split_truth("test")
+    names = ("method", "encoder", "protocol")
     arms: dict[tuple, dict[float, np.ndarray]] = {}
-    for (*arm, fraction), scores in seed_scores(
-        runs, "test", ("method", "encoder", "protocol", "fraction")
-    ).items():
-        arms.setdefault(tuple(arm), {})[fraction] = scores
+    for cell, scores in seed_scores(runs, cell=(*names, "fraction")).items():
+        arms.setdefault(cell[:-1], {})[cell[-1]] = scores
     rows = []
-    for (method, encoder, protocol), curve in sorted(arms.items()):
-        supervised = arms["supervised", encoder, "supervised"]
+    for arm, curve in sorted(arms.items()):
+        supervised = arms["supervised", arm[1], "supervised"]
         goal = supervised[max(supervised)]
         needed = labels_needed(targets, curve, goal, patients, draws, classes=records.classes)
-        level = np.mean([macro_auroc(targets, one, records.classes) for one in goal])
-        rows.append(
-            {
-                "method": method,
-                "encoder": encoder,
-                "protocol": protocol,
-                "goal": level,
-                "needed": needed.value,
-                "low": needed.low,
-                "high": needed.high,
-                "records": needed.value * len(split["train"]),
-            }
-        )
+        level = np.mean([macro_auroc(targets, seed, records.classes) for seed in goal])
+        measured = {"goal": level, "needed": needed.value, "low": needed.low, "high": needed.high}
+        count = needed.value * len(records.split["train"])
+        rows.append({**dict(zip(names, arm, strict=True)), **measured, "records": count})
     return pd.DataFrame(rows).sort_values(["needed", "method"], ignore_index=True)

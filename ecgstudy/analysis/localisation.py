@@ -35,6 +35,7 @@ from ecgstudy.analysis.figures import (
 )
 
 SIZES = ("|input|", "|input|²")  # of the signal, which every attribution is compared with
+SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)  # of the patches that are deleted
 TOLERANCE = 0.05  # seconds that the pointing game forgives
 # Published thresholds of each measure: the lower limit of the interval must exceed this (times
 # chance for the second).
@@ -116,11 +117,11 @@ def enrichment(relevance: np.ndarray, region: Region) -> np.ndarray:
     return relevance_mass(relevance, region) / chance_mass(region)
 
 
-def dilated(region: Region, sampling_rate: float, seconds: float = TOLERANCE) -> Region:
-    """The region, longer by `seconds` on both sides in time."""
+def dilated(region: Region, sampling_rate: float) -> Region:
+    """The region, longer by `TOLERANCE` on both sides in time."""
     from scipy.ndimage import maximum_filter1d
 
-    width = 2 * round(seconds * sampling_rate) + 1
+    width = 2 * round(TOLERANCE * sampling_rate) + 1
     longer = maximum_filter1d(region.evidence.astype(np.uint8), width, axis=2).astype(bool)
     return Region(longer, region.counted)
 
@@ -275,22 +276,27 @@ def measure_rows(
     rows = []
     for name, values in found.items():
         values = values | {"mass over chance": values["mass"] / (chance["mass"] or np.nan)}
+        for which, numbers in values.items():
+            interval = mean_interval(numbers, patients, draws)
+            row = {"attribution": name, "measure": which, **interval._asdict()}
+            level = chance[which]
+            rows.append({**row, "chance": level, "passes": passes(which, interval.low, level)})
         for size in SIZES:
             if size in found and size != name:
                 over = values["enrichment"] - found[size]["enrichment"]
-                values[f"enrichment over {size}"] = over
-        for which, numbers in values.items():
-            interval, level = mean_interval(numbers, patients, draws), chance.get(which, 0.0)
-            over = which.startswith("enrichment over")
-            passed = interval.low > 0 if over else passes(which, interval.low, level)
-            row = {"attribution": name, "measure": which, **interval._asdict()}
-            rows.append({**row, "chance": level, "passes": passed})
+                row = difference_row(f"enrichment over {size}", over, patients, draws)
+                rows.append({"attribution": name, **row})
     return rows
 
 
-def baseline_maps(
-    millivolts: np.ndarray, sampling_rate: float, seed: int = 0
-) -> dict[str, np.ndarray]:
+def difference_row(measure: str, values: np.ndarray, patients: Sequence, draws: int) -> dict:
+    """Mean of one difference per record `(n,)` with its interval; it passes above zero."""
+    interval = mean_interval(values, patients, draws)
+    found = {"measure": measure, **interval._asdict()}
+    return {**found, "chance": 0.0, "passes": interval.low > 0}
+
+
+def baseline_maps(millivolts: np.ndarray, sampling_rate: float) -> dict[str, np.ndarray]:
     """What a method must beat, each float32 `(n, 12, time)`.
 
     Random numbers, |input| and its square (against which squared relevance is fair), and 50 ms
@@ -298,7 +304,7 @@ def baseline_maps(
     """
     filled = np.nan_to_num(millivolts).astype(np.float32)
     return {
-        "random": np.random.default_rng(seed).random(filled.shape, np.float32),
+        "random": np.random.default_rng(0).random(filled.shape, np.float32),
         "|input|": np.abs(filled),
         "|input|²": filled**2,
         "R peaks": np.stack([_near_r_peaks(signal, sampling_rate) for signal in filled]),
@@ -341,34 +347,32 @@ def deletion_area(
     class_index: int,
     sampling_rate: float,
     window_seconds: float,
-    patch: int = PATCH,
-    shares: Sequence[float] = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5),
 ) -> np.ndarray:
     """Area between the probability curves when the least and when the most relevant patches go
     first `(n,)` (M6).
 
-    A patch is `patch` samples of one lead and goes by the straight line between its neighbours; the
-    area is over the `shares` of the patches, divided by their range. 0 by chance; large where what
+    A patch is `PATCH` samples of one lead and goes by the straight line between its neighbours; the
+    area is over `SHARES` of the patches, divided by their range. 0 by chance; large where what
     is called relevant is what the network uses.
     """
     filled = np.nan_to_num(millivolts).astype(np.float32)
     records, leads, time = filled.shape
-    without = bridged(torch.from_numpy(filled), patch).numpy()
-    weight = np.add.reduceat(relevance, np.arange(0, time, patch), axis=2).reshape(records, -1)
+    without = bridged(torch.from_numpy(filled), PATCH).numpy()
+    weight = np.add.reduceat(relevance, np.arange(0, time, PATCH), axis=2).reshape(records, -1)
     # Ties are broken by chance.
     weight = weight + 1e-9 * np.random.default_rng(0).random(weight.shape) * (weight.max() + 1e-12)
     rank = weight.argsort(axis=1).argsort(axis=1)  # (n, leads x patches), 0: the least relevant
 
     def probabilities(gone: np.ndarray) -> np.ndarray:
-        gone = gone.reshape(records, leads, -1).repeat(patch, axis=2)[:, :, :time]
+        gone = gone.reshape(records, leads, -1).repeat(PATCH, axis=2)[:, :, :time]
         signals = np.where(gone, without, filled)
         return record_probabilities(network, signals, class_index, sampling_rate, window_seconds)
 
     curve = []
-    for share in shares:
+    for share in SHARES:
         count = round(share * rank.shape[1])
         curve.append(probabilities(rank < count) - probabilities(rank >= rank.shape[1] - count))
-    return np.trapezoid(np.array(curve), np.asarray(shares), axis=0) / (shares[-1] - shares[0])
+    return np.trapezoid(np.array(curve), np.array(SHARES), axis=0) / SHARES[-1]
 
 
 def randomised_cascade(network: nn.Module, seed: int = 0) -> list[tuple[str, nn.Module]]:
@@ -433,7 +437,7 @@ def rank_correlation(first: np.ndarray, second: np.ndarray, signed: bool = False
 
 def agreement(attributions: Sequence[np.ndarray]) -> np.ndarray:
     """Mean rank correlation over the pairs of attributions to the same records `(n,)` (M8);
-    DataError for one alone.
+    DataError for a single one.
     """
     if len(attributions) < 2:
         raise DataError("Agreement needs the attributions of two networks or more.")
@@ -462,10 +466,8 @@ def matched_negatives(
     return np.array(chosen)
 
 
-def mean_interval(
-    values: np.ndarray, patients: Sequence, draws: int = 1000, seed: int = 0
-) -> Interval:
-    """Mean of one number a record `(n,)` with its patient-bootstrap interval; NaN counts for
+def mean_interval(values: np.ndarray, patients: Sequence, draws: int = 1000) -> Interval:
+    """Mean of one number per record `(n,)` with its patient-bootstrap interval; NaN counts for
     nothing.
 
     For two methods on the same records give the differences: the interval is then paired.
@@ -474,4 +476,4 @@ def mean_interval(
     known = ~np.isnan(values)
     if not known.any():
         return Interval(np.nan, np.nan, np.nan)
-    return PatientDraws(np.asarray(patients)[known], draws, seed).interval(mean(values[known]))
+    return PatientDraws(np.asarray(patients)[known], draws).interval(mean(values[known]))

@@ -49,7 +49,7 @@ def plot_stages(summary: pd.DataFrame, title: str | None = None) -> Figure:
     return finish(figure, title, left.get_legend_handles_labels()[0])
 
 
-def stage_summary(runs: Sequence[Run], records: Records, split: str = "test") -> pd.DataFrame:
+def stage_summary(runs: Sequence[Run], records: Records) -> pd.DataFrame:
     """Macro AUROC with its interval and calibration error, means over seeds: one row per method,
     network and stage.
 
@@ -58,10 +58,10 @@ def stage_summary(runs: Sequence[Run], records: Records, split: str = "test") ->
     key = ["network", "method", "stage", "fraction"]
     cell = ("network", "method", "stage", "data", "labels", "fraction")
     rows = pd.DataFrame([row for run in runs for row in run.rows()])
-    errors = rows[(rows["split"] == split) & (rows["metric"] == "expected_calibration_error")]
+    errors = rows[(rows["split"] == "test") & (rows["metric"] == "expected_calibration_error")]
     errors = errors.groupby(key, as_index=False)["value"].mean()
     errors = errors.rename(columns={"value": "calibration_error"})
-    table = seed_summary(runs, records, split, cell).merge(errors, on=key)
+    table = seed_summary(runs, records, cell=cell).merge(errors, on=key)
     start = table[table["stage"] == 0]
     later = table[table["stage"] > 0]
     arms = later[["method", "network"]].drop_duplicates()

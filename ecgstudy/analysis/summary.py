@@ -77,7 +77,7 @@ def seed_summary(
 
 def need_same_seeds(cells: Mapping[tuple, Members], own: tuple, other: tuple) -> None:
     """DataError where the runs of two cells do not pair."""
-    first, second = ([run.spec.seed for run, _ in cells[side]] for side in (own, other))
+    first, second = ([run.spec.seed for run, _ in cells.get(side, ())] for side in (own, other))
     if first != second:
         names = [" ".join(map(str, side)) for side in (own, other)]
         raise DataError(

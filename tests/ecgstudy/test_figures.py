@@ -13,6 +13,7 @@ from ecgstudy.analysis.label_curve import plot_label_curve, plot_label_efficienc
 from ecgstudy.analysis.robustness import plot_robustness
 from ecgstudy.analysis.self_evolving import plot_stages
 from ecgstudy.analysis.training_curves import plot_training
+from ecgstudy.methods import METHODS
 from ecgstudy.results import save_figure
 
 
@@ -247,7 +248,7 @@ def test_cost_has_a_panel_a_cost_and_a_look_a_method():
     points = [container.lines[0] for container in figure.axes[0].containers]
     looks = {(str(line.get_color()), line.get_marker()) for line in points}
     assert len(points) == len(looks) == 4
-    assert points[0].get_color() == points[1].get_color() != points[2].get_color()
+    assert {line.get_color() for line in points} == {METHODS[name].colour for name in methods[:4]}
     with pytest.raises(DataError, match="stored_bytes"):
         plot_cost(costs.drop(columns="stored_bytes"), summary)
 
