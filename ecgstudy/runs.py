@@ -141,9 +141,10 @@ def find_run(key: str, results: str | Path) -> Run | None:
     return open_run(found[0].parent) if found else None
 
 
-def run_or_load(
-    spec: RunSpec, function: Callable[[RunSpec, Path], Result], folder: str | Path
-) -> Run:
+Compute = Callable[[RunSpec, Path], Result]  # with a workspace that survives a kill
+
+
+def run_or_load(spec: RunSpec, function: Compute, folder: str | Path) -> Run:
     """The run of `spec`: opened if it is below `folder`, else computed by `function(spec,
     workspace)` and kept.
 
@@ -188,20 +189,8 @@ def _keep(spec: RunSpec, result: Result, workspace: Path) -> dict:
     return about
 
 
-def run_grid(
-    specs: Iterable[RunSpec],
-    function: Callable[[RunSpec, Path], Result],
-    folder: str | Path,
-    progress_bar: bool = True,
-    workers: int = 1,
-) -> list[Run]:
-    """Every run of a grid that shares a function, see `run_all`."""
-    pairs = [(spec, function) for spec in specs]
-    return run_all(pairs, folder, progress_bar=progress_bar, workers=workers)
-
-
 def run_all(
-    pairs: Sequence[tuple[RunSpec, Callable[[RunSpec, Path], Result]]],
+    pairs: Sequence[tuple[RunSpec, Compute]],
     folder: str | Path,
     progress_bar: bool = True,
     workers: int = 1,
@@ -228,9 +217,7 @@ def run_all(
     return outcomes
 
 
-def _try_run(
-    spec: RunSpec, function: Callable[[RunSpec, Path], Result], folder: str | Path
-) -> Run | str:
+def _try_run(spec: RunSpec, function: Compute, folder: str | Path) -> Run | str:
     """The run, or the sentence on why it failed; its traceback is kept in its workspace."""
     spec = spec if spec.code else replace(spec, code=code_of(function))
     try:

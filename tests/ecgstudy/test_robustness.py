@@ -15,8 +15,8 @@ from ecglib.evaluate.windows import predict_windows
 from ecglib.noise import add_noise, measured_snr, record_generator
 from ecglib.records import Records
 from ecglib.supervised import Training
-from ecgstudy.analysis.localisation import record_probabilities
 from ecgstudy.analysis import robustness
+from ecgstudy.analysis.localisation import record_probabilities
 from ecgstudy.analysis.robustness import (
     loss_gains,
     noise_arms,
@@ -29,10 +29,10 @@ from ecgstudy.analysis.robustness import (
 )
 from ecgstudy.arms import noise
 from ecgstudy.arms.noise import (
-    NoiseScores,
-    arm_of,
     NoiseGrid,
+    NoiseScores,
     UnderNoise,
+    arm_of,
     make_noisy,
     score_conditions,
     score_under_noise,

@@ -17,7 +17,7 @@ from ecglib.errors import StorageError
 from ecglib.supervised import Training
 from ecgstudy.analysis.summary import seed_summary
 from ecgstudy.arms.supervised import FromScratch
-from ecgstudy.runs import TABLE_COLUMNS, Result, RunSpec, run_grid, run_or_load, table, tidy
+from ecgstudy.runs import TABLE_COLUMNS, Result, RunSpec, run_all, run_or_load, table, tidy
 from ecgstudy.study import LabelSubset, Study
 from toolkit import labelled_records
 
@@ -89,9 +89,9 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path):
 
     grid = [RunSpec("m", "d", "k", "l", 0.1, seed) for seed in range(3)]
     with pytest.raises(RuntimeError, match="1 of 3 runs failed.*no luck"):
-        run_grid(grid, fails_once, tmp_path, progress_bar=False)
+        run_all([(spec, fails_once) for spec in grid], tmp_path, progress_bar=False)
     assert sorted(table(tmp_path)["seed"]) == [0, 2]
-    assert len(run_grid(grid, constant, tmp_path, progress_bar=False)) == 3
+    assert len(run_all([(spec, constant) for spec in grid], tmp_path, progress_bar=False)) == 3
 
 
 def test_an_unwritable_results_folder_is_one_sentence(tmp_path):
@@ -108,7 +108,7 @@ def test_a_full_disk_says_so_and_keeps_what_is_finished(tmp_path, monkeypatch):
 
     monkeypatch.setattr("ecglib.checkpoints.save_file", full)
     with pytest.raises(StorageError, match="disk is full.*finished work is kept"):
-        run_grid([RunSpec("m", "d", "k", "l", 0.1, 1)], constant, tmp_path, progress_bar=False)
+        run_all([(RunSpec("m", "d", "k", "l", 0.1, 1), constant)], tmp_path, progress_bar=False)
     assert table(tmp_path)["seed"].tolist() == [finished.spec.seed]
 
 
