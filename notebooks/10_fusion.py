@@ -133,7 +133,7 @@ network.start_from(
     torch.cat([weights[:1] for weights, _, _ in votes], dim=1),
     torch.stack([bias[:1] for _, bias, _ in votes], dim=1),
 )
-mean = sum(data.probe_logits(name, "validation")[0] for name in members) / len(members)
+mean = sum(data.probe_logits(name)["validation"][0] for name in members) / len(members)
 validation = torch.from_numpy(data.split["validation"])[None]
 with torch.no_grad():
     start = network(gather([values[:1] for values in data.features.values()], validation))[0]

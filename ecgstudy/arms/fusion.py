@@ -39,6 +39,8 @@ from ecgstudy.study import LabelSubset, Study
 
 Member = Run | Mapping[LabelSubset, Run]  # one encoder for all label subsets, or one for each
 SPLITS = ("validation", "test")
+# Logits `(subsets, n, classes)` of both splits, and notes, one for each subset.
+Combination = tuple[dict[str, Tensor], dict]
 # Side by side, the features of K members are about K times as large, and with them the penalties
 # that suit them.
 CONCATENATED_PENALTIES = (*PENALTIES, 10 * PENALTIES[-1])
@@ -222,10 +224,14 @@ class FusionData:
             strengths += probes.penalties
         return torch.cat(weights), torch.cat(bias), strengths
 
-    def probe_logits(self, name: str, split: str) -> Tensor:
-        """Logits `(subsets, n, classes)` of a member's probes."""
+    def logits(self, features: Tensor, weights: Tensor, bias: Tensor) -> dict[str, Tensor]:
+        """Logits `(subsets, n, classes)` of both splits, of probes of such features."""
+        return {split: features[:, self.split[split]] @ weights + bias[:, None] for split in SPLITS}
+
+    def probe_logits(self, name: str) -> dict[str, Tensor]:
+        """Those of a member's own probes."""
         weights, bias, _ = self.probes[name]
-        return self.features[name][:, self.split[split]] @ weights + bias[:, None]
+        return self.logits(self.features[name], weights, bias)
 
     def validation_scores(self, logits: Tensor) -> np.ndarray:
         """Macro AUROC on fold 9 of logits `(models, n, classes)`."""
@@ -235,24 +241,22 @@ class FusionData:
         )
 
 
-# Ways to use the members without training: logits `(subsets, n, classes)` of both splits, and
-# notes, one for each subset.
+# Ways to use the members without training.
 
 
-def alone(data: FusionData, names: list[str]) -> tuple[dict[str, Tensor], dict]:
+def alone(data: FusionData, names: list[str]) -> Combination:
     """One member's probes."""
     (name,) = names
-    logits = {split: data.probe_logits(name, split) for split in SPLITS}
-    return logits, {"penalty": data.probes[name][2]}
+    return data.probe_logits(name), {"penalty": data.probes[name][2]}
 
 
-def mean_of_logits(data: FusionData, names: list[str]) -> tuple[dict[str, Tensor], dict]:
+def mean_of_logits(data: FusionData, names: list[str]) -> Combination:
     """Every member has one vote."""
-    each = member_logits(data, names)
-    return {split: logits.mean(dim=0) for split, logits in each.items()}, {}
+    votes = member_logits(data, names)
+    return {split: each.mean(dim=0) for split, each in votes.items()}, {}
 
 
-def best_single(data: FusionData, names: list[str]) -> tuple[dict[str, Tensor], dict]:
+def best_single(data: FusionData, names: list[str]) -> Combination:
     """Each subset with the member whose probe is best on fold 9."""
     logits = member_logits(data, names)
     best = np.argmax([data.validation_scores(each) for each in logits["validation"]], axis=0)
@@ -261,21 +265,19 @@ def best_single(data: FusionData, names: list[str]) -> tuple[dict[str, Tensor], 
     return {split: each[chosen] for split, each in logits.items()}, notes
 
 
-def concatenation(data: FusionData, names: list[str]) -> tuple[dict[str, Tensor], dict]:
+def concatenation(data: FusionData, names: list[str]) -> Combination:
     """One probe on the features of all members side by side."""
     features = [data.features[name] for name in names]
     largest = max(map(len, features))
     joint = torch.cat([each.expand(largest, -1, -1) for each in features], dim=2)
     weights, bias, penalties = data.probed(joint, CONCATENATED_PENALTIES)
-    logits = {split: joint[:, data.split[split]] @ weights + bias[:, None] for split in SPLITS}
-    return logits, {"penalty": penalties}
+    return data.logits(joint, weights, bias), {"penalty": penalties}
 
 
 def member_logits(data: FusionData, names: list[str]) -> dict[str, Tensor]:
     """Logits `(members, subsets, n, classes)` of both splits."""
-    return {
-        split: torch.stack([data.probe_logits(name, split) for name in names]) for split in SPLITS
-    }
+    each = [data.probe_logits(name) for name in names]
+    return {split: torch.stack([logits[split] for logits in each]) for split in SPLITS}
 
 
 # Untrained stacks of fusions, one for each seed.
@@ -308,7 +310,7 @@ class Fits:
     data: FusionData
     names: list[str]
     subsets: list[LabelSubset]
-    combine: Callable[[FusionData, list[str]], tuple[dict[str, Tensor], dict]]
+    combine: Callable
     keep = False
 
     def about(self) -> dict:
