@@ -77,49 +77,42 @@ class HeightRegression(nn.Module):
     def loss(self, batch: Batch) -> torch.Tensor:
         """Scalar loss of one batch, whose targets are heights in mV `(batch, outputs)`."""
         signals = batch.signals
-        gains = 0.5 + torch.rand(
-            signals.shape[:2], generator=batch.generator, device=signals.device
-        )
+        drawn = torch.rand(signals.shape[:2], generator=batch.generator, device=signals.device)
+        gains = 0.5 + drawn
         wanted = (batch.targets * gains[:, self.leads] - self.mean) / self.deviation
         return nn.functional.mse_loss(self.network(signals * gains[:, :, None]).float(), wanted)
 
 
 def height_regressor(
-    simulation: Simulation,
-    *,
-    steps: int = 400,
-    batch_size: int = 64,
-    seconds: float = 2.5,
-    learning_rate: float = 0.01,
-    encoder: str = "xresnet1d_narrow",
-    seed: int = 0,
+    simulation: Simulation, *, steps: int = 400, batch_size: int = 64, seconds: float = 2.5
 ) -> tuple[nn.Module, np.ndarray, pd.Series]:
-    """A network that was taught wave heights, the records it was not taught with, and its R2 on
-    these by output.
+    """A network that has learned wave heights, records that it has not seen, and its R2 on these by
+    output.
 
-    Folds 1-8 of the cohort teach, fold 10 is asked. R2 is that of the mean over a record's windows.
+    It is trained on folds 1-8 of the cohort and tested on fold 10. R2 is that of the mean over a
+    record's windows. DataError where the cohort is too small.
     """
     records, heights = simulation.records, wave_heights(simulation)
     known, fold = ~np.isnan(heights).any(axis=1), records.table["fold"].to_numpy()
-    taught = np.flatnonzero(known & (fold <= 8))
-    asked = np.flatnonzero(known & (fold == 10))
-    if not len(taught) or not len(asked):
+    train = np.flatnonzero(known & (fold <= 8))
+    test = np.flatnonzero(known & (fold == 10))
+    if not len(train) or not len(test):
         raise DataError(
             f"{len(records)} simulated records are too few to teach and to ask; simulate more "
             "patients."
         )
-    torch.manual_seed(seed)
-    objective = HeightRegression(Classifier(make_encoder(encoder), len(HEIGHTS)), heights[taught])
-    crops = CropBatches(records, taught, batch_size, seconds, seed)
+    torch.manual_seed(0)
+    network = Classifier(make_encoder("xresnet1d_narrow"), len(HEIGHTS))
+    objective = HeightRegression(network, heights[train])
+    crops = CropBatches(records, train, batch_size, seconds, 0)
 
     def batches(step: int) -> Batch:
         batch = crops(step)
-        targets = torch.as_tensor(heights[taught[batch.indices.numpy()]], dtype=torch.float32)
-        return replace(batch, targets=targets)
+        targets = heights[train[batch.indices.numpy()]]
+        return replace(batch, targets=torch.as_tensor(targets, dtype=torch.float32))
 
-    fit(objective, batches, steps, learning_rate=learning_rate, seed=seed)
-    network = objective.network.eval()
-    answers = encode_windows(network, records, asked, seconds)
+    fit(objective, batches, steps, learning_rate=0.01, seed=0)
+    answers = encode_windows(network.eval(), records, test, seconds)
     answers = answers * objective.deviation.numpy() + objective.mean.numpy()
-    r2 = 1 - ((answers - heights[asked]) ** 2).mean(axis=0) / heights[asked].var(axis=0)
-    return network, asked, pd.Series(r2, index=list(HEIGHTS))
+    r2 = 1 - ((answers - heights[test]) ** 2).mean(axis=0) / heights[test].var(axis=0)
+    return network, test, pd.Series(r2, index=list(HEIGHTS))
