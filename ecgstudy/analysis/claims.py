@@ -307,8 +307,10 @@ def shown_findings(rows: pd.DataFrame) -> pd.DataFrame:
     """The findings as a table for reading: gains with their intervals as text, shares of labels in
     per cent.
     """
-    published = [f"{value:+.3f}" if np.isfinite(value) else "–" for value in rows["published"]]
     here = [f"{row.here:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in rows.itertuples()]
-    shares = [f"{value:.0%}" if np.isfinite(value) else "–" for value in rows["labels"]]
-    shown = rows.assign(published=published, here=here, labels=shares)
+    shown = rows.assign(
+        published=rows["published"].map("{:+.3f}".format, na_action="ignore").fillna("–"),
+        here=here,
+        labels=rows["labels"].map("{:.0%}".format, na_action="ignore").fillna("–"),
+    )
     return shown[["system", "claim", "labels", "published", "source", "here", "origin", "verdict"]]

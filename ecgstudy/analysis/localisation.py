@@ -332,12 +332,9 @@ def record_probabilities(
 ) -> np.ndarray:
     """The class's probability of signals `(n, 12, time)` in mV, as in `score_signals`, `(n,)`."""
     device = next(iter(network.parameters())).device
-    signals = torch.from_numpy(np.nan_to_num(millivolts).astype(np.float32))
-    parts = [
-        score_signals([network], part.to(device), sampling_rate, window_seconds)[0, :, class_index]
-        for part in signals.split(256)
-    ]
-    return torch.cat(parts).cpu().numpy()
+    signals = torch.from_numpy(np.nan_to_num(millivolts).astype(np.float32)).to(device)
+    scores = score_signals([network], signals, sampling_rate, window_seconds)
+    return scores[0, :, class_index].cpu().numpy()
 
 
 def deletion_area(
@@ -409,10 +406,10 @@ def _layers_from_the_head(network: nn.Module) -> list[tuple[str, list[str]]]:
     found = []
     if encoder is not network:
         found.append(("head", [name for name, _ in network.named_children() if name != "encoder"]))
-    for place, layer in reversed(list(enumerate(encoder.layers()))):
+    for place, layer in reversed(list(enumerate(encoder.layers(), start=1))):
         # A slice of a sequence is no module of the network.
         parts = [layer] if layer in names else layer
-        found.append((f"layer {place + 1}", [names[part] for part in parts]))
+        found.append((f"layer {place}", [names[part] for part in parts]))
     return found
 
 
