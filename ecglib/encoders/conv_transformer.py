@@ -49,11 +49,10 @@ def mean_of_fours(x: Tensor) -> Tensor:
     A last, incomplete four is the mean of what is there, so that any length works. Unlike torch's
     average pooling it keeps no input for its backward pass.
     """
-    whole = x.shape[2] // 4
-    means = x[:, :, : 4 * whole].unflatten(2, (whole, 4)).mean(dim=3)
-    if x.shape[2] == 4 * whole:
-        return means
-    return torch.cat([means, x[:, :, 4 * whole :].mean(2, keepdim=True)], dim=2)
+    count = x.shape[2] // 4
+    means = x[:, :, : 4 * count].unflatten(2, (count, 4)).mean(dim=3)
+    rest = x[:, :, 4 * count :]
+    return torch.cat([means, rest.mean(2, keepdim=True)], dim=2) if rest.shape[2] else means
 
 
 class ConvTransformer(nn.Module):
@@ -82,10 +81,12 @@ class ConvTransformer(nn.Module):
                 f"There is no ConvTransformer of the size {size!r}; choose from {', '.join(SIZES)}."
             )
         width, depth = SIZES[size]
-        self.leads, self.centred, self.feature_size = leads, centred, width
+        self.leads = leads
+        self.centred = centred
+        self.feature_size = width
         self.blocks = nn.ModuleList(ConvBlock(leads if i == 0 else width, width) for i in range(3))
         self.transformer = nn.ModuleList(
-            TransformerBlock(width, HEADS, activation=nn.LeakyReLU, epsilon=1e-5, causal=causal)
+            TransformerBlock(width, HEADS, nn.LeakyReLU, epsilon=1e-5, causal=causal)
             for _ in range(depth)
         )
         # Two layers with nothing in between, as published: the first is adapted at low rank, the
@@ -107,10 +108,11 @@ class ConvTransformer(nn.Module):
                 f"This ConvTransformer takes signals (batch, {self.leads}, time), not "
                 f"{tuple(signals.shape)}."
             )
-        x = signals - signals.mean(dim=2, keepdim=True) if self.centred else signals
+        if self.centred:
+            signals = signals - signals.mean(dim=2, keepdim=True)
         for block in self.blocks:
-            x = block(x)
-        return x
+            signals = block(signals)
+        return signals
 
     def context(self, x: Tensor) -> Tensor:
         """The transformer and the maximum over its tokens, `(batch, width, tokens)` -> `(batch,

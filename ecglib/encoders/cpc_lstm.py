@@ -55,7 +55,8 @@ class Latents(nn.Module):
             raise ValueError(
                 f"PTB-XL's deviations are for 12 leads, not {leads}; give standardised=False."
             )
-        self.samples, self.centred = samples, centred
+        self.samples = samples
+        self.centred = centred
         scale = torch.tensor(PTB_XL_DEVIATIONS) if standardised else torch.ones(leads)
         self.register_buffer("scale", scale[:, None], persistent=False)
         each = [
@@ -88,8 +89,8 @@ class CPCEncoder(nn.Module):
     maximum, last] pooled.
 
     796,672 parameters in the fully connected layers, 4,202,496 in the LSTM; 1,536 features; a
-    latent for each sample. The keywords after `lstm_layers` are those of `Latents`; by default
-    signals are standardised, as published.
+    latent for each sample. The `options` are those of `Latents`: `samples`, `standardised` (by
+    default, as published) and `centred`.
     """
 
     def __init__(
@@ -99,13 +100,13 @@ class CPCEncoder(nn.Module):
         layers: int = 4,
         hidden: int = 512,
         lstm_layers: int = 2,
-        samples: int = 1,
-        standardised: bool = True,
-        centred: bool = False,
+        **options: int | bool,
     ) -> None:
         super().__init__()
-        self.latent_size, self.context_size, self.feature_size = width, hidden, 3 * hidden
-        self.latents = Latents(leads, width, layers, samples, standardised, centred)
+        self.latent_size = width
+        self.context_size = hidden
+        self.feature_size = 3 * hidden
+        self.latents = Latents(leads, width, layers, **options)
         self.lstm = nn.LSTM(width, hidden, lstm_layers, batch_first=True)
 
     def layers(self) -> list[nn.Module]:

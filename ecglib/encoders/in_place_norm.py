@@ -14,43 +14,33 @@ class _NormLeaky(torch.autograd.Function):
     """leaky(batch_norm(x)) in the place of x; the backward pass gets x back from the result."""
 
     @staticmethod
-    def forward(context, x, gain, bias, mean, variance, momentum, epsilon):  # noqa: ANN001, ANN205
+    def forward(context, x, gain, bias, norm):  # noqa: ANN001, ANN205
         """The result, in a new tensor; x may be freed."""
-        y, batch_mean, inverse = torch.native_batch_norm(
-            x, gain, bias, mean, variance, True, momentum, epsilon
+        running = norm.running_mean, norm.running_var
+        y, mean, inverse = torch.native_batch_norm(
+            x, gain, bias, *running, True, norm.momentum, norm.eps
         )
         y = F.leaky_relu_(y, SLOPE)
-        context.save_for_backward(y, gain, bias, batch_mean, inverse)
-        context.epsilon, context.dtype = epsilon, x.dtype
+        context.save_for_backward(y, gain, bias, mean, inverse)
+        context.epsilon = norm.eps
         return y
 
     @staticmethod
     def backward(context, gradient):  # noqa: ANN001, ANN205
         """Gradients of x, gain and bias by torch's own backward pass, for the x found again."""
         y, gain, bias, mean, inverse = context.saved_tensors
-        shape = (1, -1) + (1,) * (y.ndim - 2)
         scale = 1.0 / (gain * inverse)
-        shift = (mean - bias * scale).view(shape)
-        scale = scale.view(shape)
+        shift = mean - bias * scale
         # The inverse of a leaky rectifier is one with the inverse slope; float32 also where y is
         # bfloat16.
-        x = F.leaky_relu(y, 1.0 / SLOPE).to(mean.dtype).mul_(scale).add_(shift).to(context.dtype)
+        x = F.leaky_relu(y, 1.0 / SLOPE).to(mean.dtype)
+        x = x.mul_(scale[:, None]).add_(shift[:, None]).to(y.dtype)
         inner = torch.ops.aten.leaky_relu_backward(gradient, y, SLOPE, True)
-        to_gain, to_bias = context.needs_input_grad[1:3]
-        by_x, by_gain, by_bias = torch.ops.aten.native_batch_norm_backward(
-            inner,
-            x,
-            gain,
-            None,
-            None,
-            mean,
-            inverse,
-            True,
-            context.epsilon,
-            [True, to_gain, to_bias],
+        statistics = None, None, mean, inverse
+        gradients = torch.ops.aten.native_batch_norm_backward(
+            inner, x, gain, *statistics, True, context.epsilon, [True] * 3
         )
-        given = by_x, by_gain if to_gain else None, by_bias if to_bias else None
-        return *given, None, None, None, None
+        return *gradients, None
 
 
 def norm_leaky(norm: nn.BatchNorm1d, x: Tensor) -> Tensor:
@@ -64,6 +54,4 @@ def norm_leaky(norm: nn.BatchNorm1d, x: Tensor) -> Tensor:
     if not trains or bool((norm.weight.abs() < SMALLEST_GAIN).any()):
         return F.leaky_relu_(norm(x), SLOPE)
     norm.num_batches_tracked.add_(1)
-    return _NormLeaky.apply(
-        x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.momentum, norm.eps
-    )
+    return _NormLeaky.apply(x, norm.weight, norm.bias, norm)

@@ -38,15 +38,16 @@ class TransformerBlock(nn.Module):
         self,
         width: int,
         heads: int,
-        *,
         activation: type[nn.Module] = nn.GELU,
         epsilon: float = 1e-6,
         causal: bool = False,
     ) -> None:
         super().__init__()
         self.heads, self.causal = heads, causal
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=epsilon), nn.LayerNorm(width, eps=epsilon)
-        self.qkv, self.mix = FusedLinear(width, 3), nn.Linear(width, width)
+        self.norm1 = nn.LayerNorm(width, epsilon)
+        self.norm2 = nn.LayerNorm(width, epsilon)
+        self.qkv = FusedLinear(width, 3)
+        self.mix = nn.Linear(width, width)
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), activation(), nn.Linear(4 * width, width)
         )
@@ -61,17 +62,8 @@ class TransformerBlock(nn.Module):
         """softmax(q k^T / sqrt(d)), `(batch, heads, tokens, tokens)`."""
         scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
         if self.causal:
-            later = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(1)
-            scores = scores.masked_fill(later, -math.inf)
+            scores = scores + torch.full_like(scores[0, 0], -math.inf).triu(1)
         return scores.softmax(dim=3)
-
-    def _take(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What each token takes, `(batch, heads, tokens, width / heads)`."""
-        # On a CPU the fused kernel's backward pass in bfloat16 takes five times as long as these
-        # two products.
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-            return self._weights(q, k) @ v
-        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
 
     def attention(self, x: Tensor) -> Tensor:
         """How much each token (row) takes from each other, `(batch, heads, tokens, tokens)`; rows
@@ -81,8 +73,14 @@ class TransformerBlock(nn.Module):
         return self._weights(q, k)
 
     def forward(self, x: Tensor) -> Tensor:
-        taken = self._take(*self.queries_keys_values(x)).transpose(1, 2).flatten(2)
-        x = x + self.drop_path(self.mix(taken))
+        q, k, v = self.queries_keys_values(x)
+        # On a CPU the fused kernel's backward pass in bfloat16 takes five times as long as these
+        # two products.
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+            taken = self._weights(q, k) @ v
+        else:
+            taken = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + self.drop_path(self.mix(taken.transpose(1, 2).flatten(2)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 

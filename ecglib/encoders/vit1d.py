@@ -38,7 +38,9 @@ class ViT1d(nn.Module):
                 f"A ViT1d needs a length ({length}) that is a multiple of the patch ({patch}) and "
                 f"a width ({width}) that is a multiple of the heads ({heads})."
             )
-        self.leads, self.patch, self.length = leads, patch, length
+        self.leads = leads
+        self.patch = patch
+        self.length = length
         self.centred = centred
         self.embed = nn.Linear(leads * patch, width)
         self.class_token = nn.Parameter(torch.zeros(width))
@@ -80,13 +82,16 @@ class ViT1d(nn.Module):
             signals = signals - signals.mean(dim=2, keepdim=True)
         # A convolution whose stride is its kernel, done as the matrix product that it is.
         patches = self.embed(signals.unflatten(2, (-1, self.patch)).transpose(1, 2).flatten(2))
-        patches = patches + self._positions(time // self.patch, start, time)
-        return torch.cat([self.class_token.expand(batch, 1, -1).to(patches.dtype), patches], dim=1)
-
-    def _positions(self, count: int, start: Tensor | None, time: int) -> Tensor:
-        """Positions of `count` patches, `(count, width)`; with starts `(batch, count, width)`."""
+        count = patches.shape[1]
         if start is None:
-            return self.positions[:count]
+            patches = patches + self.positions[:count]
+        else:
+            self._check_starts(start, time)
+            places = torch.arange(count, device=start.device) + start[:, None] // self.patch
+            patches = patches + self.positions[places]
+        return torch.cat([self.class_token.expand(batch, 1, -1).to(patches), patches], dim=1)
+
+    def _check_starts(self, start: Tensor, time: int) -> None:
         # Looked at on the CPU only: on a GPU it would make every step wait.
         if start.device.type == "cpu" and not torch.compiler.is_compiling():
             if ((start % self.patch != 0) | (start < 0) | (start + time > self.length)).any():
@@ -94,39 +99,24 @@ class ViT1d(nn.Module):
                     f"Crops of {time} samples must start at a multiple of the patch ({self.patch}) "
                     f"and end within {self.length} samples, not start at {start.tolist()}."
                 )
-        patches = torch.arange(count, device=start.device)
-        return self.positions[(start // self.patch)[:, None] + patches]
-
-    def states(self, signals: Tensor, start: Tensor | None = None, blocks: int = 1) -> list[Tensor]:
-        """Normalised tokens after each of the last `blocks` blocks, `(batch, 1 + patches, width)`
-        each.
-        """
-        x, states = self.tokens(signals, start), []
-        for position, block in enumerate(self.blocks):
-            x = block(x)
-            if position >= len(self.blocks) - blocks:
-                states.append(self.norm(x))
-        return states
 
     def class_tokens(self, signals: Tensor, blocks: int = 4) -> Tensor:
         """[CLS] of the last `blocks` blocks, first to last, `(batch, blocks x width)`: DINO's
         features for probing.
         """
-        return torch.cat([state[:, 0] for state in self.states(signals, None, blocks)], dim=1)
-
-    def attention(self, signals: Tensor) -> Tensor:
-        """Attention of every block, `(blocks, batch, heads, tokens, tokens)`, [CLS] first, for maps
-        and rollout.
-        """
-        x, maps = self.tokens(signals), []
+        x = self.tokens(signals)
+        states = []
         for block in self.blocks:
-            maps.append(block.attention(x))
             x = block(x)
-        return torch.stack(maps)
+            states.append(self.norm(x)[:, 0])
+        return torch.cat(states[-blocks:], dim=1)
 
     def forward(self, signals: Tensor, start: Tensor | None = None) -> Tensor:
-        (state,) = self.states(signals, start)
-        return torch.cat([state[:, 0], state[:, 1:].mean(dim=1)], dim=1)
+        x = self.tokens(signals, start)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return torch.cat([x[:, 0], x[:, 1:].mean(dim=1)], dim=1)
 
 
 def vit1d_small(leads: int = 12) -> ViT1d:

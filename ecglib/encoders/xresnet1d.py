@@ -7,7 +7,7 @@ The convolutions are 1 x k two-dimensional ones in channels-last memory: the sam
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import islice, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +27,14 @@ class Pointwise(nn.Conv2d):
 
 
 def convolution(
-    inputs: int, outputs: int, kernel: int, stride: int = 1, bias: bool = False
-) -> nn.Conv2d:
-    """A 1 x `kernel` convolution that keeps the length at stride 1."""
-    if kernel == stride == 1:
-        return Pointwise(inputs, outputs, 1, bias=bias)
-    return nn.Conv2d(inputs, outputs, (1, kernel), (1, stride), (0, kernel // 2), bias=bias)
-
-
-def normalised(layer: nn.Conv2d, gain: float = 1.0) -> nn.Sequential:
-    """Convolution and batch norm, initialised as in the paper (He-normal weights, gain `gain`, bias
-    0.001).
+    inputs: int, outputs: int, kernel: int, stride: int = 1, bias: bool = False, gain: float = 1.0
+) -> nn.Sequential:
+    """A 1 x `kernel` convolution that keeps the length at stride 1, and its batch norm, which
+    starts as in the paper with the gain `gain` and the bias 0.001.
     """
-    norm = nn.BatchNorm2d(layer.out_channels)
+    kind = Pointwise if kernel == 1 else nn.Conv2d
+    layer = kind(inputs, outputs, (1, kernel), (1, stride), (0, kernel // 2), bias=bias)
+    norm = nn.BatchNorm2d(outputs)
     nn.init.constant_(norm.weight, gain)
     nn.init.constant_(norm.bias, 1e-3)
     return nn.Sequential(layer, norm)
@@ -54,14 +49,14 @@ class Bottleneck(nn.Module):
         super().__init__()
         outputs = width * EXPANSION
         self.path = nn.Sequential(
-            normalised(convolution(inputs, width, 1)),
+            convolution(inputs, width, 1),
             nn.ReLU(),
-            normalised(convolution(width, width, kernel, stride)),
+            convolution(width, width, kernel, stride),
             nn.ReLU(),
-            normalised(convolution(width, outputs, 1), gain=0.0),
+            convolution(width, outputs, 1, gain=0.0),
         )
-        pool = nn.AvgPool2d((1, 2), (1, 2), ceil_mode=True) if stride == 2 else nn.Identity()
-        match = normalised(convolution(inputs, outputs, 1)) if inputs != outputs else nn.Identity()
+        pool = nn.AvgPool2d((1, 2), ceil_mode=True) if stride == 2 else nn.Identity()
+        match = nn.Identity() if inputs == outputs else convolution(inputs, outputs, 1)
         self.shortcut = nn.Sequential(pool, match)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,19 +83,15 @@ class XResNet1d(nn.Module):
     ) -> None:
         super().__init__()
         self.centred, self.blocks = centred, tuple(blocks)
-        channels = (leads, *stem)
-        layers: list[nn.Module] = []
-        for position, (inputs, outputs) in enumerate(zip(channels, stem, strict=False)):
-            # The first convolution has a bias and PyTorch's default start, as in the published
-            # model.
-            first = position == 0
-            layer = convolution(inputs, outputs, kernel, 2 if first else 1, bias=first)
-            layers += [normalised(layer), nn.ReLU()]
+        # The first convolution has a bias and PyTorch's default start, as in the published model.
+        layers = [convolution(leads, stem[0], kernel, 2, bias=True), nn.ReLU()]
+        for inputs, outputs in pairwise(stem):
+            layers += [convolution(inputs, outputs, kernel), nn.ReLU()]
         self.stem = nn.Sequential(*layers, nn.MaxPool2d((1, 3), (1, 2), (0, 1)))
         inputs, stages = stem[-1], []
         for stage, count in enumerate(blocks):
             for block in range(count):
-                stride = 2 if stage > 0 and block == 0 else 1
+                stride = 1 + (stage > 0 and block == 0)
                 stages.append(Bottleneck(inputs, width, kernel, stride))
                 inputs = width * EXPANSION
         self.stages = nn.Sequential(*stages)
@@ -112,8 +103,8 @@ class XResNet1d(nn.Module):
 
     def layers(self) -> list[nn.Module]:
         """Stem and stages from input to output, each with its own learning rate in fine-tuning."""
-        ends = zip(accumulate(self.blocks), self.blocks, strict=True)
-        return [self.stem, *(self.stages[end - count : end] for end, count in ends)]
+        stages = iter(self.stages)
+        return [self.stem, *(nn.Sequential(*islice(stages, count)) for count in self.blocks)]
 
     def feature_map(self, signals: Tensor) -> Tensor:
         """Last stage before pooling, `(batch, channels, time / 32)`."""

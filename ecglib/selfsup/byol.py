@@ -47,19 +47,21 @@ class BYOL(nn.Module):
         momentum: float = 0.996,
     ) -> None:
         super().__init__()
-        self.encoder, self.transforms, self.momentum = encoder, list(transforms), momentum
+        self.encoder = encoder
+        self.transforms = list(transforms)
+        self.momentum = momentum
         self.projector = projection_head(encoder.feature_size, hidden, outputs, norm=True)
         self.predictor = projection_head(outputs, hidden, outputs, norm=True)
-        self.target_encoder, self.target_projector = average_of(encoder), average_of(self.projector)
+        self.target_encoder = average_of(encoder)
+        self.target_projector = average_of(self.projector)
 
     def loss(self, batch: Batch) -> Tensor:
         """The sum over both directions, view 1 predicting view 2 and the reverse; DataError for a
         batch of one.
         """
         need_two_records(batch.signals, "BYOL")
-        views = torch.cat(
-            [apply(self.transforms, batch.signals, batch.generator) for _ in range(2)]
-        )
+        views = [apply(self.transforms, batch.signals, batch.generator) for _ in range(2)]
+        views = torch.cat(views)
         p1, p2 = self.predictor(self.projector(self.encoder(views))).chunk(2)
         with torch.no_grad():
             z1, z2 = self.target_projector(self.target_encoder(views)).chunk(2)

@@ -21,7 +21,8 @@ def draw_negatives(
     """Times `(batch, time - steps, negatives)` uniform with replacement over all but the positive,
     position+steps.
     """
-    shape, device = (batch, time - steps, negatives), generator.device
+    device = generator.device
+    shape = (batch, time - steps, negatives)
     drawn = torch.randint(time - 1, shape, generator=generator, device=device)
     positive = torch.arange(steps, time, device=device)[:, None]
     return drawn + (drawn >= positive)
@@ -69,8 +70,7 @@ class CPC(nn.Module):
     The encoder has `latents`, `context`, `latent_size` and `context_size` (see
     `ecglib.encoders.cpc_lstm`). `steps` counts latents, 120 ms in the paper. With `all_horizons`
     each of 1 to `steps` has its own linear predictor and the loss is the mean over them; the paper
-    predicts `steps` ahead alone. The paper uses no transforms. Raises ValueError for an encoder
-    whose context sees the future.
+    predicts `steps` ahead alone. The paper uses no transforms.
     """
 
     def __init__(
@@ -84,12 +84,12 @@ class CPC(nn.Module):
         reduction: str = "sum",
     ) -> None:
         super().__init__()
-        if not getattr(encoder, "causal", True):
-            raise ValueError("CPC predicts what the context has not seen; give a causal encoder.")
         if reduction not in ("sum", "mean"):
             raise ValueError(f"The reduction over positions is 'sum' or 'mean', not {reduction!r}.")
-        self.encoder, self.transforms = encoder, list(transforms)
-        self.negatives, self.reduction = negatives, reduction
+        self.encoder = encoder
+        self.transforms = list(transforms)
+        self.negatives = negatives
+        self.reduction = reduction
         self.horizons = range(1, steps + 1) if all_horizons else [steps]
         self.predictors = nn.ModuleList(
             nn.Linear(encoder.context_size, encoder.latent_size, bias=False) for _ in self.horizons

@@ -3,6 +3,7 @@ DISTL).
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Generator, Tensor, nn
@@ -44,9 +45,11 @@ def random_windows(
     of `multiple`.
 
     The samples stay as they are: stretching a window to another length would change rate and
-    intervals.
+    intervals. Nothing is drawn where the window is the whole record.
     """
     batch, _, time = signals.shape
+    if length == time:
+        return signals, torch.zeros(batch, dtype=torch.long, device=signals.device)
     places = (time - length) // multiple + 1
     starts = multiple * torch.randint(places, (batch,), generator=generator, device=signals.device)
     return windows_at(signals, starts[:, None], length).squeeze(2), starts
@@ -71,10 +74,12 @@ def random_views(
 
 
 def encode_views(encoder: nn.Module, views: Sequence[View]) -> Tensor:
-    """Features of views of one length, `(views x batch, features)`; transformers are told where
-    each begins.
+    """Features of each view in turn, `(views x batch, features)`; transformers are told where each
+    begins. Neighbouring views of one length go through the encoder together.
     """
-    signals = torch.cat([signal for signal, _ in views])
-    if not hasattr(encoder, "positions"):
-        return encoder(signals)
-    return encoder(signals, torch.cat([start for _, start in views]))
+    features = []
+    for _, group in groupby(views, key=lambda view: view[0].shape[2]):
+        signals, starts = (torch.cat(part) for part in zip(*group, strict=True))
+        placed = (signals, starts) if hasattr(encoder, "positions") else (signals,)
+        features.append(encoder(*placed))
+    return torch.cat(features)

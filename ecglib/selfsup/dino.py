@@ -60,7 +60,7 @@ class DINOHead(nn.Module):
         self, inputs: int, hidden: int, bottleneck: int, prototypes: int, norm: bool = False
     ) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
+        layers = []
         for size in (inputs, hidden):
             middle = [nn.BatchNorm1d(hidden)] if norm else []
             layers += [nn.Linear(size, hidden), *middle, nn.GELU()]
@@ -112,13 +112,17 @@ class DINO(nn.Module):
         super().__init__()
         if local_views < 0:
             raise DataError(f"DINO cannot have {local_views} local views; use 0 or more.")
-        self.student, self.transforms = encoder, list(transforms)
+        self.student = encoder
+        self.transforms = list(transforms)
         self.student_head = DINOHead(encoder.feature_size, hidden, bottleneck, prototypes, norm)
-        self.encoder, self.teacher_head = average_of(encoder), average_of(self.student_head)
+        self.encoder = average_of(encoder)
+        self.teacher_head = average_of(self.student_head)
         self.patch = getattr(encoder, "patch", 1)
-        self.shares = (global_share,) * 2 + (local_share,) * local_views
+        self.shares = [global_share] * 2 + [local_share] * local_views
         self.temperatures = (student_temperature, teacher_temperature)
-        self.center_momentum, self.momentum, self.frozen = center_momentum, momentum, frozen
+        self.center_momentum = center_momentum
+        self.momentum = momentum
+        self.frozen = frozen
         self.register_buffer("center", torch.zeros(prototypes))
         self.register_buffer("progress", torch.tensor(0.0))
 
@@ -131,9 +135,7 @@ class DINO(nn.Module):
         trained = (self.progress >= self.frozen).float()
         with torch.no_grad():
             teacher = self.teacher_head(encode_views(self.encoder, views[:2])).chunk(2)
-        long = encode_views(self.student, views[:2])
-        short = [encode_views(self.student, views[2:])] if len(views) > 2 else []
-        student = self.student_head(torch.cat([long, *short]), trained).chunk(len(views))
+        student = self.student_head(encode_views(self.student, views), trained).chunk(len(views))
         loss = dino_loss(student, teacher, self.center, *self.temperatures)
         if self.training:
             self.center.copy_(next_center(self.center, teacher, self.center_momentum))

@@ -70,7 +70,4 @@ def cross_view_entropy(aims: Tensor, answers: Tensor) -> Tensor:
 def need_two_records(signals: Tensor, method: str) -> None:
     """DataError where a batch is too small for a method that compares its records."""
     if len(signals) < 2:
-        raise DataError(
-            f"{method} needs at least two records in a batch, this one has {len(signals)}; "
-            "raise the batch size."
-        )
+        raise DataError(f"{method} needs at least two records in a batch; raise the batch size.")

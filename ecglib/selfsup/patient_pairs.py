@@ -15,7 +15,7 @@ from ecglib.batches import PairBatch
 from ecglib.distributed import gathered
 from ecglib.errors import DataError
 from ecglib.selfsup.heads import projection_head
-from ecglib.selfsup.segment_order import all_orders, shuffle_segments
+from ecglib.selfsup.segment_order import OrderHead
 from ecglib.selfsup.simclr import nt_xent
 
 
@@ -39,9 +39,9 @@ class PatientPairs(nn.Module):
 
     `.encoder` is kept, projector (features -> 256 -> 128, no bias) and order head are thrown away.
     The contrastive branch sees augmented views with their time in order, the order branch the views
-    as they were cut. EchoCLR sends one shuffled view through both, which breaks the rhythm:
-    `shared=True`. Its weight is 1, its temperature 0.05. With `order_weight=0` only the pairs are
-    left; `SegmentOrder` is the order alone.
+    as they were cut. EchoCLR sends one shuffled view through both, which breaks the rhythm; its
+    weight is 1, its temperature 0.05. With `order_weight=0` only the pairs are left; `SegmentOrder`
+    is the order alone.
     """
 
     def __init__(
@@ -52,19 +52,18 @@ class PatientPairs(nn.Module):
         temperature: float = 0.1,
         order_weight: float = 1.0,
         segments: int = 4,
-        shared: bool = False,
         hidden: int = 256,
         outputs: int = 128,
     ) -> None:
         super().__init__()
-        self.encoder, self.transforms, self.temperature = encoder, list(transforms), temperature
-        self.order_weight, self.shared = order_weight, shared
+        self.encoder = encoder
+        self.transforms = list(transforms)
+        self.temperature = temperature
+        self.order_weight = order_weight
         self.projector = projection_head(encoder.feature_size, hidden, outputs, bias=False)
-        self.register_buffer("orders", all_orders(segments), persistent=False)
         # No head where it would not learn: data parallelism refuses parameters without gradients.
-        self.order_head = None
         if order_weight:
-            self.order_head = nn.Linear(encoder.feature_size, len(self.orders))
+            self.order_head = OrderHead(encoder.feature_size, segments)
 
     def loss(self, batch: PairBatch) -> Tensor:
         """Scalar loss of one batch of pairs; DataError for a batch without pairs, and for a single
@@ -73,15 +72,9 @@ class PatientPairs(nn.Module):
         if not isinstance(batch, PairBatch):
             raise DataError("Patient pairs need batches of pairs; make them with PatientBatches.")
         views = apply(self.transforms, batch.signals, batch.generator)
-        if self.shared:
-            views, number = shuffle_segments(views, batch.generator, self.orders)
-        features = self.encoder(views)
-        z1, z2 = self.projector(features).chunk(2)
-        contrast = patient_nt_xent(z1, z2, batch.patients, self.temperature)
-        if self.order_head is None:
-            return contrast
-        if not self.shared:
-            views, number = shuffle_segments(batch.signals, batch.generator, self.orders)
-            features = self.encoder(views)
-        order = F.cross_entropy(self.order_head(features).float(), number)
-        return contrast + self.order_weight * order
+        z1, z2 = self.projector(self.encoder(views)).chunk(2)
+        loss = patient_nt_xent(z1, z2, batch.patients, self.temperature)
+        if self.order_weight:
+            order = F.cross_entropy(*self.order_head(self.encoder, batch))
+            loss = loss + self.order_weight * order
+        return loss

@@ -6,8 +6,7 @@ freed of their mean and tapered; `order_shortcuts` measures what is left to be t
 """
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,7 @@ from ecglib.selfsup.crops import windows_at
 DESIGN_VIEW, DESIGN_SEGMENT, GAP, TAPER, REACH = 640, 140, (10, 26), 10, 20
 
 
-@dataclass(frozen=True)
-class SegmentSizes:
+class SegmentSizes(NamedTuple):
     """Samples of a segment, of the smallest and the largest gap between two, and of the taper at
     each end.
     """
@@ -77,20 +75,20 @@ def cut_segments(signals: Tensor, generator: Generator, segments: int = 4) -> Te
     of each lead is freed of its mean, and a cosine taper brings both its ends to zero.
     """
     batch, _, time = signals.shape
-    sizes = segment_sizes(time, segments)
+    segment, smallest, largest, taper = segment_sizes(time, segments)
     # One draw per gap, and one for the room that is left before the first segment.
     draws = torch.rand((batch, segments), generator=generator, device=signals.device)
-    gaps = sizes.smallest_gap + (draws[:, 1:] * (sizes.largest_gap - sizes.smallest_gap + 1)).long()
-    room = time - segments * sizes.segment - gaps.sum(dim=1, keepdim=True)
+    gaps = smallest + (draws[:, 1:] * (largest - smallest + 1)).long()
+    room = time - segments * segment - gaps.sum(dim=1, keepdim=True)
     begin = (draws[:, :1] * (room + 1)).long()
-    starts = torch.cat([begin, begin + (gaps + sizes.segment).cumsum(dim=1)], dim=1)
-    pieces = windows_at(signals, starts, sizes.segment)
+    starts = torch.cat([begin, begin + (gaps + segment).cumsum(dim=1)], dim=1)
+    pieces = windows_at(signals, starts, segment)
     pieces = pieces - pieces.mean(dim=3, keepdim=True)
-    # The taper: ones that fall to zero at both ends along half a cosine.
-    clock = torch.arange(sizes.segment, device=signals.device, dtype=signals.dtype)
-    distance = torch.minimum(clock, clock.flip(0)) / max(sizes.taper, 1)
-    taper = 0.5 - 0.5 * torch.cos(torch.pi * distance.clamp(max=1.0))
-    return (pieces * taper).transpose(1, 2)
+    # Ones that fall to zero at both ends along half a cosine.
+    clock = torch.arange(segment, device=signals.device, dtype=signals.dtype)
+    distance = torch.minimum(clock, clock.flip(0)) / max(taper, 1)
+    weight = 0.5 - 0.5 * torch.cos(torch.pi * distance.clamp(max=1.0))
+    return (pieces * weight).transpose(1, 2)
 
 
 def join_segments(pieces: Tensor, order: Tensor) -> Tensor:
@@ -108,41 +106,37 @@ def shuffle_segments(
     `(batch,)`.
     """
     pieces = cut_segments(signals, generator, orders.shape[1])
-    shape, device = (len(signals),), signals.device
-    number = torch.randint(len(orders), shape, generator=generator, device=device)
+    number = torch.randint(len(orders), (len(signals),), generator=generator, device=signals.device)
     return join_segments(pieces, orders[number]), number
 
 
-class SegmentOrder(nn.Module):
-    """Which of the `segments`! orders was applied to a view, told by a linear layer on the
-    encoder's features.
+class OrderHead(nn.Linear):
+    """Which of the `segments`! orders was applied to a view, told from an encoder's features."""
 
-    `.encoder` is kept. `look` says what of the shuffled view `(batch, leads, time)` the encoder may
-    see; the probes use it. Nothing is augmented: a blanked segment has no place.
+    def __init__(self, features: int, segments: int) -> None:
+        orders = all_orders(segments)
+        super().__init__(features, len(orders))
+        self.register_buffer("orders", orders, persistent=False)
+
+    def forward(self, encoder: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits `(batch, orders)` for the batch's signals, freshly shuffled, and the numbers of
+        the orders that were applied.
+        """
+        views, number = shuffle_segments(batch.signals, batch.generator, self.orders)
+        return super().forward(encoder(views)).float(), number
+
+
+class SegmentOrder(nn.Module):
+    """The order of the segments as the only task; `.encoder` is kept.
+
+    Nothing is augmented: a blanked segment has no place.
     """
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        *,
-        segments: int = 4,
-        look: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
+    def __init__(self, encoder: nn.Module, *, segments: int = 4) -> None:
         super().__init__()
-        self.encoder, self.look = encoder, look
-        self.register_buffer("orders", all_orders(segments), persistent=False)
-        self.order_head = nn.Linear(encoder.feature_size, len(self.orders))
-
-    def predict(self, signals: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        """Logits `(batch, orders)` for freshly shuffled views, and the numbers of the orders that
-        were applied.
-        """
-        views, number = shuffle_segments(signals, generator, self.orders)
-        if self.look:
-            views = self.look(views)
-        return self.order_head(self.encoder(views)), number
+        self.encoder = encoder
+        self.order_head = OrderHead(encoder.feature_size, segments)
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy; log(segments!) at chance."""
-        logits, number = self.predict(batch.signals, batch.generator)
-        return F.cross_entropy(logits.float(), number)
+        return F.cross_entropy(*self.order_head(self.encoder, batch))

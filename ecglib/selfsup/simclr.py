@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from ecglib.augment import Transform, apply
 from ecglib.batches import Batch
 from ecglib.distributed import gathered, rank_and_world
-from ecglib.errors import DataError
-from ecglib.selfsup.heads import projection_head
+from ecglib.selfsup.heads import need_two_records, projection_head
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5, same: Tensor | None = None) -> Tensor:
@@ -29,31 +28,22 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5, same: Tensor | Non
     joint)` marks pairs that are no negatives either, for example other records of one patient.
     DataError for a batch of one.
     """
-    own = F.normalize(torch.cat([z1, z2]).float(), dim=1)
-    everyone, rank = _gather_views(own)
-    batch, joint = len(z1), len(everyone) // 2
-    if joint < 2:
-        raise DataError(
-            "A contrastive loss needs at least two records in a batch; raise the batch size."
-        )
-    rows = torch.arange(batch, device=own.device) + rank * batch
-    rows = torch.cat([rows, rows + joint])
+    own = F.normalize(torch.stack([z1, z2]).float(), dim=2)
+    everyone = torch.cat(gathered(own), dim=1)
+    need_two_records(everyone[0], "A contrastive loss")
+    everyone = everyone.flatten(0, 1)
+    # Where this process's views stand among all first and all second views.
+    rank, world = rank_and_world()
+    places = torch.arange(len(everyone), device=own.device)
+    rows = places.view(2, world, len(z1))[:, rank].flatten()
+    positive = rows.roll(len(z1))
     # In float32: cosines of bfloat16 differ in the third digit.
     with torch.autocast(own.device.type, enabled=False):
-        similarity = own @ everyone.T / temperature
-    excluded = F.one_hot(rows, 2 * joint).bool()
-    positive = (rows + joint) % (2 * joint)
+        similarity = own.flatten(0, 1) @ everyone.T / temperature
+    excluded = rows[:, None] == places
     if same is not None:
-        excluded |= same[rows] & ~F.one_hot(positive, 2 * joint).bool()
+        excluded |= same[rows] & (positive[:, None] != places)
     return F.cross_entropy(similarity.masked_fill(excluded, -torch.inf), positive)
-
-
-def _gather_views(own: Tensor) -> tuple[Tensor, int]:
-    """Views of all processes, all first views before all second ones, and this process's rank;
-    gradients flow back.
-    """
-    firsts, seconds = zip(*(part.chunk(2) for part in gathered(own)), strict=True)
-    return torch.cat([*firsts, *seconds]), rank_and_world()[0]
 
 
 class SimCLR(nn.Module):
@@ -71,7 +61,9 @@ class SimCLR(nn.Module):
         outputs: int = 16,
     ) -> None:
         super().__init__()
-        self.encoder, self.transforms, self.temperature = encoder, list(transforms), temperature
+        self.encoder = encoder
+        self.transforms = list(transforms)
+        self.temperature = temperature
         self.projector = projection_head(encoder.feature_size, hidden, outputs)
 
     def loss(self, batch: Batch) -> Tensor:

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from ecglib.augment import Transform, apply
+from ecglib.augment import Transform
 from ecglib.batches import Batch
 from ecglib.distributed import gathered, rank_and_world
 from ecglib.errors import DataError
-from ecglib.selfsup.crops import random_windows, window_length
+from ecglib.selfsup.crops import encode_views, random_views
 from ecglib.selfsup.heads import Prototypes, cross_view_entropy, need_two_records, projection_head
 
 CODE_VIEWS = 2  # codes are made from the first two views only
@@ -24,7 +24,7 @@ CODE_VIEWS = 2  # codes are made from the first two views only
 @torch.no_grad()
 def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
     """Balanced codes `(batch, prototypes)` of cosines of that shape: Q = diag(u) exp(scores /
-    epsilon) diag(v).
+    epsilon) diag(v); several views `(views, batch, prototypes)` each by itself.
 
     Every iteration scales the columns to batch / prototypes and then the rows to 1, so rows sum to
     1 exactly, columns to their share the better, the more iterations. Computed with logarithms,
@@ -32,8 +32,7 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
     """
     codes = scores.float() / epsilon
     for _ in range(iterations):
-        codes = torch.log_softmax(codes, dim=0)
-        codes = torch.log_softmax(codes, dim=1)
+        codes = codes.log_softmax(dim=-2).log_softmax(dim=-1)
     return codes.exp()
 
 
@@ -77,19 +76,23 @@ class SwAV(nn.Module):
         local_share: float = 0.5,
     ) -> None:
         super().__init__()
-        if views - local_views < CODE_VIEWS:
+        whole = views - local_views
+        if whole < CODE_VIEWS:
             raise DataError(
-                f"SwAV needs two full-length views, not {views - local_views}; use fewer local "
-                "views."
+                f"SwAV needs two full-length views, not {whole}; use fewer local views."
             )
-        self.encoder, self.transforms = encoder, list(transforms)
+        self.encoder = encoder
+        self.transforms = list(transforms)
         self.projector = projection_head(encoder.feature_size, hidden, outputs, norm=True)
         self.prototypes = Prototypes(outputs, prototypes)
-        self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
-        self.batch_size, self.batches_queued = batch_size, queue
-        self.queue_from, self.frozen = queue_from, frozen
-        self.global_views = views - local_views
-        self.local_views, self.local_share = local_views, local_share
+        self.patch = getattr(encoder, "patch", 1)
+        self.shares = [1.0] * whole + [local_share] * local_views
+        self.temperature = temperature
+        self.balancing = (epsilon, iterations)
+        self.batch_size = batch_size
+        self.batches_queued = queue
+        self.queue_from = queue_from
+        self.frozen = frozen
         self.register_buffer("queue", torch.zeros(CODE_VIEWS, queue * batch_size, outputs))
         self.register_buffer("queued", torch.tensor(0))
         self.register_buffer("progress", torch.tensor(0.0))
@@ -99,39 +102,27 @@ class SwAV(nn.Module):
         `batch_size`.
         """
         need_two_records(batch.signals, "SwAV")
-        embeddings = self._embeddings(batch.signals, batch.generator)
-        scores = self.prototypes(embeddings, (self.progress >= self.frozen).float())
+        views = random_views(
+            batch.signals, self.shares, batch.generator, self.transforms, self.patch
+        )
+        embeddings = self.projector(encode_views(self.encoder, views)).float()
+        # Unit vectors `(views, batch, outputs)`, the full-length views first.
+        embeddings = F.normalize(embeddings, dim=1).unflatten(0, (len(views), -1))
+        trained = (self.progress >= self.frozen).float()
+        scores = self.prototypes(embeddings, trained)
         return swav_loss(scores, self.codes(embeddings[:CODE_VIEWS].detach()), self.temperature)
-
-    def _embeddings(self, signals: Tensor, generator: Generator) -> Tensor:
-        """Unit embeddings `(views, batch, outputs)`: augmented full crops, then windows of them."""
-        groups = [[signals] * self.global_views]
-        if self.local_views:
-            length = window_length(signals.shape[2], self.local_share)
-            cuts = [random_windows(signals, length, generator) for _ in range(self.local_views)]
-            groups.append([window for window, _ in cuts])
-        # Views of one length go through the encoder together.
-        features = [
-            self.encoder(torch.cat([apply(self.transforms, view, generator) for view in group]))
-            for group in groups
-        ]
-        embeddings = F.normalize(self.projector(torch.cat(features)).float(), dim=1)
-        return embeddings.unflatten(0, (-1, len(signals)))
 
     @torch.no_grad()
     def codes(self, embeddings: Tensor) -> Tensor:
         """Codes `(code views, batch, prototypes)`, balanced over all processes and, when it is
         full, the queue.
         """
-        batch = embeddings.shape[1]
-        joint = torch.cat(gathered(embeddings.transpose(0, 1)))
-        first = rank_and_world()[0] * batch
-        if self.batches_queued and len(joint) != self.batch_size:
+        joint = torch.cat(gathered(embeddings), dim=1)
+        if self.batches_queued and joint.shape[1] != self.batch_size:
             raise DataError(
                 f"SwAV's queue was made for batches of {self.batch_size} records, this one has "
-                f"{len(joint)}; give SwAV the batch size that is used."
+                f"{joint.shape[1]}; give SwAV the batch size that is used."
             )
-        joint = joint.transpose(0, 1)
         ready = (self.queued >= self.batches_queued) & (self.progress >= self.queue_from)
         # Until then the batch stands in for the queue: balancing copies of a batch gives the codes
         # of the batch.
@@ -140,8 +131,8 @@ class SwAV(nn.Module):
         if self.training:
             self.queue.copy_(torch.cat([joint, self.queue], dim=1)[:, : self.queue.shape[1]])
             self.queued += 1
-        codes = [sinkhorn(view, self.epsilon, self.iterations) for view in scores]
-        return torch.stack(codes)[:, first : first + batch]
+        codes = sinkhorn(scores, *self.balancing)
+        return codes.split(embeddings.shape[1], dim=1)[rank_and_world()[0]]
 
     def after_step(self, progress: float) -> None:
         """Prototypes back to length 1; the progress decides about queue and freezing."""

@@ -183,10 +183,11 @@ def test_rollout_is_a_share_of_attention_from_the_network_itself():
     found = attribute(model, x, 0, "attention_rollout")[0, 0]
     assert 0.4 < float(found.sum()) <= 1.0 + 1e-5  # [CLS] keeps a part
     with torch.no_grad():
-        maps = model.encoder.attention(x)[:, 0].mean(dim=1)  # (blocks, tokens, tokens)
-        rolled = torch.eye(11)
-        for each in maps:
-            rolled = 0.5 * (each + torch.eye(11)) @ rolled
+        tokens, rolled = model.encoder.tokens(x), torch.eye(11)
+        for block in model.encoder.blocks:
+            attention = block.attention(tokens)[0].mean(dim=0)
+            rolled = 0.5 * (attention + torch.eye(11)) @ rolled
+            tokens = block(tokens)
         wanted = 0.5 * (rolled[0] + rolled[1:].mean(dim=0))[1:]
     torch.testing.assert_close(found.view(10, 25).sum(dim=1), wanted, rtol=1e-4, atol=1e-6)
 

@@ -88,12 +88,13 @@ def test_features_are_class_tokens_and_the_mean_of_the_patches():
 
 def test_attention_is_that_of_the_network_that_is_scored():
     encoder, signals = tiny_vit().eval(), torch.randn(2, 12, 100)
-    maps = encoder.attention(signals)
-    assert maps.shape == (3, 2, 3, 11, 11)
-    torch.testing.assert_close(maps.sum(dim=4), torch.ones(3, 2, 3, 11))
+    block, tokens = encoder.blocks[0], encoder.tokens(signals)
+    weights = block.attention(tokens)
+    assert weights.shape == (2, 3, 11, 11)
+    torch.testing.assert_close(weights.sum(dim=3), torch.ones(2, 3, 11))
     with torch.no_grad():
-        encoder.blocks[0].qkv.weight.normal_()
-    assert not torch.allclose(encoder.attention(signals)[0], maps[0], atol=1e-2)
+        block.qkv.weight.normal_()
+    assert not torch.allclose(block.attention(tokens), weights, atol=1e-2)
 
 
 def test_drop_path_drops_whole_records_in_training_alone():
