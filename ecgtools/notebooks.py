@@ -177,8 +177,7 @@ def execute(
                     re.sub(r"([{}])", r"\1\1", str(executed)),
                     parameters,
                     kernel_name=KERNEL["name"],
-                    kernel_manager_class=kernel_manager(log, results, threads),
-                    cwd=source.parent,
+                    kernel_manager_class=kernel_manager(source.parent, log, results, threads),
                     progress_bar=False,
                     on_cell_complete=cell_done,
                 )
@@ -218,9 +217,10 @@ def _describe(error: Exception) -> str:
     return f"{error.ename}: {error.evalue}\nin the cell In [{error.exec_count}]:\n{source}"
 
 
-def kernel_manager(log: Path, results: Path, threads: int | None) -> type:
+def kernel_manager(place: Path, log: Path, results: Path, threads: int | None) -> type:
     """The class whose kernels run this interpreter with this package, whatever kernels the user has
-    registered, and note in the file `log` what they read and write below `results`.
+    registered, in the folder `place`, and note in the file `log` what they read and write below
+    `results`.
 
     Nothing is registered: the kernel's own files lie beside `log`.
     """
@@ -245,6 +245,10 @@ def kernel_manager(log: Path, results: Path, threads: int | None) -> type:
     class StudyKernel(AsyncKernelManager):
         kernel_spec = KernelSpec(argv=command, env=environment, **KERNEL)
         connection_file = Unicode(os.path.join(folder, "kernel.json"))
+
+        async def start_kernel(self, **options: object) -> None:
+            """Start in its own folder; papermill would move this whole process, others' too."""
+            await super().start_kernel(**options | {"cwd": str(place)})
 
     return StudyKernel
 
