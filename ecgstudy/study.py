@@ -58,8 +58,8 @@ class Job:
 
     `method` names the arm in tables, `seed` draws weights, batches and noise, `fraction` is the
     share of labelled training records, 0 where no label is used. `rebuild` is the "module:name" of
-    `rebuild(run, records, results)`, which gives the trained network of a finished run and the
-    seconds of its windows, empty where a run keeps none.
+    `rebuild(run, records, results)`, which gives the trained network of a finished run, empty where
+    a run keeps none.
     """
 
     method: str

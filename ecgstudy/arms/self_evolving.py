@@ -317,10 +317,8 @@ def student_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def kept_student(run: Run, records: Records, results: Path) -> tuple[nn.Module, float]:
-    """The student that a stage kept, and the seconds of its windows; DataError where it was not the
-    student that was scored.
-    """
+def kept_student(run: Run, records: Records, results: Path) -> nn.Module:
+    """The student that a stage kept; DataError where it was not the student that was scored."""
     settings = run.spec.settings
     if settings["arm"]["tuned"]:
         raise DataError(
@@ -329,4 +327,4 @@ def kept_student(run: Run, records: Records, results: Path) -> tuple[nn.Module, 
         )
     network = new_classifier(records, run.spec.seed, Training.of(settings))
     load_state(network, student_weights(run.weights()), run.folder / MODEL)
-    return network, settings["crop_seconds"]
+    return network

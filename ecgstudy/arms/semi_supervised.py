@@ -200,9 +200,9 @@ class Adapted(Labelled):
         return result
 
 
-def kept_network(run: Run, records: Records, results: Path) -> tuple[nn.Module, float]:
-    """The network that an adapted run kept, and the seconds of its windows."""
-    settings = run.spec.settings
-    network = make_network(settings["backbone"], len(records.classes), run.spec.seed)
+def kept_network(run: Run, records: Records, results: Path) -> nn.Module:
+    """The network that an adapted run kept."""
+    backbone = run.spec.settings["backbone"]
+    network = make_network(backbone, len(records.classes), run.spec.seed)
     load_state(network, run.weights(), run.folder / MODEL)
-    return network, settings["crop_seconds"]
+    return network

@@ -95,12 +95,11 @@ def classifier_result(
     return result
 
 
-def kept_classifier(run: Run, records: Records, results: Path) -> tuple[nn.Module, float]:
-    """The classifier that a run kept, and the seconds of its windows."""
-    training = Training.of(run.spec.settings)
-    classifier = new_classifier(records, run.spec.seed, training)
+def kept_classifier(run: Run, records: Records, results: Path) -> nn.Module:
+    """The classifier that a run kept."""
+    classifier = new_classifier(records, run.spec.seed, Training.of(run.spec.settings))
     load_state(classifier, run.weights(), run.folder / MODEL)
-    return classifier, training.crop_seconds
+    return classifier
 
 
 def scored_result(

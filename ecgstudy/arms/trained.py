@@ -54,7 +54,8 @@ class ProbedEncoder(nn.Module):
 
 
 def trained_classifier(run: Run, records: Records, results: str | Path) -> tuple[nn.Module, float]:
-    """The network behind `run` in evaluation mode, and the seconds of its windows.
+    """The network behind `run` in evaluation mode, and the seconds of its windows, where frozen
+    encoders have several the longest.
 
     It maps `(batch, leads, time)` mV to logits `(batch, classes)` of `records`, those that the run
     was made on. How it is put together, and from which other runs below `results`, the job's
@@ -70,11 +71,12 @@ def trained_classifier(run: Run, records: Records, results: str | Path) -> tuple
             f"{run.folder.name}: keeps no network of its own; choose a run of an encoder that was "
             "trained."
         )
-    network, seconds = resolve_name(rebuild)(run, records, results)
-    return network.eval(), seconds
+    network = resolve_name(rebuild)(run, records, results).eval()
+    windows = getattr(network, "windows", ()) or (run.spec.settings["crop_seconds"],)
+    return network, max(windows)
 
 
-def probed_encoder(run: Run, records: Records, results: Path) -> tuple[nn.Module, float]:
+def probed_encoder(run: Run, records: Records, results: Path) -> nn.Module:
     """Encoder and probe of a frozen run. The probe is fitted again, which takes less than keeping
     it would.
     """
@@ -88,10 +90,10 @@ def probed_encoder(run: Run, records: Records, results: Path) -> tuple[nn.Module
     own = {"own": run.predictions()["labelled"]}
     probe = chosen_probes(prepared, records.targets, own, split, classes=records.classes)
     seconds = start.spec.settings["crop_seconds"]
-    return ProbedEncoder(encoder, seconds, reference, probe.weights[0], probe.bias[0]), seconds
+    return ProbedEncoder(encoder, seconds, reference, probe.weights[0], probe.bias[0])
 
 
-def fused_encoders(run: Run, records: Records, results: Path) -> tuple[nn.Module, float]:
+def fused_encoders(run: Run, records: Records, results: Path) -> nn.Module:
     """The members' encoders and their fusion. Each encoder has the windows of its own pretraining;
     the network answers for windows as long as the longest of them.
     """
@@ -100,7 +102,7 @@ def fused_encoders(run: Run, records: Records, results: Path) -> tuple[nn.Module
     members = [needed_run(run, f"member {name}", keys[name], results) for name in names]
     network = fused_classifier(run, members, records)
     network.windows = tuple(member.spec.settings["crop_seconds"] for member in members)
-    return network, max(network.windows)
+    return network
 
 
 def needed_run(run: Run, what: str, key: str, results: str | Path) -> Run:
