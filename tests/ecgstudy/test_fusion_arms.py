@@ -204,10 +204,8 @@ def test_bad_members_are_named(data, records, folder):
     with pytest.raises(DataError, match="^q: a single member cannot be fused"):
         fuse(Study(data.records, folder), data, "dvme", SETTINGS, ["q"])
     others = records.select(np.arange(110))
-    with pytest.raises(
-        DataError,
-        match="^p: its features were computed on other records .* for 110 records.*run the notebook",
-    ):
+    said = "^p: its features were computed on other records .* for 110 records.*run the notebook"
+    with pytest.raises(DataError, match=said):
         FusionData(others, SUBSETS, data.members)
     moved = labelled_records()
     moved.table["fold"] = 1 + (moved.table["fold"] + 3) % 10
