@@ -157,7 +157,7 @@ def _source_file(name: str) -> Path | None:
 
 @cache
 def _read(path: Path) -> tuple[str, tuple[str, ...]]:
-    """Hash of a source file and the study's modules that it imports.
+    """Hash of a source file with the tables beside it that it names, and the modules it imports.
 
     DataError where the file changed after this process had loaded it: what would run is not what
     is written.
@@ -169,7 +169,9 @@ def _read(path: Path) -> tuple[str, tuple[str, ...]]:
             "so that what runs is what is written."
         )
     source = path.read_text(encoding="utf-8")
-    return short_hash(without_comments(source)), imported_modules(source)
+    tables = [table for table in sorted(path.parent.glob("*.csv")) if table.name in source]
+    texts = [without_comments(source), *(table.read_text(encoding="utf-8") for table in tables)]
+    return short_hash(texts), imported_modules(source)
 
 
 def _parts(value: object) -> Iterable[object]:

@@ -140,7 +140,7 @@ def by_hand_loss(strong: torch.Tensor, sure: torch.Tensor) -> torch.Tensor:
 with torch.no_grad():
     sure = torch.sigmoid(network(weak_view(batch.unlabelled, batch.generator)))
     strong = network(strong_view(batch.unlabelled, batch.generator))
-weights = FixedThreshold(len(records.classes), threshold)(sure, batch.unlabelled_indices)
+weights = FixedThreshold(threshold)(sure, batch.unlabelled_indices)
 difference = float(by_hand_loss(strong, sure) - pseudo_label_loss(strong, sure, weights))
 assert abs(difference) < 1e-5, difference
 print(f"{weights.mean():.0%} of the answers pass at the start, before the head has learnt anything")

@@ -26,11 +26,11 @@ from ecglib.selfsup.dino import DINOHead, dino_loss, next_center
 from ecglib.supervised import Classifier
 
 
-def ramp(progress: float, most: float = 2.0, epochs: int = 5) -> float:
-    """Weight of the self-training loss: `most` x (epoch + 1) / `epochs`, which is 0.4, 0.8, ...
-    2.0, by progress.
+def ramp(progress: float) -> float:
+    """Weight of the self-training loss by progress: 2 x (epoch + 1) / 5 in five epochs, which is
+    0.4, 0.8, ... 2.0.
     """
-    return most * min(math.floor(progress * epochs) + 1, epochs) / epochs
+    return 2.0 * min(math.floor(progress * 5) + 1, 5) / 5
 
 
 def soft_label_loss(logits: Tensor, answers: Tensor) -> Tensor:
@@ -80,16 +80,17 @@ class StageBatches:
             )
         need_disjoint(records, labelled, unlabelled)
         self.record_ids = records.table["record_id"].to_numpy()
-        options = {"batch_size": batch_size, "crop_seconds": crop_seconds, "device": device}
-        self.pools = {"labelled": CropBatches(records, labelled, seed=seed, **options)}
-        # Steps without and with labels in one round; a pool's own steps are counted on through the
-        # rounds.
-        self.without_labels, self.with_labels = 0, math.ceil(len(labelled) / batch_size)
+        crops = (batch_size, crop_seconds)
+        self.labelled = CropBatches(records, labelled, *crops, seed, device)
+        # Steps without and with labels in one round.
+        self.without_labels = 0
+        self.with_labels = math.ceil(len(labelled) / batch_size)
         if len(unlabelled):
-            own = unlabelled_seed(seed)
-            self.pools["unlabelled"] = CropBatches(records, unlabelled, seed=own, **options)
+            seed = unlabelled_seed(seed)
+            self.unlabelled = CropBatches(records, unlabelled, *crops, seed, device)
             if math.isinf(correction_every):
-                self.without_labels, self.with_labels = 1, 0
+                self.without_labels = 1
+                self.with_labels = 0
             else:
                 self.without_labels = max(1, round(correction_every / batch_size))
 
@@ -100,14 +101,12 @@ class StageBatches:
 
     def __call__(self, step: int) -> StageBatch:
         """The batch of one step, the same whenever it is asked for."""
-        rounds, place = divmod(step, self.without_labels + self.with_labels)
-        labelled = place >= self.without_labels
-        if labelled:
-            pool = self.pools["labelled"]
-            batch = pool(rounds * self.with_labels + place - self.without_labels)
-        else:
-            pool = self.pools["unlabelled"]
-            batch = pool(rounds * self.without_labels + place)
+        # Each pool counts its own steps.
+        before = self.unlabelled_steps(step)
+        labelled = self.unlabelled_steps(step + 1) == before
+        pool = self.labelled if labelled else self.unlabelled
+        batch = pool(step - before if labelled else before)
+        if not labelled:
             batch.targets = batch.targets[:, :0]
         batch.indices = torch.from_numpy(pool.indices).to(batch.indices.device)[batch.indices]
         return StageBatch(**vars(batch), labelled=labelled)
@@ -123,11 +122,11 @@ class DISTL(nn.Module):
     lambda D + (1 - lambda) alpha S,   a labelled one   lambda D + (1 - lambda) BCE(student(noised
     piece), label).
 
-    The teacher sees the clean crop and one noised piece of `piece_share`, the student these and
-    `local_views` short ones. `noised=False` shows the student's classifier the clean crop instead.
-    The teacher moves after unlabelled batches only, with a momentum fitted to the number of them,
-    `unlabelled_steps` (`ema.momentum_for_steps`): the published 0.9995 over 6,750 steps would stand
-    nearly still in 400.
+    The teacher sees the clean crop and one noised piece of 0.8 of it, the student these and
+    `local_views` short ones of 0.4. `noised=False` shows the student's classifier the clean crop
+    instead. The teacher moves after unlabelled batches only, with a momentum fitted to the number
+    of them, `unlabelled_steps` (`ema.momentum_for_steps`): the published 0.9995 over 6,750 steps
+    would stand nearly still in 400.
     """
 
     def __init__(
@@ -139,14 +138,11 @@ class DISTL(nn.Module):
         pretext: float = 0.5,
         noised: bool = True,
         turnover: float = 1.7,
-        most: float = 2.0,
         prototypes: int = 4096,
         hidden: int = 2048,
         bottleneck: int = 256,
         norm: bool = False,
-        piece_share: float = 0.8,
         local_views: int = 6,
-        local_share: float = 0.4,
     ) -> None:
         super().__init__()
         if not 0.0 <= pretext <= 1.0:
@@ -154,13 +150,16 @@ class DISTL(nn.Module):
                 f"The pretext cannot weigh {pretext}; choose from 0, self-training, to 1, DINO "
                 "alone."
             )
-        self.network, self.teacher = network, average_of(network)
+        self.network = network
+        self.teacher = average_of(network)
         size = network.encoder.feature_size
         self.network_head = DINOHead(size, hidden, bottleneck, prototypes, norm)
         self.teacher_head = average_of(self.network_head)
-        self.transforms, self.patch = list(transforms), getattr(network.encoder, "patch", 1)
-        self.pretext, self.noised, self.most = pretext, noised, most
-        self.shares = [piece_share] + [local_share] * local_views
+        self.transforms = list(transforms)
+        self.patch = getattr(network.encoder, "patch", 1)
+        self.pretext = pretext
+        self.noised = noised
+        self.shares = [0.8] + [0.4] * local_views if pretext else [0.8]
         self.momentum = momentum_for_steps(unlabelled_steps, turnover)
         self.labelled = False  # what the last batch was
         self.register_buffer("center", torch.zeros(prototypes))
@@ -169,49 +168,44 @@ class DISTL(nn.Module):
     def loss(self, batch: StageBatch) -> Tensor:
         """Scalar loss of one batch."""
         self.labelled = batch.labelled
-        generator, shares = batch.generator, self.shares if self.pretext else self.shares[:1]
-        pieces = random_views(batch.signals, shares, generator, self.transforms, self.patch)
+        pieces = random_views(
+            batch.signals, self.shares, batch.generator, self.transforms, self.patch
+        )
         views = [(batch.signals, torch.zeros_like(batch.indices)), *pieces]
-        # Views of one length go through together, and each network sees a view once, for both
-        # losses.
-        groups, classified = [views[:1], views[1:2], views[2:]], int(self.noised)
-        features = {
-            place: encode_views(self.network.encoder, group)
-            for place, group in enumerate(groups)
-            if group and (self.pretext or place == classified)
-        }
-        # The teacher sees the first views only.
-        count = 2 if self.pretext else int(not batch.labelled)
+        # Each network sees a view once, for both losses, and none that no loss needs.
+        seen = views if self.pretext else [views[self.noised]]
+        taught = views[: 2 if self.pretext else int(not batch.labelled)]
+        student = encode_views(self.network.encoder, seen).chunk(len(seen))
         with torch.no_grad():
-            answers = [encode_views(self.teacher.encoder, [view]) for view in views[:count]]
-        loss = batch.signals.new_zeros(())
+            teacher = [encode_views(self.teacher.encoder, [view]) for view in taught]
+        loss = 0.0
         if self.pretext:
-            student = torch.cat(list(features.values()))
-            loss = loss + self.pretext * self._pretext(student, answers, len(views))
+            loss = self.pretext * self._pretext(student, teacher)
         if self.pretext < 1:
-            logits = self.network.head(features[classified])
-            loss = loss + (1 - self.pretext) * self._classes(batch, logits, answers)
+            features = student[self.noised if self.pretext else 0]
+            loss = loss + (1 - self.pretext) * self._classes(batch, features, teacher)
         return loss
 
-    def _pretext(self, features: Tensor, answers: list[Tensor], views: int) -> Tensor:
+    def _pretext(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         """DINO's loss, with the clean crop and the noised piece as the teacher's views."""
         with torch.no_grad():
-            teacher = self.teacher_head(torch.cat(answers)).chunk(2)
-        student = self.network_head(features).chunk(views)
-        loss = dino_loss(student, teacher, self.center)
+            aims = self.teacher_head(torch.cat(teacher)).chunk(2)
+        answers = self.network_head(torch.cat(student)).chunk(len(student))
+        loss = dino_loss(answers, aims, self.center)
         if self.training:
-            self.center.copy_(next_center(self.center, teacher))
+            self.center.copy_(next_center(self.center, aims))
         return loss
 
-    def _classes(self, batch: StageBatch, logits: Tensor, answers: list[Tensor]) -> Tensor:
+    def _classes(self, batch: StageBatch, features: Tensor, teacher: Sequence[Tensor]) -> Tensor:
         """Loss of the class head: against the labels, or against the teacher's answers to the clean
         crop.
         """
+        logits = self.network.head(features)
         if batch.labelled:
             return F.binary_cross_entropy_with_logits(logits.float(), batch.targets)
         with torch.no_grad():
-            likely = torch.sigmoid(self.teacher.head(answers[0]).float())
-        return ramp(float(self.progress), self.most) * soft_label_loss(logits, likely)
+            likely = torch.sigmoid(self.teacher.head(teacher[0]).float())
+        return ramp(float(self.progress)) * soft_label_loss(logits, likely)
 
     def after_step(self, progress: float) -> None:
         """The teacher moves towards the student, but not after a correction."""

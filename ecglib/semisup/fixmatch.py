@@ -9,7 +9,6 @@ and each (record, class) passes or not by itself. A threshold is a module that m
 between 0 and 1, and learns from them while it is in training mode.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -46,14 +45,14 @@ class FixedThreshold(nn.Module):
     alike.
     """
 
-    def __init__(self, classes: int, threshold: float = 0.95) -> None:
+    def __init__(self, threshold: float = 0.95) -> None:
         super().__init__()
         if not 0.5 <= threshold <= 1.0:
             raise DataError(
                 f"No two-way decision has a confidence threshold of {threshold}; choose one from "
                 "0.5, with which all pass, to 1."
             )
-        self.classes, self.threshold = classes, threshold
+        self.threshold = threshold
 
     def forward(self, probabilities: Tensor, indices: Tensor) -> Tensor:
         """Weights `(n, classes)`, 1 or 0."""
@@ -79,7 +78,7 @@ class FlexThreshold(FixedThreshold):
     """
 
     def __init__(self, classes: int, records: int, threshold: float = 0.95) -> None:
-        super().__init__(classes, threshold)
+        super().__init__(threshold)
         if records < 1:
             raise DataError(
                 f"FlexMatch cannot follow {records} unlabelled records; give the size of the "
@@ -111,7 +110,7 @@ class FlexThreshold(FixedThreshold):
         # Where a batch holds a record twice, all its rows write what the last one says: the order
         # cannot matter.
         rows = torch.arange(len(indices), device=indices.device)
-        last = torch.where(indices[:, None] == indices, rows, -1).amax(dim=1)
+        last = (rows * (indices[:, None] == indices)).amax(dim=1)
         self.decisions[indices] = latest[last]
 
 
@@ -119,30 +118,27 @@ class SoftThreshold(nn.Module):
     """SoftMatch (Chen et al. 2023): all decisions count, those below the class's mean confidence
     less and less:
 
-        weight = exp(-(deviations x min(q - mean, 0))^2 / (2 variance)).
+        weight = exp(-(2 min(q - mean, 0))^2 / (2 variance)).
 
-    Mean and variance of q are running ones, of each class by itself, from 1/2 and 1 on.
-    `deviations` is 2 in the released code and 1 in the paper's formula. The published `momentum` of
+    Mean and variance of q are running ones, of each class by itself, from 1/2 and 1 on. The factor
+    2 is that of the released code, it is 1 in the paper's formula. The published `momentum` of
     0.999 is meant for a million steps: over 1,000 steps a third of the first variance, with which
     nearly all weigh 1, remains; take 0.99 or less there.
 
-    `aligned` is uniform alignment for a two-way decision: p / (running mean of p) against (1 - p) /
-    (1 - that mean), brought to sum to 1. Without it the rare positive decisions, seldom as sure as
-    the many negative ones, would always lie below the mean. As published it moves the weights and
-    not the pseudo-labels. q is the aligned probability of the pseudo-label, small where alignment
-    would decide the other way; the released code takes the larger of the two.
+    Probabilities are aligned, uniformly for a two-way decision: p / (running mean of p) against (1
+    - p) / (1 - that mean), brought to sum to 1. Without it the rare positive decisions, seldom as
+    sure as the many negative ones, would always lie below the mean. As published it moves the
+    weights and not the pseudo-labels. q is the aligned probability of the pseudo-label, small where
+    alignment would decide the other way; the released code takes the larger of the two.
     """
 
-    def __init__(
-        self, classes: int, momentum: float = 0.999, deviations: float = 2.0, aligned: bool = True
-    ) -> None:
+    def __init__(self, classes: int, momentum: float = 0.999) -> None:
         super().__init__()
         if not 0.0 <= momentum < 1.0:
             raise DataError(
                 f"SoftMatch cannot average with momentum {momentum}; choose one from 0 to below 1."
             )
-        self.classes, self.momentum = classes, momentum
-        self.deviations, self.aligned = deviations, aligned
+        self.momentum = momentum
         self.register_buffer("positive", torch.full((classes,), 0.5))
         self.register_buffer("mean", torch.full((classes,), 0.5))
         self.register_buffer("variance", torch.ones(classes))
@@ -152,26 +148,26 @@ class SoftThreshold(nn.Module):
         if self.training:
             self._follow(torch.cat(gathered(probabilities)))
         below = (self._confidence(probabilities) - self.mean).clamp_max(0.0)
-        distance = (self.deviations * below).square()
+        distance = (2.0 * below).square()
         return torch.exp(-distance / (2.0 * self.variance.clamp_min(1e-12)))
 
     def _confidence(self, probabilities: Tensor) -> Tensor:
-        """The probability of each pseudo-label, aligned if so wished."""
-        aligned = probabilities
-        if self.aligned:
-            share = self.positive.clamp(1e-6, 1.0 - 1e-6)
-            yes, no = probabilities / share, (1.0 - probabilities) / (1.0 - share)
-            aligned = yes / (yes + no)
+        """The aligned probability of each pseudo-label."""
+        share = self.positive.clamp(1e-6, 1.0 - 1e-6)
+        yes = probabilities / share
+        no = (1.0 - probabilities) / (1.0 - share)
+        aligned = yes / (yes + no)
         return torch.where(probabilities > 0.5, aligned, 1.0 - aligned)
 
     @torch.no_grad()
     def _follow(self, probabilities: Tensor) -> None:
         """Move the averages towards those of a batch."""
-        self.positive.lerp_(probabilities.mean(dim=0), 1.0 - self.momentum)
+        share = 1.0 - self.momentum
+        self.positive.lerp_(probabilities.mean(dim=0), share)
         sure = self._confidence(probabilities)
-        self.mean.lerp_(sure.mean(dim=0), 1.0 - self.momentum)
+        self.mean.lerp_(sure.mean(dim=0), share)
         # The unbiased variance, which of a single record does not exist.
-        self.variance.lerp_(sure.var(dim=0, correction=min(len(sure) - 1, 1)), 1.0 - self.momentum)
+        self.variance.lerp_(sure.var(dim=0, correction=min(len(sure) - 1, 1)), share)
 
 
 class FixMatch(nn.Module):
@@ -179,68 +175,56 @@ class FixMatch(nn.Module):
     the three above.
 
     One forward pass sees labelled, weak and strong views together, so that batch norm knows one
-    distribution. `weak_noise` and `strong_noise` are shares of each lead's standard deviation. With
-    `transforms` labelled and strong views are made by these and the weak view is the clean crop,
-    for comparisons with methods that have the same noise.
+    distribution. With `transforms` labelled and strong views are made by these and the weak view is
+    the clean crop, for comparisons with methods that have the same noise.
     """
 
     def __init__(
         self,
         network: nn.Module,
         thresholds: nn.Module,
-        *,
-        weight: float = 1.0,
-        weak_noise: float = 0.05,
-        strong_noise: float = 0.5,
         transforms: Sequence[Transform] | None = None,
     ) -> None:
         super().__init__()
-        if not 0.0 <= weight < math.inf:
-            raise DataError(
-                f"The unlabelled part of the loss cannot have weight {weight}; choose 0 or more."
-            )
-        self.network, self.thresholds, self.weight = network, thresholds, weight
-        self.weak_noise, self.strong_noise, self.transforms = weak_noise, strong_noise, transforms
+        self.network = network
+        self.thresholds = thresholds
+        self.transforms = transforms
         self.tally = Tally("passed", "passed_positive")
 
     def loss(self, batch: SemiBatch) -> Tensor:
-        """BCE of labelled records plus `weight` times that of the strong view against its
-        pseudo-labels.
+        """BCE of labelled records plus that of the strong view against its pseudo-labels.
 
         Labelled records are mixed by CutMix, as in every other method of the study: reversal and
         shuffled leads, which the weak view may hold, do not leave an ECG's label as it was (0.01 of
-        macro AUROC on fold 9). DataError for a batch without unlabelled records, and where network
-        and thresholds differ in their classes.
+        macro AUROC on fold 9). DataError for a batch without unlabelled records.
         """
         need_unlabelled(batch, "FixMatch")
         views, targets = self._views(batch)
         # float32 from here on: around a threshold of 0.95 bfloat16 knows probabilities only in
         # steps of 0.004.
         logits = self.network(torch.cat(views)).float()
-        if logits.shape[1] != self.thresholds.classes:
-            raise DataError(
-                f"The network has {logits.shape[1]} outputs and the thresholds are for "
-                f"{self.thresholds.classes} classes; give both the same number."
-            )
         labelled, weak, strong = logits.split([len(view) for view in views])
         with torch.no_grad():
             probabilities = torch.sigmoid(weak)
             weights = self.thresholds(probabilities, batch.unlabelled_indices)
             positive = probabilities > 0.5
             everything = torch.ones_like(weights)
-            self.tally.add((weights, everything), (weights * positive, positive))
+            self.tally.add(weights, everything, weights * positive, positive)
         supervised = F.binary_cross_entropy_with_logits(labelled, targets)
-        return supervised + self.weight * pseudo_label_loss(strong, probabilities, weights)
+        return supervised + pseudo_label_loss(strong, probabilities, weights)
 
     def _views(self, batch: SemiBatch) -> tuple[list[Tensor], Tensor]:
         """Labelled, weak and strong views, and the labelled ones' targets."""
-        weak, generator = batch.unlabelled, batch.generator
-        if self.transforms is not None:
+        generator = batch.generator
+        if self.transforms is None:
+            labelled, targets = cutmix(batch.signals, batch.targets, generator)
+            weak = weak_view(batch.unlabelled, generator)
+            strong = strong_view(batch.unlabelled, generator)
+        else:
             labelled = apply(self.transforms, batch.signals, generator)
-            return [labelled, weak, apply(self.transforms, weak, generator)], batch.targets
-        labelled, targets = cutmix(batch.signals, batch.targets, generator)
-        weak = weak_view(batch.unlabelled, generator, self.weak_noise)
-        strong = strong_view(batch.unlabelled, generator, self.strong_noise)
+            targets = batch.targets
+            weak = batch.unlabelled
+            strong = apply(self.transforms, weak, generator)
         return [labelled, weak, strong], targets
 
     def report(self) -> dict[str, float]:
@@ -255,7 +239,7 @@ class FixMatch(nn.Module):
 
 def make_fixmatch(network: nn.Module, task: Task) -> FixMatch:
     """FixMatch around a network."""
-    return FixMatch(network, FixedThreshold(task.classes, task.settings.threshold))
+    return FixMatch(network, FixedThreshold(task.settings.threshold))
 
 
 def make_flexmatch(network: nn.Module, task: Task) -> FixMatch:

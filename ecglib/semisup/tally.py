@@ -15,14 +15,16 @@ class Tally(nn.Module):
         # Of each name the sum and what it is a share of; float64 counts exactly.
         self.register_buffer("sums", torch.zeros(len(names), 2, dtype=torch.float64))
 
-    def add(self, *parts: tuple[Tensor, Tensor]) -> None:
-        """Add a batch: for each name values, and those whose sum theirs is a share of."""
+    def add(self, *values: Tensor) -> None:
+        """Add a batch, values of one shape: for each name some, and those whose sum theirs is a
+        share of.
+        """
         if self.training:
-            sums = [[values.sum(dtype=torch.float64) for values in part] for part in parts]
-            self.sums += torch.stack([torch.stack(pair) for pair in sums])
+            self.sums += torch.stack(values).double().flatten(1).sum(dim=1).view_as(self.sums)
 
     def report(self) -> dict[str, float]:
         """The shares since the last report; NaN where there was nothing to share."""
-        shares = [part / whole if whole else math.nan for part, whole in self.sums.tolist()]
+        part, whole = self.sums.T
+        shares = torch.where(whole > 0, part / whole, math.nan).tolist()
         self.sums.zero_()
         return dict(zip(self.names, shares, strict=True))

@@ -1,13 +1,14 @@
 """The study's findings in one table: what papers claim, what they print, what was measured here,
 and whether it agrees.
 
-Every figure is taken from the tables of the notebooks and from `data/published/`; nothing is typed
-in.
+The claims stand in `claims.csv`: the rows of a table in which each is measured (a query), its
+system and words with columns of such a row, what papers print of it, and -1 where less is better.
+Every figure is taken from the tables of the notebooks and from `data/published/`.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -34,6 +35,7 @@ PARTS = {
     "robustness_differences": "15_snr_robustness",
     "saliency": "16_saliency",
 }
+CLAIMS = Path(__file__).with_name("claims.csv")
 NEAR = 0.1  # of the labels, the share at which all parts of the study meet
 
 
@@ -96,40 +98,6 @@ def systems(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.concat([frame.reindex(columns=columns) for frame in kept], ignore_index=True)
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A claim, and the rows of a table in which it is measured.
-
-    `rows` is a query of the table, `system` and `claim` are texts with columns of such a row.
-    `published` is what papers print, from the row and the folder of the printed figures: the gain
-    and its source. `sign` is -1 where less is better.
-    """
-
-    table: str
-    rows: str
-    system: str
-    claim: str
-    published: Callable[[Mapping, Path], tuple[float, str]] | None = None
-    sign: int = 1
-
-    def finding(self, row: Mapping, folder: Path) -> dict:
-        """The finding of one row of the table."""
-        texts = row | {"over": str(row.get("over")).replace("_", " ")}
-        gain, source = self.published(row, folder) if self.published else (np.nan, "none known")
-        low, high = sorted((self.sign * row["low"], self.sign * row["high"]))
-        return {
-            "system": self.system.format(**texts),
-            "claim": self.claim.format(**texts),
-            "labels": row.get("fraction", np.nan),
-            "published": gain,
-            "source": source,
-            "here": self.sign * (row["gain"] if "gain" in row else row["value"]),
-            "low": low,
-            "high": high,
-            "verdict": verdict(low, high),
-        }
-
-
 def _printed_self_supervised(row: Mapping, folder: Path) -> tuple[float, str]:
     """Mehari & Strodthoff on PTB-XL: the method minus its control, with all labels."""
     printed = pd.read_csv(folder / "ecg-selfsupervised.csv").query("task == 'PTB-XL all'")
@@ -179,103 +147,11 @@ def _printed_self_evolving(row: Mapping, folder: Path) -> tuple[float, str]:
     return means["T=3"] - means["T=0"], f"DISTL, {task}"
 
 
-PRETRAINED = "method != 'random' and @main_fractions(fraction)"
-NEVER_TRAINED = f"{PRETRAINED} and protocol == 'frozen' and over == 'random'"
-STUDENTS = (
-    "method == 'distl' and network == 'student' and over_network == 'student'"
-    " and metric == 'macro_auroc' and stage == stage.max()"
-)
-FUSED = "over_protocol == 'frozen' and @main_fractions(fraction)"
-LOSES_LESS = "{protocol}, loses less than training from scratch under noise"
-CHOSEN = "attribution.astype('str').str.startswith('chosen') and value.notna()"
-CLAIMS = (
-    Claim(
-        "label_efficiency_gains",
-        f"{PRETRAINED} and protocol == 'frozen' and over == 'supervised'"
-        " and fraction == fraction.min()",
-        "{method}",
-        "frozen, above training from scratch with the fewest labels",
-    ),
-    Claim(
-        "label_efficiency_gains",
-        f"{PRETRAINED} and protocol != 'frozen' and fraction == fraction.max()",
-        "{method}",
-        "{protocol}, above training from scratch",
-        _printed_self_supervised,
-    ),
-    Claim(
-        "label_efficiency_gains",
-        f"{NEVER_TRAINED} and fraction == fraction.max()",
-        "{method}",
-        "frozen, above the same encoder never trained",
-        _printed_self_supervised,
-    ),
-    Claim(
-        "label_efficiency_gains",
-        f"{NEVER_TRAINED} and fraction < fraction.max()",
-        "{method}",
-        "frozen, above the same encoder never trained",
-    ),
-    Claim(
-        "semi_supervised_gains",
-        "metric == 'macro_auroc' and fraction == fraction.min()",
-        "ce_ssl",
-        "above {over}",
-        _printed_semi_supervised,
-    ),
-    Claim(
-        "self_evolving_gains",
-        f"{STUDENTS} and over_stage == 0",
-        "distl",
-        "at T = {stage} above T = 0",
-        _printed_self_evolving,
-    ),
-    Claim(
-        "self_evolving_gains",
-        f"{STUDENTS} and over_stage == stage and over != 'oracle'",
-        "distl",
-        "at T = {stage} above {over}",
-    ),
-    Claim(
-        "fusion_gains",
-        f"{FUSED} and over == 'best_single'",
-        "dvme",
-        "above the best single encoder",
-    ),
-    Claim(
-        "fusion_gains",
-        f"{FUSED} and over == 'concatenation'",
-        "dvme",
-        "above one logistic regression on all features",
-    ),
-    Claim(
-        "robustness_differences",
-        "method == 'all' and family == 'in the family'",
-        "pretraining",
-        f"{LOSES_LESS} like the augmentation's",
-        sign=-1,
-    ),
-    Claim(
-        "robustness_differences",
-        "method == 'all' and family == 'outside'",
-        "pretraining",
-        f"{LOSES_LESS} of other kinds",
-        sign=-1,
-    ),
-    *(
-        Claim(
-            "saliency",
-            f"{CHOSEN} and measure == 'enrichment over {measure}'",
-            "{method}",
-            f"relevance in the evidence, above {name}: {{class}}",
-        )
-        for measure, name in {
-            "|input|": "|input|",
-            "|input|²": "|input|²",
-            "supervised": "supervised at equal AUROC",
-        }.items()
-    ),
-)
+PRINTED = {  # by the name in `claims.csv`
+    "self_supervised": _printed_self_supervised,
+    "semi_supervised": _printed_semi_supervised,
+    "self_evolving": _printed_self_evolving,
+}
 
 
 def findings(
@@ -290,17 +166,38 @@ def findings(
     measured. The papers' data, classes and sizes are others: a sign can agree or not, a size cannot
     be compared.
     """
-    rows = []
-    for name in dict.fromkeys(claim.table for claim in CLAIMS):
-        found = {
-            place: claim.finding(row, Path(published))
-            for claim in CLAIMS
-            if claim.table == name
-            for place, row in tables[name].query(claim.rows).to_dict("index").items()
-        }
-        rows += [found[place] for place in sorted(found)]  # in the order of the table
-    table = pd.DataFrame(rows).assign(origin=origin)
-    return table[[name for name in table if name != "verdict"] + ["verdict"]]
+    claims = pd.read_csv(CLAIMS, keep_default_na=False)
+    findings = []
+    for name, own in claims.groupby("table", sort=False):
+        for claim in own.itertuples():
+            for place, row in tables[name].query(claim.rows).to_dict("index").items():
+                finding = _finding(claim, row, Path(published))
+                findings.append({"table": name, "place": place, **finding})
+    frame = pd.DataFrame(findings)
+    # In the order of the tables, and of their rows.
+    frame["table"] = pd.Categorical(frame["table"], claims["table"].unique())
+    frame = frame.sort_values(["table", "place"], kind="stable", ignore_index=True)
+    verdicts = [verdict(row.low, row.high) for row in frame.itertuples()]
+    return frame.drop(columns=["table", "place"]).assign(origin=origin, verdict=verdicts)
+
+
+def _finding(claim: NamedTuple, row: Mapping, folder: Path) -> dict:
+    """The finding of one row of the table in which a claim is measured."""
+    texts = row | {"over": str(row.get("over")).replace("_", " ")}
+    published, source = np.nan, "none known"
+    if claim.published:
+        published, source = PRINTED[claim.published](row, folder)
+    low, high = sorted((claim.sign * row["low"], claim.sign * row["high"]))
+    return {
+        "system": claim.system.format(**texts),
+        "claim": claim.claim.format(**texts),
+        "labels": row.get("fraction", np.nan),
+        "published": published,
+        "source": source,
+        "here": claim.sign * row.get("gain", row.get("value")),
+        "low": low,
+        "high": high,
+    }
 
 
 def shown_findings(rows: pd.DataFrame) -> pd.DataFrame:

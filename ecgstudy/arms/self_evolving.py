@@ -273,8 +273,8 @@ def fixmatch(job: Evolved, study: Study, network: Classifier, pools: Pools, step
     settings = job.evolution
     crops = (settings.batch_size // 2, 1, settings.crop_seconds)
     batches = SemiBatches(study.records, *pools, *crops, job.stage_seed, study.device)
-    thresholds = FixedThreshold(len(study.records.classes), settings.threshold)
-    return FixMatch(network, thresholds, transforms=job.transforms), batches
+    objective = FixMatch(network, FixedThreshold(settings.threshold), job.transforms)
+    return objective, batches
 
 
 LABELS_ALONE = Arm(distl, pretext=0.0, unlabelled=False)  # T = 0 of every arm

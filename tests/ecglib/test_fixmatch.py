@@ -40,10 +40,8 @@ def plain_views(monkeypatch: pytest.MonkeyPatch) -> None:
     0.1.
     """
     monkeypatch.setattr(fixmatch, "cutmix", lambda signals, targets, generator: (signals, targets))
-    monkeypatch.setattr(fixmatch, "weak_view", lambda signals, generator, noise: signals)
-    monkeypatch.setattr(
-        fixmatch, "strong_view", lambda signals, generator, noise: 0.7 * signals - 0.1
-    )
+    monkeypatch.setattr(fixmatch, "weak_view", lambda signals, generator: signals)
+    monkeypatch.setattr(fixmatch, "strong_view", lambda signals, generator: 0.7 * signals - 0.1)
 
 
 # The loss
@@ -70,13 +68,13 @@ def test_pseudo_label_loss_equals_loops():
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 1.0])
 def test_the_objective_equals_a_slow_numpy_version(plain_views, threshold):
     network, batch = Linear(), semi_batch()
-    objective = FixMatch(network, FixedThreshold(CLASSES, threshold), weight=1.7)
+    objective = FixMatch(network, FixedThreshold(threshold))
     p = sigmoid(network.slow(batch.unlabelled))
     passed = np.maximum(p, 1 - p) >= threshold
     supervised = cross_entropy(network.slow(batch.signals), batch.targets.numpy()).mean()
     asked = cross_entropy(network.slow(0.7 * batch.unlabelled - 0.1), p > 0.5)
     assert objective.loss(batch).item() == pytest.approx(
-        supervised + 1.7 * (passed * asked).mean(), rel=1e-5
+        supervised + (passed * asked).mean(), rel=1e-5
     )
     assert network.sizes == [4 + 6 + 6], "one pass of labelled, weak and strong views"
     assert passed.all() == (threshold == 0.5) and passed.any() == (threshold < 1)
@@ -88,16 +86,12 @@ def test_the_objective_equals_a_slow_numpy_version(plain_views, threshold):
 def test_above_every_confidence_the_loss_is_the_supervised_one(plain_views):
     network, batch = Linear(), semi_batch()
     alone = nn.functional.binary_cross_entropy_with_logits(network(batch.signals), batch.targets)
-    objective = FixMatch(network, FixedThreshold(CLASSES, 1.0))
+    objective = FixMatch(network, FixedThreshold(1.0))
     assert objective.loss(batch).item() == pytest.approx(alone.item(), rel=1e-6)
     assert objective.report() == {"passed": 0.0, "passed_positive": 0.0}
-    ignored = FixMatch(network, FixedThreshold(CLASSES, 0.5), weight=0.0)
-    assert ignored.loss(batch).item() == pytest.approx(alone.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "thresholds", [FixedThreshold(CLASSES, 0.5), FlexThreshold(CLASSES, 10, 0.5)]
-)
+@pytest.mark.parametrize("thresholds", [FixedThreshold(0.5), FlexThreshold(CLASSES, 10, 0.5)])
 def test_with_one_half_everything_passes(thresholds):
     objective = FixMatch(Linear(), thresholds)
     for step in range(3):
@@ -119,18 +113,19 @@ def test_no_gradient_flows_through_pseudo_labels_and_weights(plain_views):
 
 
 def test_views_are_drawn_from_the_batch(monkeypatch):
-    noises = []
+    drawn = []
     for name in ("weak_view", "strong_view"):
         monkeypatch.setattr(
-            fixmatch, name, lambda signals, generator, noise: noises.append(noise) or signals
+            fixmatch, name, lambda signals, generator: drawn.append(generator) or signals
         )
-    FixMatch(Linear(), FixedThreshold(CLASSES), weak_noise=0.1, strong_noise=0.4).loss(semi_batch())
-    assert noises == [0.1, 0.4]
+    batch = semi_batch()
+    FixMatch(Linear(), FixedThreshold()).loss(batch)
+    assert drawn == [batch.generator] * 2
     monkeypatch.undo()
     losses = []
     for global_seed, step in ((0, 0), (1, 0), (0, 1)):
         torch.manual_seed(3)
-        objective, batch = FixMatch(Linear(), FixedThreshold(CLASSES, 0.6)), semi_batch()
+        objective, batch = FixMatch(Linear(), FixedThreshold(0.6)), semi_batch()
         torch.manual_seed(global_seed)
         batch.generator = step_generator(5, step)
         losses.append(objective.loss(batch).item())
@@ -144,7 +139,7 @@ def test_probabilities_are_float32_under_autocast():
             return super().forward(probabilities, indices)
 
     with torch.autocast("cpu", torch.bfloat16):
-        loss = FixMatch(Linear(), Asks(CLASSES)).loss(semi_batch())
+        loss = FixMatch(Linear(), Asks()).loss(semi_batch())
     assert loss.dtype == torch.float32
 
 
@@ -220,17 +215,14 @@ def test_one_fully_decided_class_has_flexmatch_equal_fixmatch():
     thresholds = FlexThreshold(1, 50, 0.9)
     thresholds.decisions[:, 0] = torch.arange(50) % 2
     p = torch.rand(200, 1)
-    assert torch.equal(
-        thresholds.eval()(p, torch.zeros(200).long()), FixedThreshold(1, 0.9)(p, None)
-    )
+    assert torch.equal(thresholds.eval()(p, torch.zeros(200).long()), FixedThreshold(0.9)(p, None))
 
 
 # SoftMatch
 
 
-@pytest.mark.parametrize("aligned", [False, True])
-def test_softmatch_state_and_weights_equal_loops(aligned):
-    thresholds = SoftThreshold(CLASSES, momentum=0.8, deviations=1.5, aligned=aligned)
+def test_softmatch_state_and_weights_equal_loops():
+    thresholds = SoftThreshold(CLASSES, momentum=0.8)
     share, mean, variance = np.full(CLASSES, 0.5), np.full(CLASSES, 0.5), np.ones(CLASSES)
     for probabilities, indices in steps_of_probabilities():
         p = probabilities.double().numpy()
@@ -238,13 +230,11 @@ def test_softmatch_state_and_weights_equal_loops(aligned):
         for c in range(CLASSES):
             share[c] = 0.8 * share[c] + 0.2 * p[:, c].mean()
             for i in range(len(p)):
-                yes, no = p[i, c], 1 - p[i, c]
-                if aligned:
-                    yes, no = yes * 0.5 / share[c], no * 0.5 / (1 - share[c])
+                yes, no = p[i, c] / share[c], (1 - p[i, c]) / (1 - share[c])
                 q[i, c] = (yes if p[i, c] > 0.5 else no) / (yes + no)
             mean[c] = 0.8 * mean[c] + 0.2 * q[:, c].mean()
             variance[c] = 0.8 * variance[c] + 0.2 * q[:, c].var(ddof=1)
-        sigma = np.sqrt(variance) / 1.5
+        sigma = np.sqrt(variance) / 2
         expected = np.where(q < mean, np.exp(-((q - mean) ** 2) / (2 * sigma**2)), 1.0)
         np.testing.assert_allclose(
             thresholds(probabilities, indices), expected, rtol=2e-4, atol=1e-6
@@ -260,10 +250,7 @@ def test_softmatch_state_and_weights_equal_loops(aligned):
 
 def test_alignment_gives_rare_findings_their_weight():
     p = torch.cat([torch.full((95, 1), 0.02), torch.full((5, 1), 0.7)])
-    plain, aligned = (
-        SoftThreshold(1, momentum=0.0, aligned=choice)(p, None) for choice in (False, True)
-    )
-    assert plain[0] == 1 and plain[-1] < 1e-3
+    aligned = SoftThreshold(1, momentum=0.0)(p, None)
     assert aligned[-1] == 1 and aligned[0] > 0.5
     doubtful = torch.cat([p, torch.tensor([[0.4]])])
     assert SoftThreshold(1, momentum=0.0)(doubtful, None)[-1] < 0.01, (
@@ -284,7 +271,7 @@ def test_softmatch_starts_with_everything_and_survives_one_record_and_certainty(
 
 def every_threshold() -> list[nn.Module]:
     return [
-        FixedThreshold(CLASSES, 0.6),
+        FixedThreshold(0.6),
         FlexThreshold(CLASSES, 10, 0.6),
         SoftThreshold(CLASSES, momentum=0.9),
     ]
@@ -318,7 +305,7 @@ def test_the_state_is_that_of_all_processes(thresholds, monkeypatch):
 
 
 def test_the_report_runs_since_the_last_one(plain_views):
-    objective = FixMatch(Linear(), FixedThreshold(CLASSES, 0.7))
+    objective = FixMatch(Linear(), FixedThreshold(0.7))
     assert all(math.isnan(value) for value in objective.report().values())
     objective.loss(semi_batch(step=0))
     first = objective.report()
@@ -334,7 +321,7 @@ def test_the_report_runs_since_the_last_one(plain_views):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: FixedThreshold(2, 0.6),
+        lambda: FixedThreshold(0.6),
         lambda: FlexThreshold(2, 32, 0.6),
         lambda: SoftThreshold(2, momentum=0.9),
     ],
@@ -353,11 +340,11 @@ def test_resumed_equals_undisturbed(make, tmp_path):
     ("action", "message"),
     [
         (
-            lambda: FixedThreshold(2, 0.4),
+            lambda: FixedThreshold(0.4),
             "No two-way decision has a confidence threshold of 0.4; choose one from 0.5",
         ),
         (lambda: FlexThreshold(2, 10, 1.2), "threshold of 1.2; choose"),
-        (lambda: FixedThreshold(2, float("nan")), "threshold of nan; choose"),
+        (lambda: FixedThreshold(float("nan")), "threshold of nan; choose"),
         (
             lambda: FlexThreshold(2, 0),
             "FlexMatch cannot follow 0 unlabelled records; give the size",
@@ -367,16 +354,7 @@ def test_resumed_equals_undisturbed(make, tmp_path):
             "SoftMatch cannot average with momentum 1.0; choose one from 0",
         ),
         (
-            lambda: FixMatch(Linear(), FixedThreshold(3), weight=-1.0),
-            "cannot have weight -1.0; choose 0 or more",
-        ),
-        (
-            lambda: FixMatch(Linear(), FixedThreshold(4)).loss(semi_batch()),
-            "The network has 3 outputs and the thresholds are for 4 classes; give both the same "
-            "number",
-        ),
-        (
-            lambda: FixMatch(Linear(), FixedThreshold(3)).loss(tiny_batch(time=20)),
+            lambda: FixMatch(Linear(), FixedThreshold()).loss(tiny_batch(time=20)),
             "FixMatch also learns from unlabelled records and this batch has none; make the "
             "batches with SemiBatches",
         ),

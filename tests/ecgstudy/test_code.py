@@ -80,6 +80,21 @@ def test_only_what_is_reached_changes_the_hash(study: Path):
     assert all(new != old for new, old in zip(hashes(study), method, strict=True))
 
 
+def test_a_table_beside_a_module_counts(study: Path):
+    script = (
+        'from ecgstudy.code import fingerprint; print(fingerprint(["ecglib.sources.cinc2021"]))'
+    )
+    command = [sys.executable, "-c", script]
+
+    def printed() -> str:
+        return subprocess.run(command, cwd=study, capture_output=True, text=True, check=True).stdout
+
+    before = printed()
+    with (study / "ecglib" / "sources" / "cinc2021_classes.csv").open("a") as file:
+        file.write("\n")
+    assert printed() != before
+
+
 def test_a_closure_a_partial_and_a_class_reach_their_modules():
     from functools import partial
 
