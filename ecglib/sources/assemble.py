@@ -6,9 +6,8 @@ after the other and written to disk as counts, so memory does not grow with thei
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -37,8 +36,9 @@ WRONG_GAIN = 5.0  # mV; median distance from the median beyond which the whole l
 ARTEFACT_SHARE = 0.05
 BATCH = 256  # recordings checked and written together
 
+Rules = Mapping[str, str]
 # What is done about each fault; a caller may replace single entries by "drop", "keep" or "stop".
-RULES: Mapping[str, str] = {
+RULES: Rules = {
     # A limb lead follows from two others; without a chest lead the recording is dropped.
     "lead missing": "repair",
     # Up to REPAIRABLE_GAP by linear interpolation, otherwise dropped.
@@ -54,7 +54,8 @@ RULES: Mapping[str, str] = {
     # File absent, truncated or damaged: a broken download should be mended, not analysed.
     "unreadable": "stop",
 }
-_LEAD_NAMES = {lead.upper(): lead for lead in LEADS}
+# What is noted where the rule is to keep.
+_KEPT = {"lead missing": "kept as zeros", "missing samples": "repaired", "saturated": "kept"}
 
 
 @dataclass
@@ -67,125 +68,83 @@ class Recording:
     a WFDB header that the reader of a data set may understand.
     """
 
-    leads: tuple[str, ...]
+    leads: Sequence[str]
     millivolts: np.ndarray
     sampling_rate: float
     row: dict = field(default_factory=dict)
     target: np.ndarray | None = None
     notes: list[tuple[str, str, str]] = field(default_factory=list)
-    comments: tuple[str, ...] = ()
+    comments: Sequence[str] = ()
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """A listed recording that could not be read, with the sentence that says why."""
-
-    record_id: str
-    reason: str
-
-
-def merged_rules(rules: Mapping[str, str] | None) -> dict[str, str]:
-    """The default rules with the caller's replacements; DataError for a fault or action that does
-    not exist.
-    """
-    merged = {**RULES, **(rules or {})}
-    for fault, action in merged.items():
-        if fault not in RULES or action not in ("repair", "drop", "keep", "stop"):
-            raise DataError(
-                f"There is no rule {fault!r}: {action!r}; faults are {', '.join(RULES)}."
-            )
-    return merged
-
-
-def readable(
-    name: str, recordings: Iterable[Recording], rules: Mapping[str, str] | None
-) -> Iterator[Recording | Unreadable]:
-    """The recordings up to the first DataError, which stops, or becomes `Unreadable` under the rule
-    `unreadable: drop`.
-    """
-    try:
-        yield from recordings
-    except DataError as error:
-        if merged_rules(rules)["unreadable"] == "stop":
-            raise
-        yield Unreadable(name, str(error))
-
-
-def read_each(
-    names: Iterable[str], read: Callable[[int], Recording], rules: Mapping[str, str] | None
-) -> Iterator[Recording | Unreadable]:
-    """Read the recordings of these names by their positions, one after the other."""
-    for position, name in enumerate(names):
-        yield from readable(name, map(read, [position]), rules)
+# The recordings of each file, read one after the other, with the name that stands for those that
+# cannot be read.
+Files = Iterable[tuple[str, Iterable[Recording]]]
 
 
 def assemble(
-    recordings: Iterable[Recording | Unreadable],
+    files: Files,
     classes: Iterable[str],
     sampling_rate: float,
     seconds: float,
     about: dict,
-    rules: Mapping[str, str] | None = None,
+    rules: Rules | None = None,
 ) -> Records:
-    """`Records` of one rate (Hz) and length from a stream of recordings; DataError where a rule
-    says stop.
+    """`Records` of one rate (Hz) and length from the recordings of `files`.
+
+    A DataError while a file is read ends this file under the rule `unreadable: drop`; otherwise it
+    stops, as does a fault whose rule says so, and a rule, fault or action that does not exist.
     """
+    ledger = _Ledger(rules)
     length = round(sampling_rate * seconds)
-    ledger = _Ledger(merged_rules(rules))
-    formed = (_one_form(recording, sampling_rate, length, ledger) for recording in recordings)
-    usable = (recording for recording in formed if recording is not None)
     rows: list[dict] = []
     targets: list[np.ndarray] = []
 
-    def sound() -> Iterator[np.ndarray]:
+    def blocks() -> Iterator[np.ndarray]:
+        formed = (
+            _one_form(recording, sampling_rate, length, ledger)
+            for recording in _readable(files, ledger)
+        )
+        usable = filter(None, formed)
         while batch := list(islice(usable, BATCH)):
-            signals = np.stack([recording.millivolts for recording in batch])
-            ids = [recording.row["record_id"] for recording in batch]
-            kept = _settle_faults(signals, ids, ledger)
-            rows.extend(batch[place].row for place in kept)
-            targets.extend(batch[place].target for place in kept)
-            yield to_counts(signals[kept])
+            signals, batch_rows, batch_targets = zip(*batch, strict=True)
+            signals = np.stack(signals)
+            sound = _sound(signals, [row["record_id"] for row in batch_rows], ledger)
+            rows.extend(batch_rows[place] for place in sound)
+            targets.extend(batch_targets[place] for place in sound)
+            yield to_counts(signals[sound])
 
-    signals = counts_on_disk(sound())
-    left_out = pd.DataFrame(ledger.rows, columns=list(LEFT_OUT_COLUMNS))
+    signals = counts_on_disk(blocks())
+    left_out = pd.DataFrame(ledger.rows, columns=LEFT_OUT_COLUMNS)
     if not rows:
         why = f" ({left_out['fault'][0]}: {left_out['detail'][0]})" if len(left_out) else ""
         raise DataError(
             f"{about.get('folder', about.get('source'))}: no usable recording{why}; check the "
             "folder."
         )
+    table = pd.DataFrame(rows)
     return Records(
-        signals,
-        MICROVOLT,
-        sampling_rate,
-        pd.DataFrame(rows),
-        np.stack(targets),
-        tuple(classes),
-        left_out,
-        about,
+        signals, MICROVOLT, sampling_rate, table, np.stack(targets), classes, left_out, about
     )
 
 
 class _Ledger:
     """What was repaired or left out by the rules: rows (record_id, lead, fault, action, detail)."""
 
-    def __init__(self, rules: Mapping[str, str]) -> None:
-        self.rules = rules
+    def __init__(self, rules: Rules | None) -> None:
+        self.rules = {**RULES, **(rules or {})}
         self.rows: list[tuple[str, str, str, str, str]] = []
+        for fault, action in self.rules.items():
+            if fault not in RULES or action not in ("repair", "drop", "keep", "stop"):
+                raise DataError(
+                    f"There is no rule {fault!r}: {action!r}; faults are {', '.join(RULES)}."
+                )
 
     def settle(
-        self,
-        record_id: str,
-        leads: Sequence[str],
-        fault: str,
-        detail: str,
-        repair: Callable[[], bool],
-        kept: str = "kept",
+        self, record_id: str, signal: np.ndarray, leads: Sequence[str], fault: str, detail: str
     ) -> bool:
-        """Do about a fault what its rule says and note it; False where the recording is dropped.
-
-        `repair` says whether it succeeded; `kept` is the note where the rule is to keep. DataError
-        where the rule is to stop.
+        """Do about a fault of `(12, time)` what its rule says and note it; False where the
+        recording is dropped, DataError where the rule is to stop.
         """
         lead = ", ".join(leads)
         rule = self.rules[fault]
@@ -194,93 +153,72 @@ class _Ledger:
                 f"Record {record_id}, {lead}: {fault} ({detail}); mend the file or allow another "
                 "rule."
             )
-        if rule == "repair":
-            action = "repaired" if repair() else "dropped"
-        else:
-            action = {"keep": kept, "drop": "dropped"}[rule]
+        action = _KEPT.get(fault, "kept") if rule == "keep" else "dropped"
+        if rule == "repair" and _REPAIRS[fault](signal, leads):
+            action = "repaired"
         self.rows.append((record_id, lead, fault, action, detail))
         return action != "dropped"
 
 
-def _settle_faults(signals: np.ndarray, record_ids: Sequence[str], ledger: _Ledger) -> list[int]:
+def _readable(files: Files, ledger: _Ledger) -> Iterator[Recording]:
+    """The recordings of all files; what cannot be read is settled by its rule."""
+    for name, recordings in files:
+        try:
+            yield from recordings
+        except DataError as error:
+            if ledger.rules["unreadable"] == "stop":
+                raise
+            ledger.rows.append((name, "all", "unreadable", "dropped", str(error)))
+
+
+def _sound(signals: np.ndarray, record_ids: Sequence[str], ledger: _Ledger) -> list[int]:
     """Positions of the signals `(n, 12, time)` that are sound, repaired in place or kept."""
     found: dict[tuple[int, str], list[tuple[str, str]]] = {}
     for place, lead, fault, detail in find_faults(signals):
         found.setdefault((place, fault), []).append((lead, detail))
-    dropped = set()
+    sound = list(range(len(signals)))
     for place, fault in sorted(found, key=lambda key: key[0]):
         leads, details = zip(*found[place, fault], strict=True)
         detail = "; ".join(dict.fromkeys(details))
-        repair = partial(_REPAIRS[fault], signals[place], leads)
-        if place not in dropped and not ledger.settle(
-            record_ids[place], leads, fault, detail, repair
+        if place in sound and not ledger.settle(
+            record_ids[place], signals[place], leads, fault, detail
         ):
-            dropped.add(place)
-    return [place for place in range(len(signals)) if place not in dropped]
+            sound.remove(place)
+    return sound
 
 
 def _one_form(
-    recording: Recording | Unreadable, sampling_rate: float, length: int, ledger: _Ledger
-) -> Recording | None:
-    """The recording with the twelve leads in order, without gaps, at the wanted rate and length;
-    None where it is dropped.
+    recording: Recording, sampling_rate: float, length: int, ledger: _Ledger
+) -> tuple[np.ndarray, dict, np.ndarray] | None:
+    """Signals `(12, length)` in the study's order, without gaps, at the wanted rate, with row and
+    target; None where the recording is dropped.
     """
-    if isinstance(recording, Unreadable):
-        ledger.rows.append((recording.record_id, "all", "unreadable", "dropped", recording.reason))
-        return None
-    record_id = str(recording.row["record_id"])
+    record_id = recording.row["record_id"]
     ledger.rows += [(record_id, "all", *note) for note in recording.notes]
-    signal = _in_order(recording, record_id, ledger)
-    if signal is None or not _without_gaps(signal, record_id, ledger):
-        return None
-    signal = resample(signal, recording.sampling_rate, sampling_rate)
-    found = signal.shape[1]
-    if found != length:
-        action = "cut" if found > length else "padded with zeros"
-        ledger.rows.append((record_id, "all", "length", action, f"{found / sampling_rate:.2f} s"))
-        signal = np.pad(signal[:, :length], ((0, 0), (0, max(length - found, 0))))
-    return replace(recording, leads=LEADS, millivolts=signal, sampling_rate=sampling_rate)
-
-
-def _in_order(recording: Recording, record_id: str, ledger: _Ledger) -> np.ndarray | None:
-    """Signals `(12, time)` in the study's order, absent limb leads computed; None where the
-    recording is dropped.
-    """
-    found = {
-        _LEAD_NAMES.get(name.upper().removeprefix("LEAD ")): signal
-        for name, signal in zip(recording.leads, recording.millivolts, strict=True)
-    }
-    absent = [lead for lead in LEADS if lead not in found]
+    names = [name.upper().removeprefix("LEAD ") for name in recording.leads]
+    found = dict(zip(names, recording.millivolts, strict=True))
+    absent = [lead for lead in LEADS if lead.upper() not in found]
     nothing = np.zeros(recording.millivolts.shape[1])
-    signal = np.array([found.get(lead, nothing) for lead in LEADS], dtype=np.float32)
-    if absent and not ledger.settle(
-        record_id,
-        absent,
-        "lead missing",
-        f"{len(LEADS) - len(absent)} of 12 leads",
-        lambda: _rebuild_limb_leads(signal, absent),
-        kept="kept as zeros",
-    ):
+    signal = np.array([found.get(lead.upper(), nothing) for lead in LEADS], dtype=np.float32)
+    present = f"{len(LEADS) - len(absent)} of 12 leads"
+    if absent and not ledger.settle(record_id, signal, absent, "lead missing", present):
         return None
-    return signal
-
-
-def _without_gaps(signal: np.ndarray, record_id: str, ledger: _Ledger) -> bool:
-    """Interpolate the gaps (NaN) of `(12, time)` in place; False where the recording is dropped."""
     missing = np.isnan(signal)
-    if not missing.any():
-        return True
-    share = missing.mean(axis=1)
-    kept = ledger.settle(
-        record_id,
-        [lead for lead, part in zip(LEADS, share, strict=True) if part],
-        "missing samples",
-        f"up to {share.max():.1%}",
-        lambda: share.max() <= REPAIRABLE_GAP,
-        kept="repaired",
-    )
-    bridge_gaps(signal, missing)
-    return kept
+    if missing.any():
+        share = missing.mean(axis=1)
+        leads = np.array(LEADS)[share > 0]
+        detail = f"up to {share.max():.1%}"
+        if not ledger.settle(record_id, signal, leads, "missing samples", detail):
+            return None
+        bridge_gaps(signal, missing)
+    signal = resample(signal, recording.sampling_rate, sampling_rate)
+    samples = signal.shape[1]
+    if samples != length:
+        action = "cut" if samples > length else "padded with zeros"
+        seconds = f"{samples / sampling_rate:.2f} s"
+        ledger.rows.append((record_id, "all", "length", action, seconds))
+        signal = np.pad(signal[:, :length], ((0, 0), (0, max(length - samples, 0))))
+    return signal, recording.row, recording.target
 
 
 def resample(signal: np.ndarray, rate: float, wanted: float) -> np.ndarray:
@@ -290,9 +228,10 @@ def resample(signal: np.ndarray, rate: float, wanted: float) -> np.ndarray:
     if rate == wanted:
         return signal
     ratio = Fraction(wanted / rate).limit_denominator(1000)
-    up, down = ratio.as_integer_ratio()
     # The ends go on in a line: zero padding would draw a step where the baseline is not zero.
-    return resample_poly(signal, up, down, axis=-1, padtype="line").astype(np.float32)
+    return resample_poly(signal, *ratio.as_integer_ratio(), axis=-1, padtype="line").astype(
+        np.float32
+    )
 
 
 def _rebuild_limb_leads(signal: np.ndarray, broken: Sequence[str]) -> bool:
@@ -331,6 +270,8 @@ def _clip(signal: np.ndarray, leads: Sequence[str]) -> bool:
 
 
 _REPAIRS: dict[str, Callable[[np.ndarray, Sequence[str]], bool]] = {
+    "lead missing": _rebuild_limb_leads,
+    "missing samples": lambda signal, leads: np.isnan(signal).mean(axis=1).max() <= REPAIRABLE_GAP,
     "flat lead": _rebuild_limb_leads,
     "Einthoven's law broken": _reorder,
     "absurd amplitude": _clip,

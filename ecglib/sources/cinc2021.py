@@ -7,8 +7,8 @@ challenge scores alike are merged.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import pandas as pd
 from ecglib.errors import DataError
 from ecglib.files import inside
 from ecglib.records import Records
-from ecglib.sources.assemble import Recording, Unreadable, assemble, read_each
+from ecglib.sources.assemble import Recording, Rules, assemble
 from ecglib.sources.index_files import Checksums, class_counts, existing_folder, ten_folds
 from ecglib.sources.ptbxl import INDEX as PTBXL_INDEX
 from ecglib.sources.ptbxl import read_ptbxl_index
@@ -30,28 +30,26 @@ LAST_CHAPMAN = 10_646  # JS00001 to JS10646 are Chapman-Shaoxing, JS10647 and ab
 
 @dataclass(frozen=True)
 class Part:
-    """One data set of the challenge: folder names in use, record names, and the numbers that belong
-    to it.
+    """One data set of the challenge: folder names in use, what record names begin with, and the
+    numbers after it that belong to the data set.
     """
 
     folders: tuple[str, ...]
     names: str
-    numbers: tuple[int, float] = (0, float("inf"))
+    numbers: range = range(10**6)
 
     def holds(self, record: str) -> bool:
         """Whether a record of this name belongs to the data set."""
         match = re.fullmatch(rf"{self.names}(\d+)", record)
-        return match is not None and self.numbers[0] <= int(match[1]) <= self.numbers[1]
+        return match is not None and int(match[1]) in self.numbers
 
 
-DATASETS: Mapping[str, Part] = {
+_CHAPMAN = range(1, LAST_CHAPMAN + 1)
+_NINGBO = range(LAST_CHAPMAN + 1, 10**6)
+DATASETS: dict[str, Part] = {
     "georgia": Part(("georgia", "WFDB_Ga"), "E"),
-    "chapman": Part(
-        ("chapman_shaoxing", "chapman_ningbo", "WFDB_ChapmanShaoxing"), "JS", (1, LAST_CHAPMAN)
-    ),
-    "ningbo": Part(
-        ("ningbo", "chapman_ningbo", "WFDB_Ningbo"), "JS", (LAST_CHAPMAN + 1, float("inf"))
-    ),
+    "chapman": Part(("chapman_shaoxing", "chapman_ningbo", "WFDB_ChapmanShaoxing"), "JS", _CHAPMAN),
+    "ningbo": Part(("ningbo", "chapman_ningbo", "WFDB_Ningbo"), "JS", _NINGBO),
     "cpsc": Part(("cpsc_2018", "WFDB_CPSC2018"), "A"),
     "cpsc_extra": Part(("cpsc_2018_extra", "WFDB_CPSC2018_2"), "Q"),
     "ptb-xl": Part(("ptb-xl", "WFDB_PTBXL"), "HR"),
@@ -87,7 +85,7 @@ def read_cinc2021(
     keep_without_class: bool = True,
     ptbxl_index: str | Path | None = None,
     verify: bool = True,
-    rules: Mapping[str, str] | None = None,
+    rules: Rules | None = None,
 ) -> Records:
     """One of `DATASETS` below its own folder, the challenge's `training` folder or the root, with
     SNOMED classes.
@@ -108,11 +106,7 @@ def read_cinc2021(
     listing = _headers(folder, dataset, part)
     codes = class_codes(dataset, classes, merge_equivalent)
     checksums = Checksums.of(listing[0].parent, verify, levels=4)
-    patients = _ptbxl_patients(Path(ptbxl_index)) if ptbxl_index is not None else {}
-
-    def read(position: int) -> Recording:
-        return _recording(listing[position], dataset, codes, patients, checksums)
-
+    patients = _ptbxl_patients(Path(ptbxl_index)) if ptbxl_index else {}
     about = {
         "source": "CinC 2021",
         "simulated": False,
@@ -125,9 +119,18 @@ def read_cinc2021(
         "without_class": 0,
         "without_class_kept": keep_without_class,
     }
-    recordings = read_each([path.stem for path in listing], read, rules)
-    recordings = _count_without_class(recordings, about)
-    records = assemble(recordings, codes, sampling_rate, seconds, about, rules)
+
+    def read(path: Path) -> Iterator[Recording]:
+        patient, fold = _patient(path, patients)
+        row = {"record_id": path.stem, "patient_id": patient, "fold": fold}
+        recording = _recording(path, checksums, codes, row, f"cinc2021 {dataset}")
+        has_class = recording.target.any()
+        about["without_class"] += not has_class
+        if keep_without_class or has_class:
+            yield recording
+
+    files = ((path.stem, read(path)) for path in listing)
+    records = assemble(files, codes, sampling_rate, seconds, about, rules)
     if not patients:
         records.table["fold"] = ten_folds(records.table["record_id"], records.targets)
     about["class_counts"] = class_counts(records.classes, records.targets)
@@ -135,26 +138,28 @@ def read_cinc2021(
 
 
 def _recording(
-    path: Path,
-    dataset: str,
-    codes: Mapping[str, set[str]],
-    patients: Mapping[int, tuple[str, int]],
-    checksums: Checksums,
+    path: Path, checksums: Checksums, codes: dict[str, set[str]], row: dict, source: str
 ) -> Recording:
-    """One record with its row and target, which its header holds."""
+    """One record with its row and target; its header's comments hold them as `name: text`, of which
+    the first of each name counts. A header without diagnoses is a DataError.
+    """
     recording = read_wfdb(path, checksums)
-    found = _diagnoses(path, recording.comments)
-    patient, fold = _patient(path, patients)
-    row = {
-        "record_id": path.stem,
-        "patient_id": patient,
-        "fold": fold,
-        "source": f"cinc2021 {dataset}",
-        **_age_and_sex(recording.comments),
+    parts = [comment.partition(":") for comment in reversed(recording.comments)]
+    fields = {name.strip().lower(): text.strip() for name, _, text in parts}
+    if "dx" not in fields:
+        raise DataError(
+            f"{path}: the line with the diagnoses (#Dx:) is missing; download the header again."
+        )
+    found = {code.strip() for code in fields["dx"].split(",")} - {""}
+    recording.row = row | {
+        "source": source,
+        "age": float(pd.to_numeric(fields.get("age"), errors="coerce")),
+        "sex": {"m": 0.0, "f": 1.0}.get(fields.get("sex", "")[:1].lower(), np.nan),  # as in PTB-XL
         "codes": ";".join(sorted(found)),
     }
     target = [not found.isdisjoint(wanted) for wanted in codes.values()]
-    return replace(recording, row=row, target=np.array(target, dtype=np.uint8))
+    recording.target = np.array(target, dtype=np.uint8)
+    return recording
 
 
 def class_codes(
@@ -184,13 +189,12 @@ def _headers(folder: Path, dataset: str, part: Part) -> list[Path]:
     what is there.
     """
     named = [folder / above / name for above in ("", "training") for name in part.folders]
-    roots = [path for path in named if path.is_dir()] or [folder]
-    headers: dict[str, Path] = {}
-    for root in roots:
-        for group in (root, *sorted(path for path in root.iterdir() if path.is_dir())):
-            for path in _listed(group):
-                if part.holds(path.stem):
-                    headers.setdefault(path.stem, path)
+    groups = []
+    for root in [path for path in named if path.is_dir()] or [folder]:
+        groups += [root, *sorted(filter(Path.is_dir, root.iterdir()))]
+    # Where several groups have a record of one name, the first counts.
+    paths = [path for group in reversed(groups) for path in _listed(group)]
+    headers = {path.stem: path for path in paths if part.holds(path.stem)}
     if not headers:
         raise DataError(
             f"{folder}: holds no record of {dataset} (names {part.names}...); give its folder, the "
@@ -207,70 +211,25 @@ def _listed(group: Path) -> Iterator[Path]:
     if not listing.is_file():
         yield from group.glob("*.hea")
         return
-    for line in listing.read_text(errors="replace").splitlines():
-        if line.strip() and not line.strip().endswith("/"):  # a higher list names folders
-            yield inside(group, f"{line.strip()}.hea", str(listing))
+    for line in map(str.strip, listing.read_text(errors="replace").splitlines()):
+        if line and not line.endswith("/"):  # a higher list names folders
+            yield inside(group, f"{line}.hea", str(listing))
 
 
-def _count_without_class(
-    stream: Iterator[Recording | Unreadable], about: dict
-) -> Iterator[Recording | Unreadable]:
-    """Pass recordings on; those without any class are counted in `about`, and left out where it
-    says so.
-    """
-    for recording in stream:
-        if isinstance(recording, Recording) and not recording.target.any():
-            about["without_class"] += 1
-            if not about["without_class_kept"]:
-                continue
-        yield recording
-
-
-def _field(comments: Sequence[str], name: str) -> str:
-    """Text after `name:` in the header's comments, empty where there is none."""
-    for comment in comments:
-        key, _, value = comment.partition(":")
-        if key.strip().lower() == name:
-            return value.strip()
-    return ""
-
-
-def _diagnoses(path: Path, comments: Sequence[str]) -> set[str]:
-    """SNOMED codes of the `Dx:` line; a header without that line is a DataError."""
-    if not any(comment.lower().startswith("dx") for comment in comments):
-        raise DataError(
-            f"{path}: the line with the diagnoses (#Dx:) is missing; download the header again."
-        )
-    return {code.strip() for code in _field(comments, "dx").split(",") if code.strip()}
-
-
-def _age_and_sex(comments: Sequence[str]) -> dict[str, float]:
-    """Age in years, and sex as in PTB-XL (0 male, 1 female); NaN where unknown."""
-    try:
-        age = float(_field(comments, "age"))
-    except ValueError:
-        age = np.nan
-    sex = _field(comments, "sex").lower()[:1]
-    return {"age": age, "sex": {"m": 0.0, "f": 1.0}.get(sex, np.nan)}
-
-
-def _ptbxl_patients(path: Path) -> dict[int, tuple[str, int]]:
-    """ecg_id -> (patient_id, fold) from PTB-XL's own index."""
+def _ptbxl_patients(path: Path) -> dict[str, tuple[str, int]]:
+    """(patient_id, fold) from PTB-XL's own index by the names here: HRnnnnn is ecg_id nnnnn."""
     index = read_ptbxl_index(path / PTBXL_INDEX if path.is_dir() else path)
     patients = zip(index["patient_id"].astype(str), index["strat_fold"], strict=True)
-    return dict(zip(index["ecg_id"], patients, strict=True))
+    return dict(zip(index["ecg_id"].map("HR{:05d}".format), patients, strict=True))
 
 
-def _patient(path: Path, patients: Mapping[int, tuple[str, int]]) -> tuple[str, int]:
-    """Patient and fold of a record: itself and 0 (set later), or from PTB-XL's index, where HRnnnnn
-    is ecg_id nnnnn.
-    """
+def _patient(path: Path, patients: dict[str, tuple[str, int]]) -> tuple[str, int]:
+    """Patient and fold of a record: itself and 0, which is set later, or from PTB-XL's index."""
     if not patients:
         return path.stem, 0
-    number = re.fullmatch(r"HR(\d+)", path.stem)
-    if number is None or int(number[1]) not in patients:
+    if path.stem not in patients:
         raise DataError(
             f"{path}: is not in PTB-XL's index; give the ptbxl_database.csv of version 1.0.1 or "
             "1.0.2."
         )
-    return patients[int(number[1])]
+    return patients[path.stem]

@@ -7,8 +7,7 @@ Challenge 2025 converts the set as millivolts, as does this reader; measured lea
 2 times those of other sets. `millivolts_per_unit` changes it.
 """
 
-from collections.abc import Iterator, Mapping
-from itertools import chain
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import pandas as pd
 
 from ecglib.errors import DataError
 from ecglib.records import LEADS, Records
-from ecglib.sources.assemble import Recording, assemble, readable
+from ecglib.sources.assemble import Recording, Rules, assemble
 from ecglib.sources.index_files import (
     class_counts,
     existing_folder,
@@ -40,7 +39,7 @@ def read_code15(
     sampling_rate: float = 100,
     seconds: float = 10.0,
     millivolts_per_unit: float = 1.0,
-    rules: Mapping[str, str] | None = None,
+    rules: Rules | None = None,
 ) -> Records:
     """The exams of every part that is in the folder, with six classes, patients, and folds by
     patient.
@@ -51,60 +50,72 @@ def read_code15(
     lacks (each part ends with a filler of exam_id 0). DataError.
     """
     folder = existing_folder(folder, f"CODE-15 %'s {INDEX}")
-    exams = _read_exams(folder)
-    parts = sorted(path for path in folder.glob(PARTS) if path.is_file())
+    table, targets, trace_file = _read_exams(folder / INDEX)
+    parts = sorted(filter(Path.is_file, folder.glob(PARTS)))
     if not parts:
         raise DataError(
             f"{folder}: no part ({PARTS}) is there; download at least one, or unpack its zip file."
         )
-    absent = ~exams["trace_file"].isin([path.name for path in parts])
+    names = [path.name for path in parts]
     about = {
         "source": "CODE-15%",
         "simulated": False,
         "task": "diagnoses",
         "folder": folder.name,
-        "parts": [path.name for path in parts],
+        "parts": names,
         "split": "by patient",
         "millivolts_per_unit": millivolts_per_unit,
-        "not_downloaded": int(absent.sum()),
+        "not_downloaded": int((~trace_file.isin(names)).sum()),
         "filler_rows": 0,
         "not_in_index": 0,
     }
-    rows = {exam: row for row, exam in enumerate(exams["exam_id"].tolist())}
 
-    def recordings_of(path: Path) -> Iterator[Recording]:
-        missing = set(exams["exam_id"][exams["trace_file"] == path.name].tolist())
+    def read(path: Path) -> Iterator[Recording]:
+        missing = set(table.index[trace_file == path.name])
         for exam, tracing in _tracings(path):
             missing.discard(exam)
-            if exam in rows:
-                millivolts = strip_zeros(tracing) * np.float32(millivolts_per_unit)
-                yield _recording(exams.iloc[rows[exam]], millivolts)
+            if exam in table.index:
+                millivolts = strip_zeros(tracing).T * np.float32(millivolts_per_unit)
+                row = table.loc[exam].to_dict()
+                yield Recording(LEADS, millivolts, RATE, row, targets.loc[exam].to_numpy())
             else:
-                about["filler_rows" if exam == 0 else "not_in_index"] += 1
+                about["not_in_index" if exam else "filler_rows"] += 1
         if missing:
             raise DataError(
                 f"{path}: {len(missing)} exams of {INDEX} are absent (the first is "
                 f"{min(missing)}); download this part again."
             )
 
-    stream = chain.from_iterable(readable(path.name, recordings_of(path), rules) for path in parts)
-    records = assemble(stream, CLASSES, sampling_rate, seconds, about, rules)
+    files = zip(names, map(read, parts), strict=True)
+    records = assemble(files, CLASSES, sampling_rate, seconds, about, rules)
     records.table["fold"] = ten_folds(records.table["patient_id"], records.targets)
     about["class_counts"] = class_counts(CLASSES, records.targets)
     return records
 
 
-def _read_exams(folder: Path) -> pd.DataFrame:
-    """`exams.csv` with numbers for ids and 0/1 for the classes, all checked."""
-    path = folder / INDEX
+def _read_exams(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.Series]:
+    """From `exams.csv`, by exam_id: the table's rows, 0/1 targets `(exams, classes)` and the names
+    of the parts.
+    """
     numbers = ("exam_id", "patient_id")
-    text = ("trace_file", *CLASSES)
-    exams = read_index(path, (*numbers, *text), numbers=numbers, text=text, unique="exam_id")
-    for column in CLASSES:
-        values = exams[column].str.strip().str.lower().map(TRUTH)
-        refuse_rows(path, exams, column, values.isna(), "not True or False; correct it.")
-        exams[column] = values.astype(np.uint8)
-    return exams
+    needed = (*numbers, "trace_file", *CLASSES)
+    text = (*needed[2:], "is_male")
+    exams = read_index(path, needed, numbers=numbers, text=text, unique="exam_id")
+    exams = exams.set_index("exam_id")
+    yes_or_no = exams.reindex(columns=[*CLASSES, "is_male"]).astype(str)
+    truth = yes_or_no.apply(lambda column: column.str.strip().str.lower().map(TRUTH))
+    for name in CLASSES:
+        refuse_rows(path, exams[name], truth[name].isna(), "not True or False; correct it.")
+    rows = {
+        "record_id": exams.index.astype(str),
+        "patient_id": exams["patient_id"].astype(str),
+        "fold": 0,
+        "source": "code-15",
+        "age": pd.to_numeric(exams.get("age", np.nan), errors="coerce"),
+        "sex": 1.0 - truth["is_male"],  # 1 female, as in PTB-XL
+    }
+    targets = truth[list(CLASSES)].astype(np.uint8)
+    return pd.DataFrame(rows, exams.index), targets, exams["trace_file"]
 
 
 def _tracings(path: Path) -> Iterator[tuple[int, np.ndarray]]:
@@ -141,17 +152,3 @@ def strip_zeros(tracing: np.ndarray) -> np.ndarray:
     """
     active = np.flatnonzero((tracing != 0).any(axis=1))
     return tracing[active[0] : active[-1] + 1] if len(active) else tracing
-
-
-def _recording(entry: pd.Series, millivolts: np.ndarray) -> Recording:
-    """One recording from its index row and its signal `(time, 12)`."""
-    row = {
-        "record_id": str(entry["exam_id"]),
-        "patient_id": str(entry["patient_id"]),
-        "fold": 0,
-        "source": "code-15",
-        "age": pd.to_numeric(entry.get("age"), errors="coerce"),
-        "sex": 1.0 - TRUTH.get(str(entry.get("is_male")).lower(), np.nan),  # 1 female, as in PTB-XL
-    }
-    target = entry[list(CLASSES)].to_numpy(dtype=np.uint8)
-    return Recording(LEADS, np.ascontiguousarray(millivolts.T), RATE, row, target)

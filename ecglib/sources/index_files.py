@@ -41,13 +41,12 @@ def read_sums(path: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Checksums:
-    """What a reader compares files with: SHA-256 `sums` by path below `root`.
+    """What a reader compares files with: SHA-256 `sums` by path.
 
     With `verify` the samples are compared with the sums in their WFDB header as well.
     """
 
-    root: Path
-    sums: Mapping[str, str]
+    sums: Mapping[Path, str]
     verify: bool
 
     @classmethod
@@ -59,20 +58,18 @@ class Checksums:
         for root in (folder, *folder.parents[:levels]):
             path = root / SUMS
             if verify and path.is_file():
-                return cls(root, read_sums(path), verify)
-        return cls(folder, {}, verify)
+                sums = {root / name: digest for name, digest in read_sums(path).items()}
+                return cls(sums, verify)
+        return cls({}, verify)
 
     def check(self, path: Path) -> None:
         """Compare one file with its listed sum, if it has one and is there; a difference is a
         DataError.
         """
-        resolved = path.resolve()
-        if not self.sums or not resolved.is_relative_to(self.root) or not resolved.is_file():
+        expected = self.sums and self.sums.get(path.resolve())
+        if not expected or not path.is_file():
             return
-        expected = self.sums.get(resolved.relative_to(self.root).as_posix())
-        if expected is None:
-            return
-        with explain_reading(path), resolved.open("rb") as file:
+        with explain_reading(path), path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != expected:
             raise DataError(f"{path}: its checksum differs from {SUMS}; download the file again.")
@@ -80,59 +77,54 @@ class Checksums:
 
 def read_index(
     path: Path,
-    columns: Sequence[str],
+    columns: Sequence[str] = (),
     *,
     numbers: Sequence[str] = (),
     text: Sequence[str] = (),
     unique: str | None = None,
-    checksums: Checksums | None = None,
 ) -> pd.DataFrame:
-    """A CSV file that has the given columns: whole `numbers` as int64, `text` unparsed, no value of
-    `unique` twice; otherwise a DataError.
+    """A CSV file that has the given columns: `numbers` that are there as int64, `text` unparsed, no
+    value of `unique` twice; otherwise a DataError.
     """
-    if checksums is not None:
-        checksums.check(path)
-    absent = "the file is missing; give the folder that holds it or download it"
-    try:
-        with explain_reading(path, absent):
+    with explain_reading(path, "the file is missing; give the folder that holds it or download it"):
+        try:
             table = pd.read_csv(path, low_memory=False, dtype=dict.fromkeys(text, str))
-    except DataError:
-        raise
-    except (ValueError, OverflowError) as error:  # ParserError, UnicodeDecodeError and others
-        raise DataError(f"{path}: cannot be read as CSV ({error}); download it again.") from None
+        except (ValueError, OverflowError) as error:  # ParserError, UnicodeDecodeError and others
+            raise DataError(
+                f"{path}: cannot be read as CSV ({error}); download it again."
+            ) from None
     for column in columns:
         if column not in table:
             raise DataError(
                 f"{path}: the column {column!r} is missing; download the file again or add the "
                 "column."
             )
-    for column in numbers:
-        table[column] = whole_numbers(path, table, column)
-    if unique is not None:
+    for column in table.columns.intersection(numbers):
+        # As text first: pandas takes True for a number, and keeps whole numbers beyond 64 bits.
+        values = pd.to_numeric(table[column].astype(str), errors="coerce").astype(float)
+        wrong = ~(values.abs() < 2**53) | (values % 1 != 0)
+        refuse_rows(path, table[column], wrong, "not a whole number; correct it.")
+        table[column] = values.astype(np.int64)
+    if unique:
         again = table[unique].duplicated()
-        refuse_rows(path, table, unique, again, "which stands there twice; keep one line.")
+        refuse_rows(path, table[unique], again, "which stands there twice; keep one line.")
     return table
 
 
-def whole_numbers(path: Path, table: pd.DataFrame, column: str) -> pd.Series:
-    """One column as int64; a DataError names the line that holds something else."""
-    numbers = pd.to_numeric(table[column], errors="coerce")
-    if numbers.dtype == bool or not pd.api.types.is_numeric_dtype(numbers):
-        numbers = pd.Series(np.nan, index=table.index)
-    wrong = ~(numbers.abs() < 2**53) | (numbers % 1 != 0)
-    refuse_rows(path, table, column, wrong, "not a whole number; correct it.")
-    return numbers.astype(np.int64)
-
-
-def refuse_rows(
-    path: Path, table: pd.DataFrame, column: str, wrong: pd.Series, problem: str
-) -> None:
+def refuse_rows(path: Path, column: pd.Series, wrong: pd.Series, problem: str) -> None:
     """A DataError that names the first line of a CSV file whose value in a column is wrong."""
     if wrong.any():
         row = int(np.argmax(wrong))
-        value = table[column].iloc[row]
+        value = column.iloc[row]
         shown = repr(value) if isinstance(value, str) else value
-        raise DataError(f"{path}: line {row + 2} has {column} {shown}, {problem}")
+        said = f"no {column.name}" if pd.isna(value) else f"{column.name} {shown}"
+        raise DataError(f"{path}: line {row + 2} has {said}, {problem}")
+
+
+def refuse_folds(path: Path, folds: pd.Series) -> None:
+    """A DataError that names the first line whose fold is not 1 to 10."""
+    outside = ~folds.between(1, FOLDS)
+    refuse_rows(path, folds, outside, f"use 1 to {FOLDS} (9 selects, 10 tests).")
 
 
 def binary_targets(found: Sequence[Collection[str]], classes: Sequence[str]) -> np.ndarray:

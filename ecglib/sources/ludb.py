@@ -8,8 +8,8 @@ within 20 % of PTB-XL's (lead II: 0.98 mV against 0.92 mV).
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from itertools import chain
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ import pandas as pd
 from ecglib.errors import DataError, explain_reading
 from ecglib.files import inside
 from ecglib.records import LEADS, Records
-from ecglib.sources.assemble import assemble
+from ecglib.sources.assemble import Rules, assemble
 from ecglib.sources.index_files import (
     Checksums,
     binary_targets,
@@ -50,41 +50,9 @@ AXIS = "Electric axis of the heart"
 
 # The beginning of a statement -> its class, under PTB-XL's code where it has one. Walls and sites
 # are not told apart.
-CLASSES: Mapping[str, str] = {
-    "sinus rhythm": "SR",
-    "sinus bradycardia": "SBRAD",
-    "sinus tachycardia": "STACH",
-    "sinus arrhythmia": "SARRH",
-    "irregular sinus rhythm": "SARRH",
-    "atrial fibrillation": "AFIB",
-    "atrial flutter": "AFLT",
-    "i degree av block": "1AVB",
-    "iii degree av-block": "3AVB",
-    "incomplete right bundle branch block": "IRBBB",
-    "complete right bundle branch block": "CRBBB",
-    "incomplete left bundle branch block": "ILBBB",
-    "complete left bundle branch block": "CLBBB",
-    "left anterior hemiblock": "LAFB",
-    "non-specific intravintricular conduction delay": "IVCD",
-    "atrial extrasystole": "PAC",
-    "ventricular extrasystole": "PVC",
-    "left ventricular hypertrophy": "LVH",
-    "right ventricular hypertrophy": "RVH",
-    "left ventricular overload": "LV overload",
-    "left atrial hypertrophy": "LAO/LAE",
-    "left atrial overload": "LAO/LAE",
-    "right atrial hypertrophy": "RAO/RAE",
-    "right atrial overload": "RAO/RAE",
-    "stemi": "STEMI",
-    "ischemia": "ischaemia",
-    "scar formation": "scar",
-    "undefined ischemia/scar/supp.nstemi": "ischaemia or scar",
-    "non-specific repolarization abnormalities": "repolarisation",
-    "early repolarization syndrome": "early repolarisation",
-    **dict.fromkeys(
-        ("pacemaker presence", "unipolar", "bipolar", "biventricular", "p-synchrony"), "PACE"
-    ),
-}
+CLASSES: dict[str, str] = pd.read_csv(
+    Path(__file__).with_name("ludb_classes.csv"), index_col="beginning"
+)["class"].to_dict()
 
 
 def read_ludb(
@@ -93,7 +61,7 @@ def read_ludb(
     sampling_rate: float = RATE,
     seconds: float = 10.0,
     verify: bool = True,
-    rules: Mapping[str, str] | None = None,
+    rules: Rules | None = None,
 ) -> Records:
     """All 200 recordings (10 s, 500 Hz, resampled to `sampling_rate`) with the classes of
     `CLASSES`.
@@ -104,26 +72,24 @@ def read_ludb(
     """
     folder = existing_folder(folder, f"LUDB's {INDEX}")
     checksums = Checksums.of(folder, verify)
-    index = _read_index(folder / INDEX, checksums)
-    names = index["ID"].astype(str).tolist()
+    checksums.check(folder / INDEX)
+    index = _read_index(folder)
+    names = index["ID"].astype(str)
     classes = tuple(dict.fromkeys(CLASSES.values()))
     statements = [_statements(entry) for _, entry in index.iterrows()]
     targets = binary_targets([set(map(_class, stated)) for stated in statements], classes)
-    folds = ten_folds(names, targets)
-
+    without = Counter(name for stated in statements for name in stated if not _class(name))
     ages = index["Age"].astype(str).str.strip().replace(">89", "90")
     rows = {
         "record_id": names,
         "patient_id": names,
-        "fold": folds,
+        "fold": ten_folds(names, targets),
         "source": "ludb",
         "age": pd.to_numeric(ages, errors="coerce").astype(float),
         "sex": index["Sex"].astype(str).str.strip().map({"M": 0.0, "F": 1.0}),
         "axis": index[AXIS].fillna("").astype(str).str.rpartition(":")[2].str.strip(),
         "statements": list(map(";".join, statements)),
     }
-    paths = [_header_path(folder, name) for name in names]
-    without = Counter(statement for statement in chain(*statements) if _class(statement) is None)
     about = {
         "source": "LUDB",
         "simulated": False,
@@ -134,10 +100,9 @@ def read_ludb(
         "class_counts": class_counts(classes, targets),
         "statements_without_class": dict(without),
     }
-    recordings = read_listed(
-        pd.DataFrame(rows), paths, targets, checksums, rules, COUNTS_PER_MILLIVOLT
-    )
-    return assemble(recordings, classes, sampling_rate, seconds, about, rules)
+    paths = [_header_path(folder, name) for name in names]
+    files = read_listed(pd.DataFrame(rows), paths, targets, checksums, COUNTS_PER_MILLIVOLT)
+    return assemble(files, classes, sampling_rate, seconds, about, rules)
 
 
 def read_ludb_marks(
@@ -152,7 +117,7 @@ def read_ludb_marks(
     """
     folder = existing_folder(folder, f"LUDB's {INDEX}")
     if record_ids is None:
-        record_ids = _read_index(folder / INDEX)["ID"]
+        record_ids = _read_index(folder)["ID"]
     rows = []
     for record in map(str, record_ids):
         path = _header_path(folder, record)
@@ -175,25 +140,22 @@ def read_annotations(path: Path) -> list[tuple[int, int]]:
     """
     with explain_reading(path, "the wave marks of this lead are absent; download the file again"):
         content = path.read_bytes()
-    words = np.frombuffer(content, "<u2", len(content) // 2).tolist()
+    words = iter(np.frombuffer(content, "<u2", len(content) // 2).tolist())
     marks = []
-    sample = place = 0
-    while place < len(words) and words[place]:
-        code = words[place] >> 10  # six bits of code, ten of time since the last mark
-        value = words[place] & 0x3FF
-        place += 1
-        if code == SKIP and place + 1 < len(words):  # a longer time: 32 bits, high word first
-            long = (words[place] << 16) + words[place + 1]
-            sample += long - (1 << 32) if long >> 31 else long
-            place += 2
+    sample = 0
+    for word in words:
+        if not word:  # a whole file ends with a zero
+            return marks
+        code, value = divmod(word, 1 << 10)  # six bits of code, ten of time since the last mark
+        if code == SKIP:  # a longer time: 32 bits, high word first
+            long = (next(words, 0) << 16) + next(words, 0)
+            sample += long - (long >> 31 << 32)
         elif code == NOTE:
-            place += (value + 1) // 2
+            list(islice(words, (value + 1) // 2))
         elif code not in WITHOUT_TIME:
             sample += value
             marks.append((sample, code))
-    if place >= len(words):  # a whole file ends with a zero
-        raise DataError(f"{path}: the wave marks end too early; download the file again.")
-    return marks
+    raise DataError(f"{path}: the wave marks end too early; download the file again.")
 
 
 def _waves(marks: Iterable[tuple[int, int]]) -> list[tuple[str, int | None, int, int | None]]:
@@ -225,10 +187,10 @@ def _waves(marks: Iterable[tuple[int, int]]) -> list[tuple[str, int | None, int,
     return [tuple(wave) for wave in waves]
 
 
-def _read_index(path: Path, checksums: Checksums | None = None) -> pd.DataFrame:
+def _read_index(folder: Path) -> pd.DataFrame:
     """`ludb.csv`, its columns and record numbers checked."""
     columns = ("ID", "Sex", "Age", AXIS, *STATEMENT_COLUMNS)
-    return read_index(path, columns, numbers=("ID",), unique="ID", checksums=checksums)
+    return read_index(folder / INDEX, columns, numbers=("ID",), unique="ID")
 
 
 def _header_path(folder: Path, record: str) -> Path:
@@ -238,8 +200,8 @@ def _header_path(folder: Path, record: str) -> Path:
 
 def _statements(entry: pd.Series) -> list[str]:
     """All statements of one record; each line of a cell holds one."""
-    cells = [str(entry[column]) for column in STATEMENT_COLUMNS if pd.notna(entry[column])]
-    return [line.strip() for cell in cells for line in cell.splitlines() if line.strip()]
+    lines = "\n".join(entry[list(STATEMENT_COLUMNS)].dropna().astype(str)).splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _class(statement: str) -> str | None:

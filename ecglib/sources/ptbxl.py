@@ -1,7 +1,6 @@
 """PTB-XL (Wagner et al., Scientific Data 7:154, 2020) in PhysioNet's own layout."""
 
 import ast
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +9,14 @@ import pandas as pd
 from ecglib.errors import DataError
 from ecglib.files import inside
 from ecglib.records import Records
-from ecglib.sources.assemble import assemble
+from ecglib.sources.assemble import Rules, assemble
 from ecglib.sources.index_files import (
-    FOLDS,
     Checksums,
     binary_targets,
     class_counts,
     existing_folder,
     read_index,
+    refuse_folds,
     refuse_rows,
 )
 from ecglib.sources.wfdb_files import read_listed
@@ -25,9 +24,8 @@ from ecglib.sources.wfdb_files import read_listed
 TASKS = ("all", "diagnostic", "subclass", "superclass", "form", "rhythm")
 VERSIONS = {21_837: "1.0.1 or 1.0.2", 21_799: "1.0.3"}  # told apart by the number of records
 LIKELY = 50.0  # per cent; the optional rule for diagnostic statements
-INDEX, STATEMENTS = "ptbxl_database.csv", "scp_statements.csv"
-_NEEDED = ("ecg_id", "patient_id", "scp_codes", "strat_fold", "filename_lr", "filename_hr")
-_NUMBERS = ("ecg_id", "patient_id", "strat_fold")
+INDEX = "ptbxl_database.csv"
+STATEMENTS = "scp_statements.csv"
 _KEPT = (
     "age",
     "sex",
@@ -48,7 +46,7 @@ def read_ptbxl(
     sampling_rate: int = 100,
     likely_only: bool = False,
     verify: bool = True,
-    rules: Mapping[str, str] | None = None,
+    rules: Rules | None = None,
 ) -> Records:
     """All recordings of a PTB-XL folder, 10 s of 12 leads at 100 or 500 Hz, with the classes of one
     of `TASKS`.
@@ -66,13 +64,16 @@ def read_ptbxl(
         )
     folder = existing_folder(folder, f"PTB-XL's {INDEX}")
     checksums = Checksums.of(folder, verify)
-    index = read_ptbxl_index(folder / INDEX, checksums)
-    statements = _read_statements(folder / STATEMENTS, checksums)
-    code_to_class = _code_to_class(statements, task)
-    classes = tuple(sorted(set(code_to_class.values())))
-    diagnostic = set(_code_to_class(statements, "diagnostic"))
-    any_statement, likely = _targets(folder / INDEX, index, classes, code_to_class, diagnostic)
-    targets = likely if likely_only else any_statement
+    for name in (INDEX, STATEMENTS):
+        checksums.check(folder / name)
+    index = read_ptbxl_index(folder / INDEX)
+    statements = _read_statements(folder / STATEMENTS)
+    classes, stated, likely = _targets(index["codes"], statements, task)
+    targets = likely if likely_only else stated
+    counts = {
+        "any statement": class_counts(classes, stated),
+        f"likelihood {LIKELY:.0f} or more": class_counts(classes, likely),
+    }
     names = index["filename_lr" if sampling_rate == 100 else "filename_hr"]
     paths = [
         inside(folder, f"{name}.hea", f"{folder / INDEX}, ecg_id {ecg_id}")
@@ -89,16 +90,12 @@ def read_ptbxl(
         "likely_only": likely_only,
         "not_downloaded": len(paths) - len(present),
         "without_class": int((~targets.any(axis=1)).sum()),
-        "class_counts": _both_counts(classes, any_statement, likely),
+        "class_counts": pd.DataFrame(counts).to_dict("index"),
     }
-    recordings = read_listed(
-        _rows(index).iloc[present],
-        [paths[place] for place in present],
-        targets[present],
-        checksums,
-        rules,
+    files = read_listed(
+        _rows(index).iloc[present], [paths[place] for place in present], targets[present], checksums
     )
-    return assemble(recordings, classes, sampling_rate, 10.0, about, rules)
+    return assemble(files, classes, sampling_rate, 10.0, about, rules)
 
 
 def _rows(index: pd.DataFrame) -> pd.DataFrame:
@@ -109,25 +106,32 @@ def _rows(index: pd.DataFrame) -> pd.DataFrame:
         "fold": index["strat_fold"],
         "source": "ptb-xl",
     }
-    return pd.DataFrame(rows).join(index[[name for name in _KEPT if name in index]])
+    return pd.DataFrame(rows).join(index[index.columns.intersection(_KEPT)])
 
 
-def _both_counts(
-    classes: Sequence[str], any_statement: np.ndarray, likely: np.ndarray
-) -> dict[str, dict[str, int]]:
-    """How many records have each class by any statement, and by likely ones."""
-    stated = class_counts(classes, any_statement)
-    plain = class_counts(classes, likely)
-    rule = f"likelihood {LIKELY:.0f} or more"
-    return {name: {"any statement": stated[name], rule: plain[name]} for name in classes}
+def read_ptbxl_index(path: Path) -> pd.DataFrame:
+    """`ptbxl_database.csv`, its columns and values checked, with the statements and likelihoods of
+    each record as the column `codes`: `{"NORM": 100.0, ...}`.
+    """
+    numbers = ("ecg_id", "patient_id", "strat_fold")
+    needed = (*numbers, "scp_codes", "filename_lr", "filename_hr")
+    index = read_index(path, needed, numbers=numbers, unique="ecg_id")
+    refuse_folds(path, index["strat_fold"])
+    codes = [
+        _parse_codes(path, ecg_id, text)
+        for ecg_id, text in zip(index["ecg_id"], index["scp_codes"], strict=True)
+    ]
+    return index.assign(codes=codes)
 
 
-def read_ptbxl_index(path: Path, checksums: Checksums | None = None) -> pd.DataFrame:
-    """`ptbxl_database.csv`, its columns and values checked."""
-    index = read_index(path, _NEEDED, numbers=_NUMBERS, unique="ecg_id", checksums=checksums)
-    outside = ~index["strat_fold"].between(1, FOLDS)
-    refuse_rows(path, index, "strat_fold", outside, "not 1 to 10; download the file again.")
-    return index
+def _parse_codes(path: Path, ecg_id: int, text: object) -> dict[str, float]:
+    """The statements of one record."""
+    try:
+        return {str(code): float(value) for code, value in ast.literal_eval(str(text)).items()}
+    except Exception:  # a text that is no Python literal fails in many ways
+        raise DataError(
+            f"{path}: ecg_id {ecg_id} has scp_codes {text!r}, not a list of statements; correct it."
+        ) from None
 
 
 def _version(folder: Path, index: pd.DataFrame) -> dict:
@@ -135,73 +139,53 @@ def _version(folder: Path, index: pd.DataFrame) -> dict:
     DataError.
     """
     listing = folder / "RECORDS"
-    if listing.exists():
-        listed = {
-            line.strip()
-            for line in listing.read_text().splitlines()
-            if line.startswith("records100/")
-        }
-        unknown = set(index["filename_lr"]) ^ listed
-        if listed and unknown:
-            raise DataError(
-                f"{listing}: lists {len(listed)} recordings at 100 Hz where {INDEX} has "
-                f"{len(index)} (first difference {min(unknown, key=str)}); download both files of "
-                "one version."
-            )
+    lines = listing.read_text().split() if listing.exists() else []
+    listed = {line for line in lines if line.startswith("records100/")}
+    unknown = set(index["filename_lr"]) ^ listed
+    if listed and unknown:
+        raise DataError(
+            f"{listing}: lists {len(listed)} recordings at 100 Hz where {INDEX} has {len(index)} "
+            f"(first difference {min(unknown, key=str)}); download both files of one version."
+        )
     version = VERSIONS.get(len(index))
     return {"version": version or f"a subset of {len(index):,} records", "subset": version is None}
 
 
-def _read_statements(path: Path, checksums: Checksums) -> pd.DataFrame:
+def _read_statements(path: Path) -> pd.DataFrame:
     """`scp_statements.csv`, one row per statement, its columns and names checked."""
     columns = ("diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass")
-    table = read_index(path, columns, checksums=checksums)
-    name = table.columns[0]
-    blank = table[name].isna()
-    refuse_rows(path, table, name, blank, "which names no statement; download the file again.")
-    return table.set_index(table[name].astype(str))
-
-
-def _code_to_class(statements: pd.DataFrame, task: str) -> dict[str, str]:
-    """The class of each statement that has one in a task."""
-    chosen = pd.Series(statements.index, index=statements.index)
-    if task in ("subclass", "superclass"):
-        column = "diagnostic_class" if task == "superclass" else "diagnostic_subclass"
-        chosen = statements.loc[statements["diagnostic"] == 1, column].dropna()
-    elif task != "all":
-        chosen = chosen[statements[task] == 1]
-    return chosen.astype(str).to_dict()
+    table = read_index(path, columns)
+    names = table.iloc[:, 0]
+    refuse_rows(path, names, names.isna(), "which names no statement; download the file again.")
+    return table.set_index(names.astype(str))
 
 
 def _targets(
-    path: Path,
-    index: pd.DataFrame,
-    classes: tuple[str, ...],
-    code_to_class: Mapping[str, str],
-    diagnostic: set[str],
-) -> tuple[np.ndarray, np.ndarray]:
-    """0/1 targets `(records, classes)` by any statement, and by statements of at least 50 %
-    likelihood.
+    codes: pd.Series, statements: pd.DataFrame, task: str
+) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+    """Classes of a task, and 0/1 targets `(records, classes)` by any statement and by statements of
+    at least 50 % likelihood.
 
     Form and rhythm statements carry no likelihood (it is 0): they always count. For a diagnostic
     statement 0 means that no likelihood was noted, so that the likelihood rule leaves it out.
     """
+    class_of = _class_of(statements, task)
+    diagnostic = _class_of(statements, "diagnostic")
     stated = []
     likely = []
-    for ecg_id, text in zip(index["ecg_id"], index["scp_codes"], strict=True):
-        codes = _parse_codes(path, ecg_id, text)
-        found = {code: code_to_class[code] for code in codes if code in code_to_class}
-        plain = {code for code in found if codes[code] >= LIKELY or code not in diagnostic}
-        stated.append(set(found.values()))
-        likely.append({found[code] for code in plain})
-    return binary_targets(stated, classes), binary_targets(likely, classes)
+    for found in codes:
+        plain = [code for code in found if found[code] >= LIKELY or code not in diagnostic]
+        stated.append(set(map(class_of.get, found)))
+        likely.append(set(map(class_of.get, plain)))
+    classes = tuple(sorted(set(class_of.values())))
+    return classes, binary_targets(stated, classes), binary_targets(likely, classes)
 
 
-def _parse_codes(path: Path, ecg_id: int, text: object) -> dict[str, float]:
-    """The statements of one record, `{"NORM": 100.0, ...}`."""
-    try:
-        return {str(code): float(value) for code, value in ast.literal_eval(str(text)).items()}
-    except Exception:  # a text that is no Python literal fails in many ways
-        raise DataError(
-            f"{path}: ecg_id {ecg_id} has scp_codes {text!r}, not a list of statements; correct it."
-        ) from None
+def _class_of(statements: pd.DataFrame, task: str) -> dict[str, str]:
+    """The class of each statement that has one in a task."""
+    if task in ("subclass", "superclass"):
+        column = "diagnostic_class" if task == "superclass" else "diagnostic_subclass"
+        chosen = statements.loc[statements["diagnostic"] == 1, column].dropna()
+        return chosen.astype(str).to_dict()
+    names = statements.index if task == "all" else statements.index[statements[task] == 1]
+    return dict(zip(names, names, strict=True))

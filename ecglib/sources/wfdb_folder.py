@@ -1,6 +1,6 @@
 """Any folder of WFDB records with a CSV file of labels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +9,16 @@ import pandas as pd
 from ecglib.errors import DataError
 from ecglib.files import inside
 from ecglib.records import Records
-from ecglib.sources.assemble import assemble
+from ecglib.sources.assemble import Rules, assemble
 from ecglib.sources.index_files import (
-    FOLDS,
     Checksums,
     binary_targets,
     class_counts,
     existing_folder,
     read_index,
+    refuse_folds,
     refuse_rows,
     ten_folds,
-    whole_numbers,
 )
 from ecglib.sources.wfdb_files import read_listed
 
@@ -35,7 +34,7 @@ def read_wfdb_folder(
     seconds: float = 10.0,
     classes: Sequence[str] | None = None,
     verify: bool = True,
-    rules: Mapping[str, str] | None = None,
+    rules: Rules | None = None,
 ) -> Records:
     """The records named in `labels_csv` (a path, or a name within the folder), resampled to one
     rate and length.
@@ -50,14 +49,15 @@ def read_wfdb_folder(
     path = Path(labels_csv) if Path(labels_csv).is_file() else folder / labels_csv
     table = _read_labels(path)
     names, targets = _targets(path, table, classes)
-    checksums = Checksums.of(folder, verify)
-    by_patient = "patient_id" in table
-    given_fold = "fold" in table
-    patients = table["patient_id" if by_patient else "record"]
+    patients = table.get("patient_id", table["record"])
+    split = "by patient" if "patient_id" in table else "by record, no patient_id is given"
+    if "fold" in table:
+        split = "as given"
+        refuse_folds(path, table["fold"])
     rows = {
         "record_id": table["record"],
         "patient_id": patients,
-        "fold": _folds(path, table) if given_fold else ten_folds(patients, targets),
+        "fold": table.get("fold", ten_folds(patients, targets)),
         "source": folder.name,
     }
     used = {*NAMES, "patient_id", "fold", "source", *names}
@@ -66,43 +66,36 @@ def read_wfdb_folder(
         inside(folder, f"{name}.hea", f"{path}, line {line}")
         for line, name in enumerate(table["record"], 2)
     ]
-    split = "by patient" if by_patient else "by record, no patient_id is given"
     about = {
         "source": folder.name,
         "simulated": False,
         "task": path.stem,
         "folder": folder.name,
         "labels": path.name,
-        "split": "as given" if given_fold else split,
+        "split": split,
         "not_classes": list(kept.columns),
         "without_class": int((~targets.any(axis=1)).sum()),
         "class_counts": class_counts(names, targets),
     }
-    recordings = read_listed(pd.DataFrame(rows).join(kept), paths, targets, checksums, rules)
-    return assemble(recordings, names, sampling_rate, seconds, about, rules)
+    checksums = Checksums.of(folder, verify)
+    files = read_listed(pd.DataFrame(rows).join(kept), paths, targets, checksums)
+    return assemble(files, names, sampling_rate, seconds, about, rules)
 
 
 def _read_labels(path: Path) -> pd.DataFrame:
     """The labels with a column `record` of unique names, and patient_id as text."""
-    table = read_index(path, (), text=(*NAMES, "patient_id", "labels"))
+    table = read_index(path, numbers=("fold",), text=(*NAMES, "patient_id", "labels"))
     column = next((name for name in NAMES if name in table), None)
     if column is None:
         raise DataError(f"{path}: no column names the records; add one called 'record'.")
     if not len(table):
         raise DataError(f"{path}: lists no record; add one line per record.")
-    for needed in [column, *({"patient_id"} & set(table))]:
-        _refuse_blanks(path, table, needed, f"has no {needed}; fill it in")
+    for needed in table.columns.intersection([column, "patient_id"]):
+        refuse_rows(path, table[needed], table[needed].isna(), "fill it in.")
     table["record"] = table[column].str.strip().str.removesuffix(".hea")
     again = table["record"].duplicated()
-    refuse_rows(path, table, "record", again, "which stands there twice; keep one line.")
+    refuse_rows(path, table["record"], again, "which stands there twice; keep one line.")
     return table
-
-
-def _refuse_blanks(path: Path, table: pd.DataFrame, column: str, problem: str) -> None:
-    """A DataError that names the first line without a value in a column."""
-    blank = table[column].isna()
-    if blank.any():
-        raise DataError(f"{path}: line {int(np.argmax(blank)) + 2} {problem}.")
 
 
 def _targets(
@@ -110,10 +103,8 @@ def _targets(
 ) -> tuple[tuple[str, ...], np.ndarray]:
     """Class names and 0/1 targets `(records, classes)`."""
     if "labels" in table:
-        sets = [
-            {name.strip() for name in str(cell).split(";") if name.strip()}
-            for cell in table["labels"].fillna("")
-        ]
+        cells = table["labels"].fillna("").str.split(";")
+        sets = [{name.strip() for name in cell} - {""} for cell in cells]
         names = tuple(classes or sorted(set().union(*sets)))
         targets = binary_targets(sets, names)
     else:
@@ -143,12 +134,12 @@ def _class_columns(path: Path, table: pd.DataFrame) -> list[str]:
     neither.
     """
     found = []
-    for name in (column for column in table if column not in NOT_CLASSES):
-        known = table[name].dropna()
+    for name in table.columns.difference(NOT_CLASSES, sort=False):
+        column = table[name]
+        known = column.dropna()
         if len(known) and _is_binary(known):
-            problem = f"has no value for the class {name!r}; write 0 or 1"
-            _refuse_blanks(path, table, name, problem)
-        if _is_binary(table[name]):
+            column = column.rename(f"value for the class {name!r}")
+            refuse_rows(path, column, column.isna(), "write 0 or 1.")
             found.append(name)
     return found
 
@@ -156,11 +147,3 @@ def _class_columns(path: Path, table: pd.DataFrame) -> list[str]:
 def _is_binary(column: pd.Series) -> bool:
     """Whether a column holds 0 and 1 (or False and True) and nothing else."""
     return bool(pd.api.types.is_numeric_dtype(column) and column.isin([0, 1]).all())
-
-
-def _folds(path: Path, table: pd.DataFrame) -> np.ndarray:
-    """The given folds, checked to lie between 1 and 10."""
-    folds = whole_numbers(path, table, "fold").to_numpy()
-    outside = (folds < 1) | (folds > FOLDS)
-    refuse_rows(path, table, "fold", outside, f"use 1 to {FOLDS} (9 selects, 10 tests).")
-    return folds

@@ -60,8 +60,8 @@ def recording(
     return Recording(leads, np.array(signal, dtype=np.float32), rate, row, np.array([1], np.uint8))
 
 
-def put_together(*recordings: Recording) -> Records:
-    return assemble(recordings, ["A"], 100, 10.0, {"source": "test"})
+def put_together(*recordings: Recording, rules: dict | None = None) -> Records:
+    return assemble([("test", recordings)], ["A"], 100, 10.0, {"source": "test"}, rules)
 
 
 def sound(seed: int = 0) -> np.ndarray:
@@ -287,15 +287,15 @@ def test_each_fault_is_settled_by_its_rule(change, fault: str, action: str) -> N
 
 def test_rules_can_be_replaced() -> None:
     good, bad = recording(sound(1), "good"), recording(faulty("Einthoven's law broken"), "bad")
-    assert len(assemble([good, bad], ["A"], 100, 10, {}, {"Einthoven's law broken": "drop"})) == 1
-    assert len(assemble([good, bad], ["A"], 100, 10, {}, {"Einthoven's law broken": "keep"})) == 2
+    assert len(put_together(good, bad, rules={"Einthoven's law broken": "drop"})) == 1
+    assert len(put_together(good, bad, rules={"Einthoven's law broken": "keep"})) == 2
     with pytest.raises(
         DataError, match="Record bad, limb leads: Einthoven's law broken .*mend the file"
     ):
-        assemble([good, bad], ["A"], 100, 10, {}, {"Einthoven's law broken": "stop"})
+        put_together(good, bad, rules={"Einthoven's law broken": "stop"})
     for rules in ({"Einthoven": "drop"}, {"flat lead": "ignore"}):
         with pytest.raises(DataError, match="There is no rule"):
-            assemble([good], ["A"], 100, 10, {}, rules)
+            put_together(good, rules=rules)
 
 
 @pytest.mark.parametrize("fault", RULES)
@@ -317,7 +317,7 @@ def test_reading_does_not_hold_all_records_in_memory() -> None:
     signal, peaks = sound(), []
     for count in (600, 2400):
         tracemalloc.start()
-        assemble(stream(count), ["A"], 100, 10.0, {})
+        assemble([("test", stream(count))], ["A"], 100, 10.0, {})
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     int16_of_the_difference = 1800 * 12 * 1000 * 2  # 43 MB
