@@ -107,7 +107,7 @@ def assemble(
         )
         usable = filter(None, formed)
         while batch := list(islice(usable, BATCH)):
-            signals, batch_rows, batch_targets = zip(*batch, strict=True)
+            signals, batch_rows, batch_targets = zip(*batch)
             signals = np.stack(signals)
             sound = _sound(signals, [row["record_id"] for row in batch_rows], ledger)
             rows.extend(batch_rows[place] for place in sound)
@@ -178,7 +178,7 @@ def _sound(signals: np.ndarray, record_ids: Sequence[str], ledger: _Ledger) -> l
         found.setdefault((place, fault), []).append((lead, detail))
     sound = list(range(len(signals)))
     for place, fault in sorted(found, key=lambda key: key[0]):
-        leads, details = zip(*found[place, fault], strict=True)
+        leads, details = zip(*found[place, fault])
         detail = "; ".join(dict.fromkeys(details))
         if place in sound and not ledger.settle(
             record_ids[place], signals[place], leads, fault, detail
@@ -196,7 +196,7 @@ def _one_form(
     record_id = recording.row["record_id"]
     ledger.rows += [(record_id, "all", *note) for note in recording.notes]
     names = [name.upper().removeprefix("LEAD ") for name in recording.leads]
-    found = dict(zip(names, recording.millivolts, strict=True))
+    found = dict(zip(names, recording.millivolts))
     absent = [lead for lead in LEADS if lead.upper() not in found]
     nothing = np.zeros(recording.millivolts.shape[1])
     signal = np.array([found.get(lead.upper(), nothing) for lead in LEADS], dtype=np.float32)

@@ -3,11 +3,14 @@ challenge-2021 1.0.3).
 
 `cinc2021_classes.csv` holds the challenge's 30 scored diagnoses with their SNOMED codes and how
 often each data set has them (its dx_mapping_scored.csv), and the name under which codes that the
-challenge scores alike are merged.
+challenge scores alike are merged. `cinc2021_sets.csv` holds the data sets: folder names in use,
+what record names begin with and the numbers that follow (JS00001 to JS10646 are Chapman-Shaoxing,
+JS10647 and above Ningbo), and in `more_than` how many occurrences a scored code must exceed there
+to be a class (CE-SSL: 200).
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,19 +27,19 @@ from ecglib.sources.ptbxl import read_ptbxl_index
 from ecglib.sources.wfdb_files import read_wfdb
 
 SCORED = Path(__file__).with_name("cinc2021_classes.csv")
-MORE_THAN = 200  # CE-SSL keeps the scored codes with more than 200 occurrences in a data set
-LAST_CHAPMAN = 10_646  # JS00001 to JS10646 are Chapman-Shaoxing, JS10647 and above Ningbo
+NO_PATIENTS = (
+    "by record: the headers name no patients, so one patient's records may lie in several folds"
+)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One data set of the challenge: folder names in use, what record names begin with, and the
-    numbers after it that belong to the data set.
-    """
+    """One data set of the challenge, a row of `cinc2021_sets.csv`."""
 
-    folders: tuple[str, ...]
+    folders: list[str]
     names: str
-    numbers: range = range(10**6)
+    numbers: range
+    more_than: int
 
     def holds(self, record: str) -> bool:
         """Whether a record of this name belongs to the data set."""
@@ -44,21 +47,10 @@ class Part:
         return match is not None and int(match[1]) in self.numbers
 
 
-_CHAPMAN = range(1, LAST_CHAPMAN + 1)
-_NINGBO = range(LAST_CHAPMAN + 1, 10**6)
 DATASETS: dict[str, Part] = {
-    "georgia": Part(("georgia", "WFDB_Ga"), "E"),
-    "chapman": Part(("chapman_shaoxing", "chapman_ningbo", "WFDB_ChapmanShaoxing"), "JS", _CHAPMAN),
-    "ningbo": Part(("ningbo", "chapman_ningbo", "WFDB_Ningbo"), "JS", _NINGBO),
-    "cpsc": Part(("cpsc_2018", "WFDB_CPSC2018"), "A"),
-    "cpsc_extra": Part(("cpsc_2018_extra", "WFDB_CPSC2018_2"), "Q"),
-    "ptb-xl": Part(("ptb-xl", "WFDB_PTBXL"), "HR"),
-    "ptb": Part(("ptb", "WFDB_PTB"), "S"),
+    row.dataset: Part(row.folders.split(), row.names, range(row.first, row.last + 1), row.more_than)
+    for row in pd.read_csv(Path(__file__).with_name("cinc2021_sets.csv")).itertuples()
 }
-NO_PATIENTS = (
-    "by record: the headers name no patients, so one patient's records may lie in several folds"
-)
-CE_SSL_DATASETS = ("georgia", "ptb-xl", "ningbo", "chapman")
 
 
 def dataset_of(folder: Path) -> str | None:
@@ -124,9 +116,8 @@ def read_cinc2021(
         patient, fold = _patient(path, patients)
         row = {"record_id": path.stem, "patient_id": patient, "fold": fold}
         recording = _recording(path, checksums, codes, row, f"cinc2021 {dataset}")
-        has_class = recording.target.any()
-        about["without_class"] += not has_class
-        if keep_without_class or has_class:
+        about["without_class"] += not recording.target.any()
+        if keep_without_class or recording.target.any():
             yield recording
 
     files = ((path.stem, read(path)) for path in listing)
@@ -173,8 +164,7 @@ def class_codes(
     """
     scored = pd.read_csv(SCORED, dtype={"code": str}).set_index("abbreviation", drop=False)
     if classes is None:
-        counts = scored[dataset]
-        classes = scored.index[counts > (MORE_THAN if dataset in CE_SSL_DATASETS else 0)]
+        classes = scored.index[scored[dataset] > DATASETS[dataset].more_than]
     unknown = [name for name in classes if name not in scored.index]
     if unknown:
         raise DataError(
@@ -203,24 +193,24 @@ def _headers(folder: Path, dataset: str, part: Part) -> list[Path]:
     return [headers[name] for name in sorted(headers)]
 
 
-def _listed(group: Path) -> Iterator[Path]:
+def _listed(group: Path) -> Iterable[Path]:
     """Headers of one folder: those in its RECORDS list, where it has one, else all that are
     there.
     """
     listing = group / "RECORDS"
     if not listing.is_file():
-        yield from group.glob("*.hea")
-        return
-    for line in map(str.strip, listing.read_text(errors="replace").splitlines()):
-        if line and not line.endswith("/"):  # a higher list names folders
-            yield inside(group, f"{line}.hea", str(listing))
+        return group.glob("*.hea")
+    lines = map(str.strip, listing.read_text(errors="replace").splitlines())
+    # A higher list names folders, with a slash at the end.
+    names = [line for line in lines if line[-1:] not in {"", "/"}]
+    return [inside(group, f"{name}.hea", str(listing)) for name in names]
 
 
 def _ptbxl_patients(path: Path) -> dict[str, tuple[str, int]]:
     """(patient_id, fold) from PTB-XL's own index by the names here: HRnnnnn is ecg_id nnnnn."""
     index = read_ptbxl_index(path / PTBXL_INDEX if path.is_dir() else path)
-    patients = zip(index["patient_id"].astype(str), index["strat_fold"], strict=True)
-    return dict(zip(index["ecg_id"].map("HR{:05d}".format), patients, strict=True))
+    patients = zip(index["patient_id"].astype(str), index["strat_fold"])
+    return dict(zip(index["ecg_id"].map("HR{:05d}".format), patients))
 
 
 def _patient(path: Path, patients: dict[str, tuple[str, int]]) -> tuple[str, int]:

@@ -86,7 +86,7 @@ def read_code15(
                 f"{min(missing)}); download this part again."
             )
 
-    files = zip(names, map(read, parts), strict=True)
+    files = zip(names, map(read, parts))
     records = assemble(files, CLASSES, sampling_rate, seconds, about, rules)
     records.table["fold"] = ten_folds(records.table["patient_id"], records.targets)
     about["class_counts"] = class_counts(CLASSES, records.targets)
@@ -128,17 +128,16 @@ def _tracings(path: Path) -> Iterator[tuple[int, np.ndarray]]:
                 raise DataError(
                     f"{path}: lacks the dataset exam_id or tracings; download this part again."
                 )
-            exam_ids = np.asarray(file["exam_id"])
+            exam_ids = file["exam_id"]
             tracings = file["tracings"]
-            if exam_ids.ndim != 1 or tracings.shape != (len(exam_ids), STORED, len(LEADS)):
+            if exam_ids.ndim != 1 or tracings.shape != (*exam_ids.shape, STORED, len(LEADS)):
                 raise DataError(
                     f"{path}: tracings {tracings.shape} for {exam_ids.shape} exams, not (exams, "
                     f"{STORED}, 12); download it again."
                 )
             for start in range(0, len(exam_ids), ROWS):
                 part = slice(start, start + ROWS)
-                block = np.asarray(tracings[part], dtype=np.float32)
-                yield from zip(exam_ids[part].tolist(), block, strict=True)
+                yield from zip(exam_ids[part].tolist(), tracings[part].astype(np.float32))
     # What h5py raises on a damaged file.
     except (OSError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise DataError(

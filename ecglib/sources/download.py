@@ -9,11 +9,9 @@ connections between thousands of small files. A second call fetches only what is
 
 import argparse
 import fnmatch
-import os
 import re
 import shutil
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +20,10 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
+import pandas as pd
+
 from ecglib.errors import DataError, StorageError, explain_storage
-from ecglib.files import inside, read_json, write_json
+from ecglib.files import atomic_file, inside, read_json, write_json
 from ecglib.sources.index_files import SUMS, read_sums
 
 RETRIES = 3  # of pooch for each file at each address, with growing pauses between them
@@ -38,47 +38,21 @@ BEYOND_THE_END = 416  # HTTP: the part is as long as the file or longer
 
 @dataclass(frozen=True)
 class DataSet:
-    """Where a data set lies: base addresses by preference, its index of checksums, its part, and
-    its size on disk.
+    """Where a data set lies: base addresses by preference, its size on disk, its index of checksums
+    (SHA256SUMS.txt at its address, or the address of a Zenodo record), and the pattern of its part.
     """
 
     addresses: tuple[str, ...]
     gigabytes: float
     index: str = SUMS
-    only: tuple[str, ...] = ("*",)
+    only: str = "*"
 
 
-def _physionet(
-    project: str, gigabytes: float, only: tuple[str, ...] = ("*",), mirror: bool = True
-) -> DataSet:
-    """A PhysioNet project, with PhysioNet's open mirror at Amazon where it has one."""
-    mirrors = (f"https://physionet-open.s3.amazonaws.com/{project}/",) if mirror else ()
-    return DataSet((f"https://physionet.org/files/{project}/", *mirrors), gigabytes, only=only)
-
-
-_CINC_FOLDERS = {
-    "georgia": 1.3,
-    "chapman_shaoxing": 1.3,
-    "ningbo": 4.2,
-    "cpsc_2018": 1.4,
-    "cpsc_2018_extra": 0.7,
-    "ptb-xl": 2.7,
-    "ptb": 1.4,
-}
+# PhysioNet's open mirror at Amazon follows it where a project is there.
+_TABLE = pd.read_csv(Path(__file__).with_name("data_sets.csv"), index_col="name")
 DATASETS: dict[str, DataSet] = {
-    "ptb-xl": _physionet("ptb-xl/1.0.3", 3.1),
-    "ludb": _physionet("ludb/1.0.1", 0.04),
-    "nstdb": _physionet("nstdb/1.0.0", 0.04),
-    "cinc2021": _physionet("challenge-2021/1.0.3", 13.8, mirror=False),
-    **{
-        f"cinc2021/{name}": _physionet(
-            "challenge-2021/1.0.3", size, (f"training/{name}/*",), mirror=False
-        )
-        for name, size in _CINC_FOLDERS.items()
-    },
-    "code15": DataSet(
-        ("https://zenodo.org/records/4916206/files/",), 72, "https://zenodo.org/api/records/4916206"
-    ),
+    name: DataSet(tuple(row["addresses"].split()), row["gigabytes"], row["index"], row["only"])
+    for name, row in _TABLE.iterrows()
 }
 
 
@@ -90,7 +64,7 @@ class RemoteFile:
 
     name: str
     checksum: str | None = None
-    size: int | None = None
+    size: int = 0
 
 
 def download(
@@ -99,7 +73,6 @@ def download(
     *,
     only: str = "*",
     addresses: Sequence[str] | None = None,
-    progress: bool = True,
 ) -> Path:
     """Fetch the files of a data set (those that match `only`) that are missing or wrong below
     `folder`, and unpack zip files; returns the folder.
@@ -124,8 +97,7 @@ def download(
     chosen = [
         file
         for file in listed
-        if fnmatch.fnmatchcase(file.name, only)
-        and any(fnmatch.fnmatchcase(file.name, pattern) for pattern in data_set.only)
+        if fnmatch.fnmatchcase(file.name, only) and fnmatch.fnmatchcase(file.name, data_set.only)
     ]
     if not chosen:
         raise DataError(
@@ -135,7 +107,7 @@ def download(
     wanted = [file for file in chosen if not _is_unpacked(folder, file)]
     absent = [file for file in wanted if not (folder / file.name).is_file()]
     _check_space(folder, absent, data_set.gigabytes * GIGABYTE * len(absent) / len(chosen))
-    _fetch_all(name, folder, wanted, bases, progress)
+    _fetch_all(name, folder, wanted, bases)
     return folder
 
 
@@ -143,31 +115,20 @@ def _read_index(
     folder: Path, data_set: DataSet, bases: Sequence[str], official: bool
 ) -> list[RemoteFile]:
     """The data set's files with their checksums, from the index in the folder or fetched to it."""
+    import requests
+
     from_zenodo = data_set.index != SUMS
-    path = folder / ("zenodo.json" if from_zenodo else SUMS)
+    name = "zenodo.json" if from_zenodo else SUMS
     parse = _zenodo_files if from_zenodo else _summed_files
+    path = folder / name
     if path.exists():
         try:
             return parse(path)
         except DataError:
             path.unlink()  # damaged: fetch it again
-    urls = [base + path.name for base in bases]
-    if from_zenodo and official:
-        urls = [data_set.index]
-    failures = []
-    for url in urls:
-        failure = _failure(folder, RemoteFile(path.name), url, _Transfer())
-        try:
-            if failure is None:
-                return parse(path)
-        except DataError as error:
-            failure = str(error)
-            path.unlink()
-        failures.append(f"{url}: {failure}")
-    raise DataError(
-        f"{path}: the list of files could not be fetched ({'; '.join(failures)}); check the "
-        "network and start again."
-    )
+    urls = [data_set.index] if from_zenodo and official else [base + name for base in bases]
+    transfer = partial(_transfer, requests.Session(), lambda size: None)
+    return _fetch(folder, RemoteFile(name), urls, transfer, parse, "the list of files ")
 
 
 def _summed_files(path: Path) -> list[RemoteFile]:
@@ -191,7 +152,7 @@ def _zenodo_files(path: Path) -> list[RemoteFile]:
 
 def _check_space(folder: Path, absent: Sequence[RemoteFile], estimate: float) -> None:
     """StorageError where the files still to come do not fit on the disk."""
-    known = [file.size or 0 for file in absent]
+    known = [file.size for file in absent]
     # A zip file and what it holds lie side by side while it is unpacked.
     needed = max(estimate, sum(known)) + max(known, default=0)
     free = shutil.disk_usage(folder).free
@@ -202,20 +163,19 @@ def _check_space(folder: Path, absent: Sequence[RemoteFile], estimate: float) ->
         )
 
 
-def _fetch_all(
-    name: str, folder: Path, wanted: Sequence[RemoteFile], bases: Sequence[str], progress: bool
-) -> None:
+def _fetch_all(name: str, folder: Path, wanted: Sequence[RemoteFile], bases: Sequence[str]) -> None:
     """Fetch files side by side; the first failure stops the rest, and finished files and parts
     stay.
     """
+    import requests
     from tqdm import tqdm
 
-    size = sum(file.size or 0 for file in wanted) or None
+    size = sum(file.size for file in wanted) or None
     with (
-        tqdm(total=size, unit="B", unit_scale=True, desc=name, disable=not progress) as bar,
+        tqdm(total=size, unit="B", unit_scale=True, desc=name, disable=None) as bar,
         ThreadPoolExecutor(WORKERS) as pool,
     ):
-        transfer = _Transfer(bar.update)
+        transfer = partial(_transfer, requests.Session(), bar.update)
 
         def fetch(file: RemoteFile) -> None:
             _fetch(folder, file, [base + quote(file.name) for base in bases], transfer)
@@ -226,21 +186,35 @@ def _fetch_all(
             bar.set_postfix_str(f"{count:,} of {len(wanted):,} files", refresh=False)
 
 
-def _fetch(folder: Path, file: RemoteFile, urls: Sequence[str], transfer: "_Transfer") -> None:
-    """Fetch one file, unless it is there and right, from the first address that has it so."""
+def _fetch(
+    folder: Path,
+    file: RemoteFile,
+    urls: Sequence[str],
+    transfer: Callable,
+    parse: Callable = Path.exists,
+    kind: str = "",
+) -> object:
+    """What `parse` makes of a file, fetched unless it is there and right, from the first address
+    that has it so.
+    """
+    path = folder / file.name
     failures = []
     for url in urls:
         failure = _failure(folder, file, url, transfer)
         if failure is None:
-            return
+            try:
+                return parse(path)
+            except DataError as error:
+                failure = str(error)
+                path.unlink()
         failures.append(f"{url}: {failure}")
     raise DataError(
-        f"{folder / file.name}: could not be fetched ({'; '.join(failures)}); check the network "
-        "and start again."
+        f"{path}: {kind}could not be fetched ({'; '.join(failures)}); check the network and start "
+        "again."
     )
 
 
-def _failure(folder: Path, file: RemoteFile, url: str, transfer: "_Transfer") -> str | None:
+def _failure(folder: Path, file: RemoteFile, url: str, transfer: Callable) -> str | None:
     """Why a file could not be fetched from an address; None where it is now there and right."""
     import pooch
     import requests
@@ -248,7 +222,7 @@ def _failure(folder: Path, file: RemoteFile, url: str, transfer: "_Transfer") ->
     pooch.get_logger().setLevel("ERROR")
     target = folder / file.name
     store = pooch.create(folder, "", registry={file.name: file.checksum}, urls={file.name: url})
-    store.retry_if_failed = RETRIES if (file.size or 0) < GIGABYTE else RETRIES_OF_LARGE_FILES
+    store.retry_if_failed = RETRIES if file.size < GIGABYTE else RETRIES_OF_LARGE_FILES
     part = target.with_name(f"{target.name}.part")
     with explain_storage(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -265,41 +239,31 @@ def _failure(folder: Path, file: RemoteFile, url: str, transfer: "_Transfer") ->
     return None
 
 
-class _Transfer:
-    """Brings files over kept connections, continues broken ones by HTTP Range, and reports the
-    bytes that arrive.
+def _transfer(session, report: Callable, part: Path, url: str, output_file: str, _pooch) -> None:
+    """Bring `url` to `output_file` by way of `part`, which stays where the connection breaks and is
+    continued by HTTP Range; `report` is told the bytes that arrive.
+
+    pooch tries again after a requests.RequestException, not after the ConnectionError of a file
+    that the server refuses.
     """
+    import requests
 
-    def __init__(self, report: Callable[[int], object] = lambda size: None) -> None:
-        import requests
-
-        self.session = requests.Session()
-        self.report = report
-
-    def __call__(self, part: Path, url: str, output_file: str, pooch: object = None) -> None:
-        """Bring `url` to `output_file` by way of `part`, which stays where the connection breaks.
-
-        pooch tries again after a requests.RequestException, not after the ConnectionError of a file
-        that the server refuses.
-        """
-        import requests
-
-        have = part.stat().st_size if part.exists() else 0
-        headers = {"Accept-Encoding": "identity"}
-        if have:
-            headers["Range"] = f"bytes={have}-"
-        with self.session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
-            problem = f"HTTP {answer.status_code} {answer.reason}"
-            if answer.status_code in REFUSED:
-                raise ConnectionError(problem)
-            if answer.status_code != BEYOND_THE_END:  # then the checksum judges the part
-                if not answer.ok:
-                    raise requests.HTTPError(problem)
-                resumed = answer.status_code == requests.codes.partial_content
-                with part.open("ab" if resumed else "wb") as file:
-                    for piece in answer.iter_content(PIECE):
-                        self.report(file.write(piece))
-        shutil.move(part, output_file)
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
+        problem = f"HTTP {answer.status_code} {answer.reason}"
+        if answer.status_code in REFUSED:
+            raise ConnectionError(problem)
+        if answer.status_code != BEYOND_THE_END:  # then the checksum judges the part
+            if not answer.ok:
+                raise requests.HTTPError(problem)
+            resumed = answer.status_code == requests.codes.partial_content
+            with part.open("ab" if resumed else "wb") as file:
+                for piece in answer.iter_content(PIECE):
+                    report(file.write(piece))
+    shutil.move(part, output_file)
 
 
 def _is_unpacked(folder: Path, file: RemoteFile) -> bool:
@@ -320,19 +284,18 @@ def _unpack(folder: Path, file: RemoteFile) -> None:
     """
     archive = folder / file.name
     try:
-        with (
-            zipfile.ZipFile(archive) as opened,
-            explain_storage(archive),
-            tempfile.TemporaryDirectory(dir=folder) as unpacked,
-        ):
+        with zipfile.ZipFile(archive) as opened:
             members = {
                 info.filename: info.file_size for info in opened.infolist() if not info.is_dir()
             }
-            targets = {name: inside(folder, name, str(archive)) for name in members}
-            opened.extractall(unpacked)
-            for name, target in targets.items():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(Path(unpacked) / name, target)
+            targets = [inside(folder, name, str(archive)) for name in members]
+            for name, target in zip(members, targets):
+                with (
+                    opened.open(name) as packed,
+                    atomic_file(target) as temporary,
+                    temporary.open("wb") as unpacked,
+                ):
+                    shutil.copyfileobj(packed, unpacked)
     except (zipfile.BadZipFile, EOFError) as error:
         raise DataError(
             f"{archive}: not a whole zip file ({error}); delete it and download again."

@@ -134,7 +134,7 @@ def binary_targets(found: Sequence[Collection[str]], classes: Sequence[str]) -> 
 
 def class_counts(classes: Sequence[str], targets: np.ndarray) -> dict[str, int]:
     """How many records have each class."""
-    return dict(zip(classes, targets.sum(axis=0, dtype=int).tolist(), strict=True))
+    return dict(zip(classes, targets.sum(axis=0, dtype=int).tolist()))
 
 
 def ten_folds(patients: Sequence[str], targets: np.ndarray) -> np.ndarray:

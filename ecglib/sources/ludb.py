@@ -59,7 +59,6 @@ def read_ludb(
     folder: str | Path,
     *,
     sampling_rate: float = RATE,
-    seconds: float = 10.0,
     verify: bool = True,
     rules: Rules | None = None,
 ) -> Records:
@@ -102,7 +101,7 @@ def read_ludb(
     }
     paths = [_header_path(folder, name) for name in names]
     files = read_listed(pd.DataFrame(rows), paths, targets, checksums, COUNTS_PER_MILLIVOLT)
-    return assemble(files, classes, sampling_rate, seconds, about, rules)
+    return assemble(files, classes, sampling_rate, 10.0, about, rules)
 
 
 def read_ludb_marks(
@@ -127,8 +126,7 @@ def read_ludb_marks(
     samples = ["onset", "peak", "offset"]
     waves = pd.DataFrame(rows, columns=["record_id", "lead", "wave", *samples])
     scaled = waves[samples].astype("Float64") * (sampling_rate / RATE)
-    waves[samples] = scaled.round().astype("Int64")
-    return waves
+    return waves.assign(**scaled.round().astype("Int64"))
 
 
 def read_annotations(path: Path) -> list[tuple[int, int]]:
@@ -165,9 +163,9 @@ def _waves(marks: Iterable[tuple[int, int]]) -> list[tuple[str, int | None, int,
     lack a border, and on some the onset lies a few samples behind the peak: it then counts as the
     peak's sample.
     """
-    waves: list[list] = []
-    onsets: list[int] = []
-    unfinished: list[list] = []  # waves without an offset so far
+    waves = []
+    onsets = []
+    unfinished = []  # waves without an offset so far
     for sample, code in marks:
         if code == ONSET:
             onsets.append(sample)

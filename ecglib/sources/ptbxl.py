@@ -77,7 +77,7 @@ def read_ptbxl(
     names = index["filename_lr" if sampling_rate == 100 else "filename_hr"]
     paths = [
         inside(folder, f"{name}.hea", f"{folder / INDEX}, ecg_id {ecg_id}")
-        for name, ecg_id in zip(names, index["ecg_id"], strict=True)
+        for name, ecg_id in zip(names, index["ecg_id"])
     ]
     # The files of 500 Hz are optional in a download; `about` says how many are not there.
     present = [place for place, path in enumerate(paths) if sampling_rate == 100 or path.exists()]
@@ -119,7 +119,7 @@ def read_ptbxl_index(path: Path) -> pd.DataFrame:
     refuse_folds(path, index["strat_fold"])
     codes = [
         _parse_codes(path, ecg_id, text)
-        for ecg_id, text in zip(index["ecg_id"], index["scp_codes"], strict=True)
+        for ecg_id, text in zip(index["ecg_id"], index["scp_codes"])
     ]
     return index.assign(codes=codes)
 
@@ -188,4 +188,4 @@ def _class_of(statements: pd.DataFrame, task: str) -> dict[str, str]:
         chosen = statements.loc[statements["diagnostic"] == 1, column].dropna()
         return chosen.astype(str).to_dict()
     names = statements.index if task == "all" else statements.index[statements[task] == 1]
-    return dict(zip(names, names, strict=True))
+    return dict(zip(names, names))

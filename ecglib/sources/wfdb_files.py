@@ -173,7 +173,7 @@ def read_millivolts(
         sums = counts.sum(axis=1, dtype=np.int64).tolist()
         wrong = [
             channel.name
-            for channel, total in zip(header.channels, sums, strict=True)
+            for channel, total in zip(header.channels, sums)
             if channel.checksum is not None and (total - channel.checksum) % 65536
         ]
         if wrong:
@@ -268,5 +268,5 @@ def read_listed(
         recording.target = target
         yield recording
 
-    for row, path, target in zip(table.to_dict("records"), paths, targets, strict=True):
+    for row, path, target in zip(table.to_dict("records"), paths, targets):
         yield row["record_id"], read(path, row, target)

@@ -283,7 +283,7 @@ def test_recorded_noise_is_downloaded_read_and_added(tmp_path, capsys):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}/"
     assert main(["nstdb", str(tmp_path / "nstdb"), "--address", address]) == 0
-    download("nstdb", tmp_path / "nstdb", addresses=[address], progress=False)
+    download("nstdb", tmp_path / "nstdb", addresses=[address])
     server.shutdown()
     assert "nstdb/1.0.0" in DATASETS["nstdb"].addresses[0] and "complete" in capsys.readouterr().out
     recorded = noise.read_nstdb(tmp_path / "nstdb")

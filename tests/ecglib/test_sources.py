@@ -509,7 +509,7 @@ def server(monkeypatch: pytest.MonkeyPatch):
 
 
 def fetch(server, folder: Path, **options) -> None:
-    download("ptb-xl", folder, **{"addresses": [server.address], "progress": False, **options})
+    download("ptb-xl", folder, **{"addresses": [server.address], **options})
 
 
 def is_complete(server, folder: Path) -> bool:
@@ -650,7 +650,7 @@ def test_download_unpacks_zenodo_parts(server, tmp_path: Path) -> None:
             downloads.DataSet(("",), 0.001, "https://zenodo.invalid/api"),
         )
         for _ in range(2):
-            download("code15", tmp_path / "code", addresses=[server.address], progress=False)
+            download("code15", tmp_path / "code", addresses=[server.address])
     assert (tmp_path / "code/exams_part0.hdf5").read_bytes() == b"h" * 5000
     assert not (tmp_path / "code/exams_part0.zip").exists()
     assert [name for name, _ in server.requests] == ["zenodo.json", "exams_part0.zip"]
