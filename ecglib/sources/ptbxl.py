@@ -106,7 +106,7 @@ def _rows(index: pd.DataFrame) -> pd.DataFrame:
         "fold": index["strat_fold"],
         "source": "ptb-xl",
     }
-    return pd.DataFrame(rows).join(index[index.columns.intersection(_KEPT)])
+    return pd.DataFrame(rows).join(index[[name for name in _KEPT if name in index]])
 
 
 def read_ptbxl_index(path: Path) -> pd.DataFrame:
