@@ -27,98 +27,117 @@ from ecglib.train import fit
 MIXINGS = ("attention", "uniform", "gate")
 
 
+def _drawn(generators, deviation, *shape):
+    """Weights of each model from its own generator, so that a model starts alike whichever others
+    are in the stack.
+    """
+    drawn = [torch.randn(shape, generator=generator) for generator in generators]
+    return nn.Parameter(deviation * torch.stack(drawn))
+
+
 class StackedLinear(nn.Module):
     """A linear layer of each model: `(models, ..., inputs)` -> `(models, ..., outputs)`."""
 
-    def __init__(self, models: int, inputs: int, outputs: int) -> None:
+    def __init__(self, generators: Sequence[Generator], inputs: int, outputs: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(models, inputs, outputs))
-        self.bias = nn.Parameter(torch.zeros(models, 1, outputs))
+        self.weight = _drawn(generators, inputs**-0.5, inputs, outputs)
+        self.bias = nn.Parameter(torch.zeros(len(generators), 1, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.baddbmm(self.bias, x.flatten(1, -2), self.weight).unflatten(1, x.shape[1:-1])
 
 
 class StackedNorm(nn.Module):
-    """A layer norm of each model over the last dimension of `(models, ..., width)`."""
+    """A layer norm of each model over the last dimension of `(models, n, members, width)`."""
 
     def __init__(self, models: int, width: int) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(models, 1, width))
-        self.shift = nn.Parameter(torch.zeros(models, 1, width))
+        self.scale = nn.Parameter(torch.ones(models, 1, 1, width))
+        self.shift = nn.Parameter(torch.zeros(models, 1, 1, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = F.layer_norm(x.flatten(1, -2), x.shape[-1:])
-        return torch.addcmul(self.shift, flat, self.scale).unflatten(1, x.shape[1:-1])
+        return torch.addcmul(self.shift, F.layer_norm(x, x.shape[-1:]), self.scale)
 
 
-class _Fused(nn.Module):
-    """What every fusion shares: votes, the direct path from the features to the logits, and the
-    drawing of weights.
+class FusionPerceptron(nn.Module):
+    """Logits `(models, n, classes)` of the members' features side by side `(models, n, d)`, by one
+    layer of `hidden` units: the control without tokens.
 
-    `sizes` are the numbers of features of the members. Without votes a fusion starts from random
-    weights alone.
+    `sizes` are the numbers of features of the members. With `votes` the logits of a linear layer on
+    the features are added; without them it starts from random weights alone. While training,
+    whole members are dropped with probability `token_dropout`, never all, and count as zeros.
+    `hidden` of `matched_hidden` gives it the parameters of a FusionNetwork.
     """
 
     def __init__(
-        self, models: int, sizes: Sequence[int], classes: int, votes: bool, dropout: float
+        self,
+        seeds: Sequence[int],
+        sizes: Sequence[int],
+        classes: int,
+        *,
+        hidden: int = 128,
+        dropout: float = 0.1,
+        token_dropout: float = 0.2,
+        votes: bool = True,
+        **tokens,
     ) -> None:
         super().__init__()
         self.sizes = tuple(sizes)
         self.dropout = dropout
-        self.votes = StackedLinear(models, sum(sizes), classes) if votes else None
+        self.token_dropout = token_dropout
+        generators = [Generator().manual_seed(seed) for seed in seeds]
+        self.hidden = StackedLinear(generators, self._add_tokens(generators, **tokens), hidden)
+        self.head = StackedLinear(generators, hidden, classes)
+        self.votes = StackedLinear(generators, sum(sizes), classes) if votes else None
+        if votes:  # at first they alone decide
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.votes.weight)
 
-    def _draw(self, seeds: Sequence[int]) -> None:
-        """Weights from each model's own seed, so that a model starts alike whichever others are in
-        the stack.
+    def _add_tokens(self, generators):
+        """Make what comes before the hidden layer; returns how many inputs that layer has."""
+        return sum(self.sizes)
 
-        The last layer starts at 0 where there are votes: they alone decide at first.
-        """
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                silent = self.votes is not None and name.startswith(("head", "votes"))
-                if name.endswith(("weight", "names")) and not silent:
-                    deviation = 0.02 if name == "names" else parameter.shape[1] ** -0.5
-                    shape = parameter.shape[1:]
-                    drawn = [torch.randn(shape, generator=generator) for generator in generators]
-                    parameter.copy_(deviation * torch.stack(drawn))
-
+    @torch.no_grad()
     def start_from(self, weights: Tensor, bias: Tensor) -> None:
         """Let the members' probes vote: weights `(models, d, classes)` and bias `(models, members,
         classes)` of them.
 
-        The votes are the mean of the probes' logits.
+        The votes are the mean of the probes' logits. DataError where there are no votes.
         """
         if self.votes is None:
             raise DataError(
                 "This fusion has no votes to start from probes; make it with votes=True."
             )
-        with torch.no_grad():
-            self.votes.weight.copy_(weights / len(self.sizes))
-            self.votes.bias.copy_(bias.mean(dim=1, keepdim=True))
+        self.votes.weight.copy_(weights / len(self.sizes))
+        self.votes.bias.copy_(bias.mean(dim=1, keepdim=True))
 
-    def _classified(
-        self,
-        inputs: Tensor,
-        features: Tensor,
-        present: Tensor | None,
-        generator: Generator | None,
-    ) -> Tensor:
-        """Logits `(models, n, classes)` of `inputs`, with the votes, if there are any, of the
-        members that are `present` `(n, members)`.
-        """
+    def forward(self, features: Tensor, generator: Generator | None = None) -> Tensor:
+        keep = features.new_ones(features.shape[1], len(self.sizes), dtype=torch.bool)
+        if self.training:
+            random = {"generator": generator, "device": keep.device}
+            keep = draw_tokens(*keep.shape, self.token_dropout, **random)
+        # 1 over the share of members kept, 0 for the dropped ones: sums keep their expected size.
+        present = keep * (keep.shape[1] / keep.sum(dim=1, keepdim=True))
+        sizes = torch.tensor(self.sizes, device=keep.device)
+        voices = features * present.repeat_interleave(sizes, dim=1)
+        inputs = self._inputs(features, voices, present, generator)
         logits = self.head(self._drop(F.gelu(self.hidden(inputs)), generator))
-        return logits if self.votes is None else logits + self.votes(self._only(features, present))
+        return logits + self.votes(voices) if self.votes else logits
 
-    def _only(self, features: Tensor, present: Tensor | None) -> Tensor:
-        """Features `(n, d)` times the weight `present` `(n, members)` of their member."""
-        if present is None:
-            return features
-        sizes = torch.tensor(self.sizes, device=present.device)
-        return features * present.repeat_interleave(sizes, dim=1)
+    def loss(self, batch: Batch) -> Tensor:
+        """Sum over models of the binary cross-entropy, mean over classes and records.
 
-    def _drop(self, values: Tensor, generator: Generator | None) -> Tensor:
+        Signals are features `(models, n, d)`, targets `(models, n, classes)`.
+        """
+        logits = self(batch.signals, batch.generator)
+        each = F.binary_cross_entropy_with_logits(logits, batch.targets, reduction="none")
+        return each.mean(dim=(1, 2)).sum()
+
+    def _inputs(self, features, voices, present, generator):
+        """What the hidden layer gets `(models, n, inputs)`, here the features of those present."""
+        return voices
+
+    def _drop(self, values, generator):
         """Dropout of `(models, ...)` that is the same for every model, so that none depends on how
         many there are.
         """
@@ -128,129 +147,84 @@ class _Fused(nn.Module):
         return values * ((kept >= self.dropout) / (1 - self.dropout))
 
 
-class FusionNetwork(_Fused):
-    """Logits `(models, n, classes)` of the members' features side by side `(models, n, d)`.
+class FusionNetwork(FusionPerceptron):
+    """The same with a token for each member before the hidden layer.
 
-    Member k's token is z_k = LN(W_k e_k + b_k) + name_k in `width` dimensions. `mixing` is how
-    tokens learn of each other: "attention", A = softmax(Q K' / sqrt(d_h)) with `heads` heads,
+    Member k's token is z_k = LN(W_k e_k + b_k) + name_k in `width` (64) dimensions. `mixing` is how
+    tokens learn of each other: "attention", A = softmax(Q K' / sqrt(d_h)) with `heads` (4) heads,
     pre-norm, added to the token; "uniform", the same with A = 1/K; "gate", each token weighed by a
     softmax over the members of a linear score of it (Phan et al. 2022). The tokens are
     concatenated, then come a layer of `hidden` units and the classes.
     """
 
-    def __init__(
-        self,
-        models: int,
-        sizes: Sequence[int],
-        classes: int,
-        *,
-        width: int = 64,
-        heads: int = 4,
-        hidden: int = 128,
-        dropout: float = 0.1,
-        mixing: str = "attention",
-        votes: bool = True,
-        seeds: Sequence[int] | None = None,
-    ) -> None:
-        super().__init__(models, sizes, classes, votes, dropout)
+    def _add_tokens(self, generators, width=64, heads=4, mixing="attention"):
         if mixing not in MIXINGS or width % heads:
             raise ValueError(
                 f"A fusion mixes by {', '.join(MIXINGS)}, not {mixing!r}, and its width ({width}) "
                 f"is a multiple of its heads ({heads})."
             )
-        self.heads, self.mixing = heads, mixing
-        self.project = nn.ModuleList(StackedLinear(models, size, width) for size in sizes)
+        self.heads = heads
+        self.mixing = mixing
+        models = len(generators)
+        self.names = _drawn(generators, 0.02, 1, len(self.sizes), width)
+        self.project = nn.ModuleList(StackedLinear(generators, size, width) for size in self.sizes)
         self.norm = StackedNorm(models, width)
-        self.names = nn.Parameter(torch.zeros(models, 1, len(sizes), width))
         if mixing == "gate":
-            self.gate = StackedLinear(models, width, 1)
+            self.gate = StackedLinear(generators, width, 1)
         else:
             self.inner_norm = StackedNorm(models, width)
-            self.qkv = StackedLinear(models, width, 3 * width)
-            self.mix = StackedLinear(models, width, width)
-        self.hidden = StackedLinear(models, len(sizes) * width, hidden)
-        self.head = StackedLinear(models, hidden, classes)
-        self._draw(range(models) if seeds is None else seeds)
+            self.qkv = StackedLinear(generators, width, 3 * width)
+            self.mix = StackedLinear(generators, width, width)
+        return len(self.sizes) * width
 
     def tokens(self, features: Tensor) -> Tensor:
         """`(models, n, members, width)`."""
-        parts = zip(self.project, features.split(self.sizes, dim=2), strict=True)
+        parts = zip(self.project, features.split(self.sizes, dim=2))
         return self.norm(torch.stack([layer(part) for layer, part in parts], dim=2)) + self.names
 
     def mixing_weights(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """How much each token (row) takes from each other, `(models, n, heads, members, members)`;
         rows sum to 1.
 
-        With a gate, the weight of each token `(models, n, members)`. Tokens out of `keep` `(n,
-        members)` get none.
+        With a gate, the weight of each token `(models, n, 1, 1, members)`. Tokens out of `keep`
+        `(n, members)` get none.
         """
         if self.mixing == "gate":
-            scores = self.gate(tokens).squeeze(3)
-            return _masked(scores, keep).softmax(dim=2)
-        q, k, _ = self._split(tokens)
-        scores = q @ k.mT / q.shape[-1] ** 0.5
-        scores = torch.zeros_like(scores) if self.mixing == "uniform" else scores
-        return _masked(scores, None if keep is None else keep[:, None, None]).softmax(dim=4)
+            scores = self.gate(tokens).mT[:, :, None]
+        else:
+            q, k, _ = self._split(tokens)
+            scores = q @ k.mT / q.shape[-1] ** 0.5
+        if self.mixing == "uniform":
+            scores = torch.zeros_like(scores)
+        if keep is not None:
+            scores = scores.masked_fill(~keep[:, None, None], -math.inf)
+        return scores.softmax(dim=-1)
 
-    def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _split(self, tokens):
         """Queries, keys and values, each `(models, n, heads, members, width / heads)`."""
-        both = self.qkv(self.inner_norm(tokens)).unflatten(3, (3, self.heads, -1))
-        return both.permute(3, 0, 1, 4, 2, 5).unbind(0)
+        joint = self.qkv(self.inner_norm(tokens)).unflatten(3, (3, self.heads, -1))
+        return joint.permute(3, 0, 1, 4, 2, 5).unbind(0)
 
     def mixed(self, tokens: Tensor, keep: Tensor | None, generator: Generator | None) -> Tensor:
         """Tokens that know of each other, as they were in shape."""
         weights = self.mixing_weights(tokens, keep)
         if self.mixing == "gate":
-            return tokens * weights[..., None] * len(self.sizes)
+            return tokens * weights.flatten(2)[..., None] * len(self.sizes)
         taken = self._drop(weights, generator) @ self._split(tokens)[2]
         return tokens + self.mix(taken.transpose(2, 3).flatten(3))
 
-    def forward(
-        self, features: Tensor, keep: Tensor | None = None, generator: Generator | None = None
-    ) -> Tensor:
-        tokens = self.mixed(self.tokens(features), keep, generator)
-        present = None if keep is None else _present(keep)
+    def _inputs(self, features, voices, present, generator):
+        """The mixed tokens side by side."""
+        tokens = self.mixed(self.tokens(features), present > 0, generator)
         # A gate's weights make up for dropped tokens already.
-        if present is not None and self.mixing != "gate":
-            tokens = tokens * present[:, :, None]
-        return self._classified(tokens.flatten(2), features, present, generator)
-
-
-class FusionPerceptron(_Fused):
-    """The control without tokens: all features side by side, one hidden layer, classes, and the
-    same votes.
-
-    `hidden` of `matched_hidden` gives it the parameters of a FusionNetwork. Dropped members are
-    zeros.
-    """
-
-    def __init__(
-        self,
-        models: int,
-        sizes: Sequence[int],
-        classes: int,
-        *,
-        hidden: int,
-        dropout: float = 0.1,
-        seeds: Sequence[int] | None = None,
-    ) -> None:
-        super().__init__(models, sizes, classes, True, dropout)
-        self.hidden = StackedLinear(models, sum(sizes), hidden)
-        self.head = StackedLinear(models, hidden, classes)
-        self._draw(range(models) if seeds is None else seeds)
-
-    def forward(
-        self, features: Tensor, keep: Tensor | None = None, generator: Generator | None = None
-    ) -> Tensor:
-        features = self._only(features, None if keep is None else _present(keep))
-        return self._classified(features, features, None, generator)
+        return (tokens if self.mixing == "gate" else tokens * present[:, :, None]).flatten(2)
 
 
 def matched_hidden(sizes: Sequence[int], classes: int, **network) -> int:
     """Hidden units with which a FusionPerceptron has as many parameters as a FusionNetwork of the
     options `network`.
     """
-    wanted = count_parameters(FusionNetwork(1, sizes, classes, **network, votes=False))
+    wanted = count_parameters(FusionNetwork([0], sizes, classes, **network, votes=False))
     return max(1, round((wanted - classes) / (sum(sizes) + 1 + classes)))
 
 
@@ -258,7 +232,7 @@ def model_of(stack: nn.Module, place: int) -> nn.Module:
     """A stack of the one model at `place`."""
     model = copy.deepcopy(stack)
     for parameter in model.parameters():
-        parameter.data = parameter.data[[place]].clone()
+        parameter.data = parameter.data[[place]]
     return model
 
 
@@ -267,53 +241,16 @@ def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def _masked(scores: Tensor, keep: Tensor | None) -> Tensor:
-    """Scores with minus infinity where a token is dropped."""
-    return scores if keep is None else scores.masked_fill(~keep, -math.inf)
-
-
-def _present(keep: Tensor) -> Tensor:
-    """1 over the share of members kept, `(n, members)`, 0 for the dropped ones: sums keep their
-    expected size.
-    """
-    return keep * (keep.shape[1] / keep.sum(dim=1, keepdim=True))
-
-
-def draw_tokens(
-    records: int,
-    tokens: int,
-    dropout: float,
-    generator: Generator | None = None,
-    device: torch.device | str = "cpu",
-) -> Tensor:
+def draw_tokens(records: int, tokens: int, dropout: float, **random) -> Tensor:
     """Which tokens of each record stay, `(records, tokens)`: each is dropped with probability
     `dropout`, never all.
+
+    `random` are the generator and the device of the draws.
     """
-    keep = torch.rand(records, tokens, generator=generator, device=device) >= dropout
-    last = torch.randint(tokens, (records, 1), generator=generator, device=device)
-    rescued = torch.zeros_like(keep).scatter_(1, last, True)
-    return keep | (rescued & ~keep.any(dim=1, keepdim=True))
-
-
-class Fusion(nn.Module):
-    """Sum over models of the binary cross-entropy, mean over classes and records, while whole
-    tokens are dropped.
-    """
-
-    def __init__(
-        self, network: FusionNetwork | FusionPerceptron, token_dropout: float = 0.2
-    ) -> None:
-        super().__init__()
-        self.network, self.token_dropout = network, token_dropout
-
-    def loss(self, batch: Batch) -> Tensor:
-        """Scalar loss; signals are features `(models, n, d)`, targets `(models, n, classes)`."""
-        records, tokens = batch.signals.shape[1], len(self.network.sizes)
-        device = batch.signals.device
-        keep = draw_tokens(records, tokens, self.token_dropout, batch.generator, device)
-        logits = self.network(batch.signals, keep, batch.generator)
-        each = F.binary_cross_entropy_with_logits(logits.float(), batch.targets, reduction="none")
-        return each.mean(dim=(1, 2)).sum()
+    keep = torch.rand(records, tokens, **random) >= dropout
+    last = torch.randint(tokens, (records, 1), **random)
+    rescued = torch.arange(tokens, device=keep.device) == last
+    return torch.where(keep.any(dim=1, keepdim=True), keep, rescued)
 
 
 class FusionBatches:
@@ -333,24 +270,22 @@ class FusionBatches:
         steps: int,
         batch_size: int,
     ) -> None:
-        self.features, device = list(features), features[0].device
-        self.targets = torch.from_numpy(targets.astype(np.float32)).to(device)
-        pairs = zip(subsets, seeds, strict=True)
-        orders = np.stack([_order(subset, seed, steps * batch_size) for subset, seed in pairs])
-        self.order = torch.from_numpy(orders).unflatten(1, (steps, batch_size)).to(device)
+        self.features = features
+        self.targets = torch.as_tensor(targets, dtype=torch.float32, device=features[0].device)
+        count = steps * batch_size
+        orders = []
+        for subset, seed in zip(subsets, seeds):
+            generator = np.random.default_rng([seed, len(subset)])
+            passes = range(math.ceil(count / len(subset)))  # each in a new order
+            orders.append(np.concatenate([generator.permutation(subset) for _ in passes])[:count])
+        order = torch.as_tensor(np.stack(orders), device=self.targets.device)
+        self.order = order.unflatten(1, (steps, batch_size))
 
     def __call__(self, step: int) -> Batch:
         """The batch of one step, the same whenever it is asked for."""
         picked = self.order[:, step]
-        generator = step_generator(0, step, self.targets.device)
+        generator = step_generator(0, step, picked.device)
         return Batch(gather(self.features, picked), self.targets[picked], picked, generator)
-
-
-def _order(subset: np.ndarray, seed: int, count: int) -> np.ndarray:
-    """`count` positions: pass after pass through the subset, each in a new order."""
-    generator = np.random.default_rng([seed, len(subset)])
-    passes = [generator.permutation(subset) for _ in range(-(-count // len(subset)))]
-    return np.concatenate(passes)[:count]
 
 
 def gather(features: Sequence[Tensor], picked: Tensor) -> Tensor:
@@ -361,31 +296,25 @@ def gather(features: Sequence[Tensor], picked: Tensor) -> Tensor:
     return torch.cat([each[models if len(each) > 1 else 0, picked] for each in features], dim=2)
 
 
-def train_stack(
-    network: FusionNetwork | FusionPerceptron,
-    batches: FusionBatches,
-    steps: int,
-    learning_rate: float,
-    token_dropout: float = 0.2,
-) -> float:
-    """Train every model of the stack in place and return the last mean loss of a model.
+def train_stack(network: FusionPerceptron, batches: FusionBatches, learning_rate: float) -> None:
+    """Train every model of the stack in place, for as many steps as there are batches.
 
     No decay: the learning rate, with few steps, says how far a model may go from its start. AdamW
     acts on each number apart, so the models do not meet there either; clipping the gradient would
     couple them.
     """
-    options = {"learning_rate": learning_rate, "clip": None, "dtype": "float32"}
-    groups = [{"params": list(network.parameters()), "weight_decay": 0.0}]
-    history = fit(Fusion(network, token_dropout), batches, steps, groups=groups, **options)
-    return history["loss"].iloc[-1] / len(batches.order)
+    steps = batches.order.shape[1]
+    options = {"weight_decay": 0.0, "clip": None, "dtype": "float32"}
+    fit(network, batches, steps, learning_rate=learning_rate, **options)
 
 
 @torch.no_grad()
 def stack_logits(
-    network: nn.Module, features: Sequence[Tensor], positions: np.ndarray, models: int
+    network: FusionPerceptron, features: Sequence[Tensor], positions: np.ndarray
 ) -> Tensor:
     """Logits `(models, n, classes)` of the records at `positions`, nothing dropped."""
     network.eval()
+    models = len(network.head.weight)
     parts = torch.from_numpy(positions).to(features[0].device).split(64)
     return torch.cat([network(gather(features, part.expand(models, -1))) for part in parts], dim=1)
 
@@ -402,18 +331,15 @@ def token_weights(network: FusionNetwork, features: Tensor, targets: Tensor) -> 
     network.eval()
     features = features.detach().requires_grad_()
     having = targets.float() / targets.sum(dim=1, keepdim=True).clamp_min(1)
-    weights = network.mixing_weights(network.tokens(features))
-    received = weights if network.mixing == "gate" else weights.mean(dim=(2, 3))
-    logits, shares = network(features), []
-    for column in range(targets.shape[2]):
-        (slope,) = torch.autograd.grad(logits[..., column].sum(), features, retain_graph=True)
+    received = network.mixing_weights(network.tokens(features)).mean(dim=(2, 3))
+    shares = []
+    for logits, share in zip(network(features).unbind(2), having.split(1, dim=2)):
+        (slope,) = torch.autograd.grad(logits.sum(), features, retain_graph=True)
         parts = (slope * features).split(network.sizes, dim=2)
-        each = torch.stack([part.sum(dim=2).abs() for part in parts], dim=2)
-        shares.append((each / each.sum(dim=2, keepdim=True) * having[:, :, [column]]).sum(dim=1))
-    return {
-        "attention": (having.mT @ received).detach(),
-        "gradient_input": torch.stack(shares, dim=1).detach(),
-    }
+        each = torch.stack([part.sum(dim=2) for part in parts], dim=2)
+        shares.append((F.normalize(each.abs(), p=1, dim=2) * share).sum(dim=1))
+    found = {"attention": having.mT @ received, "gradient_input": torch.stack(shares, dim=1)}
+    return {name: values.detach() for name, values in found.items()}
 
 
 def linear_cka(first: Tensor | np.ndarray, second: Tensor | np.ndarray) -> float:
@@ -423,16 +349,17 @@ def linear_cka(first: Tensor | np.ndarray, second: Tensor | np.ndarray) -> float
     |Y'X|^2 / (|X'X| |Y'Y|), Frobenius norms of centred columns: 1 where one is a turned and scaled
     copy of the other. DataError where the records differ in number or nothing varies.
     """
-    x, y = (torch.as_tensor(values).detach().cpu().double() for values in (first, second))
-    if len(x) != len(y):
+    if len(first) != len(second):
         raise DataError(
-            f"CKA compares features of the same records, not of {len(x)} and {len(y)}; encode both "
-            "alike."
+            f"CKA compares features of the same records, not of {len(first)} and {len(second)}; "
+            "encode both alike."
         )
-    x, y = x - x.mean(dim=0), y - y.mean(dim=0)
-    size = torch.linalg.matrix_norm(x.T @ x) * torch.linalg.matrix_norm(y.T @ y)
+    x, y = (torch.as_tensor(values, dtype=torch.float64) for values in (first, second))
+    x = x - x.mean(dim=0)
+    y = y - y.mean(dim=0)
+    size = torch.linalg.norm(x.T @ x) * torch.linalg.norm(y.T @ y)
     if size == 0:
         raise DataError(
             "CKA needs features that vary; one of the two is the same for every record."
         )
-    return float(torch.linalg.matrix_norm(y.T @ x) ** 2 / size)
+    return float(torch.linalg.norm(y.T @ x) ** 2 / size)

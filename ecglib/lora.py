@@ -8,7 +8,7 @@ the gains of norms, and attention's output projection.
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from ecglib.errors import DataError
 
 START = 0.02  # standard deviation of A at its start
 PROJECTION = "mix"  # attention's output projection: frozen and not adapted, as published
-HEAD = "head"  # layers below this name are never deactivated
+HEAD = "head."  # layers below this name are never deactivated
 LOW_RANK_PARTS = ("A", "B", "values")  # what a low-rank layer learns
 
 
@@ -30,32 +30,27 @@ class _FrozenConvolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context, x, weight, bias, stride, padding, dilation):  # noqa: ANN001, ANN205
-        """`torch.conv1d`."""
+    def forward(context, x, weight, bias, *form):
+        """`torch.conv1d`; `form` is stride, padding and dilation."""
         context.save_for_backward(weight)
-        context.about = x.shape, x.dtype, stride, padding, dilation
-        return F.conv1d(x, weight, bias, stride, padding, dilation)
+        context.about = x.shape, *form
+        return F.conv1d(x, weight, bias, *form)
 
     @staticmethod
-    def backward(context, gradient):  # noqa: ANN001, ANN205
+    def backward(context, gradient):
         """Gradients of the input and the bias."""
-        (weight,) = context.saved_tensors
-        shape, dtype, stride, padding, dilation = context.about
-        to_input, _, to_bias = context.needs_input_grad[:3]
-        by_input = None
-        if to_input and set(stride) == {1} and padding[0] <= dilation[0] * (weight.shape[2] - 1):
+        weight = context.saved_tensors[0].to(gradient.dtype)
+        shape, stride, padding, dilation = context.about
+        around = dilation[0] * (weight.shape[2] - 1) - padding[0]
+        by_input = by_bias = None
+        if context.needs_input_grad[0] and stride[0] == 1 and around >= 0:
             # Without a stride it is a convolution with the kernel turned round, on a CPU a third
             # faster.
-            around = dilation[0] * (weight.shape[2] - 1) - padding[0]
             by_input = F.conv1d(gradient, weight.flip(2).transpose(0, 1), None, 1, around, dilation)
-        elif to_input:
-            # Only the shape of the input matters here: one number stands for all of it.
-            place = torch.empty(1, dtype=dtype, device=gradient.device).expand(shape)
-            form = (None, stride, padding, dilation, False, [0], 1, [True, False, False])
-            by_input = torch.ops.aten.convolution_backward(gradient, place, weight, *form)[0]
-        # Not left to the line above, which on a CPU would compute the kernel's gradient along with
-        # the bias's.
-        by_bias = gradient.sum(dim=(0, 2)) if to_bias else None
+        elif context.needs_input_grad[0]:
+            by_input = nn.grad.conv1d_input(shape, weight, gradient, stride, padding, dilation)
+        if context.needs_input_grad[2]:
+            by_bias = gradient.sum(dim=(0, 2))
         return by_input, None, by_bias, None, None, None
 
 
@@ -67,6 +62,9 @@ class LowRankLayer(nn.Module):
     rank)`. A and B are applied one after the other, without forming BA. `nested` draws the rank
     anew at each pass in training, as DyLoRA does. With `singular_values` the difference is B
     diag(values) A and starts at values = 0, as in AdaLoRA.
+
+    `start_deviation` is the standard deviation of the entries of A at their start: 0.02, and
+    1 / sqrt(3 in) in a fused layer.
     """
 
     def __init__(
@@ -78,80 +76,64 @@ class LowRankLayer(nn.Module):
         singular_values: bool = False,
     ) -> None:
         super().__init__()
-        self.base, self.rank, self.nested = base, rank, nested
+        self.base = base
+        self.rank = rank
+        self.nested = nested
         self.deactivation = 0.0
         self.parts = getattr(base, "parts", 1)
-        weight = base.weight
-        self.A = nn.Parameter(weight.new_empty(self.parts * rank, weight[0].numel()))
+        weight = base.weight.flatten(1)
+        rows = self.parts * rank
+        self.A = nn.Parameter(weight.new_empty(rows, weight.shape[1]))
         self.B = nn.Parameter(weight.new_zeros(len(weight), rank))
-        self.values = nn.Parameter(weight.new_zeros(self.parts * rank)) if singular_values else None
+        self.values = nn.Parameter(weight.new_zeros(rows)) if singular_values else None
+        self.start_deviation = START
+        nn.init.normal_(self.A, std=START)
         # As published, a fused layer starts wider than the others; `ranks` takes that out of its
         # score again.
-        nn.init.normal_(self.A, std=self.start_deviation)
         if self.parts > 1:
+            self.start_deviation = 1.0 / math.sqrt(3.0 * weight.shape[1])
             reach = math.sqrt(3.0) * self.start_deviation
             nn.init.uniform_(self.A, -reach, reach)
         if singular_values:
             nn.init.normal_(self.B, std=START)
 
-    @property
-    def start_deviation(self) -> float:
-        """Standard deviation of the entries of A at their start: 0.02, and 1 / sqrt(3 in) in a
-        fused layer.
+    def pairs(self, rank: int | None = None) -> tuple[Tensor, Tensor]:
+        """A `(parts, rank, in x kernel)` and B `(parts, out, rank)`, cut to the first `rank` ranks;
+        A holds the singular values.
         """
-        return START if self.parts == 1 else 1.0 / math.sqrt(3.0 * self.base.weight[0].numel())
-
-    def pairs(self, rank: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """The (A, B) of each part, cut to the first `rank` ranks; A holds the singular values."""
-        rank = rank or self.rank
-        scaled = self.A if self.values is None else self.values[:, None] * self.A
-        for a, b in zip(scaled.chunk(self.parts), self.B.chunk(self.parts), strict=True):
-            # The scale is alpha / rank with alpha = rank, 1, but for the ranks that DyLoRA cuts.
-            b = b[:, :rank]
-            yield a[:rank], b * (self.rank / rank) if rank < self.rank else b
+        a = self.A if self.values is None else self.values[:, None] * self.A
+        a = a.unflatten(0, (self.parts, -1))
+        return a[:, :rank], self.B.unflatten(0, (self.parts, -1))[..., :rank]
 
     def difference(self) -> Tensor:
         """BA in the shape of the weight."""
-        return torch.cat([b @ a for a, b in self.pairs()]).view_as(self.base.weight)
+        a, b = self.pairs()
+        return (b @ a).view_as(self.base.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        share, rank = 1.0 - self.deactivation, None
+        base = self.base
+        linear = isinstance(base, nn.Linear)
+        form = () if linear else (base.stride, base.padding, base.dilation)
+        y = base(x) if linear else _FrozenConvolution.apply(x, base.weight, base.bias, *form)
+        rank = self.rank
+        share = 1.0 - self.deactivation
         if self.training:
-            share = 1.0
             # One coin per layer and pass, from torch's random numbers on the CPU: it costs a GPU no
             # waiting.
             if self.deactivation and float(torch.rand(())) < self.deactivation:
-                return self._frozen(x)
-            rank = int(torch.randint(1, self.rank + 1, ())) if self.nested else None
-        return self._with_difference(self._frozen(x), x, share, rank)
-
-    def _frozen(self, x: Tensor) -> Tensor:
-        """The layer without its difference."""
-        weight, bias = self.base.weight, self.base.bias
-        if isinstance(self.base, nn.Linear):
-            return F.linear(x, weight, bias)
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        bias = None if bias is None else bias.to(dtype)
-        return _FrozenConvolution.apply(x.to(dtype), weight.to(dtype), bias, *self._form())
-
-    def _form(self) -> tuple[list[int], list[int], list[int]]:
-        """Stride, padding and dilation of a convolution."""
-        return list(self.base.stride), list(self.base.padding), list(self.base.dilation)
-
-    def _with_difference(self, y: Tensor, x: Tensor, share: float, rank: int | None) -> Tensor:
-        """y + `share` x BA x, written into y, by two small products and without forming BA."""
-        pairs = list(self.pairs(rank))
-        if share != 1.0:
-            pairs = [(a, share * b) for a, b in pairs]
-        if isinstance(self.base, nn.Conv1d):
-            ((a, b),) = pairs
-            kernel = a.view(len(a), *self.base.weight.shape[1:])
-            inner = F.conv1d(x, kernel, None, *self._form())
+                return y
+            rank = int(torch.randint(1, rank + 1, ())) if self.nested else rank
+            # The scale is alpha / rank with alpha = rank, 1, but for the ranks that DyLoRA cuts.
+            share = self.rank / rank
+        a, b = self.pairs(rank)
+        b = b if share == 1.0 else share * b
+        # Added in place by two small products, without forming BA.
+        if not linear:
+            inner = F.conv1d(x, a.view(rank, *base.weight.shape[1:]), None, *form)
             return y.baddbmm_(b.to(y.dtype).expand(len(y), -1, -1), inner)
-        inner = F.linear(x, torch.cat([a for a, _ in pairs])).chunk(len(pairs), dim=-1)
-        outer = [F.linear(part, b) for part, (_, b) in zip(inner, pairs, strict=True)]
-        return y.add_(outer[0] if len(outer) == 1 else torch.cat(outer, dim=-1))
+        inner = F.linear(x, a.flatten(0, 1)).chunk(self.parts, dim=-1)
+        outer = [F.linear(*each) for each in zip(inner, b)]
+        return y.add_(torch.cat(outer, dim=-1) if self.parts > 1 else outer[0])
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -161,19 +143,18 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
     DataError for a grouped convolution, whose weight is not one matrix.
     """
     last = last_linear(model)
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Conv1d | nn.Linear)
-        and name != last
-        and name.rpartition(".")[2] != PROJECTION
-    }
-    for name, layer in layers.items():
-        if isinstance(layer, nn.Conv1d) and layer.groups > 1:
+    layers = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Conv1d | nn.Linear) or name == last:
+            continue
+        if name.rpartition(".")[2] == PROJECTION:
+            continue
+        if getattr(layer, "groups", 1) > 1:
             raise DataError(
                 f"The convolution {name} has {layer.groups} groups, and its weight is several "
                 "matrices, so it cannot be adapted at low rank; use groups=1."
             )
+        layers[name] = layer
     return layers
 
 
@@ -205,48 +186,37 @@ def add_lora(
     needs gradients. Raises DataError for a rank larger than a layer's matrix, for names that are no
     adaptable layers, and for a p outside [0, 1).
     """
-    layers = adaptable_layers(model)
-    ranks = dict.fromkeys(layers, ranks) if isinstance(ranks, int) else dict(ranks)
-    differing = sorted(set(ranks) ^ set(layers))
-    if differing:
-        raise DataError(
-            f"The ranks do not fit the network (first difference at {differing[0]}); allocate them "
-            "for this network."
-        )
-    for name, layer in layers.items():
-        _check_rank(name, layer, ranks[name])
-    last = model.get_submodule(last_linear(model))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = name.rpartition(".")[2] == "bias"
-    last.weight.requires_grad = True
-    for name, layer in layers.items():
-        model.set_submodule(name, LowRankLayer(layer, ranks[name], **kind).train(layer.training))
-    set_deactivation(model, deactivation)
-    return model
-
-
-def _check_rank(name: str, layer: nn.Module, rank: int) -> None:
-    """DataError for a rank larger than the matrix of `layer`.
-
-    The larger side counts: the paper gives rank 16 and 32 to the first shortcut as well, which has
-    12 inputs.
-    """
-    rows, columns = len(layer.weight) // getattr(layer, "parts", 1), layer.weight[0].numel()
-    if not 1 <= rank <= max(rows, columns):
-        raise DataError(
-            f"A rank of {rank} does not fit the layer {name} with its matrix of {rows} x "
-            f"{columns}; choose 1 to {max(rows, columns)}."
-        )
-
-
-def set_deactivation(model: nn.Module, deactivation: float) -> None:
-    """Give every adapted layer but those of the head this probability p of random deactivation."""
     if not 0.0 <= deactivation < 1.0:
         raise DataError(
             f"A probability of deactivation of {deactivation} is not in [0, 1); the paper's is 0.2."
         )
-    for name, layer in low_rank_layers(model).items():
-        layer.deactivation = 0.0 if name.split(".")[0] == HEAD else deactivation
+    layers = adaptable_layers(model)
+    ranks = dict.fromkeys(layers, ranks) if isinstance(ranks, int) else ranks
+    differing = ranks.keys() ^ layers.keys()
+    if differing:
+        raise DataError(
+            f"The ranks do not fit the network (first difference at {min(differing)}); allocate "
+            "them for this network."
+        )
+    for name, layer in layers.items():
+        rows, columns = layer.weight.flatten(1).shape
+        rows //= getattr(layer, "parts", 1)
+        # The larger side counts: the paper gives rank 16 and 32 to the first shortcut as well,
+        # which has 12 inputs.
+        if not 1 <= ranks[name] <= max(rows, columns):
+            raise DataError(
+                f"A rank of {ranks[name]} does not fit the layer {name} with its matrix of {rows} "
+                f"x {columns}; choose 1 to {max(rows, columns)}."
+            )
+    trained = ("bias", f"{last_linear(model)}.weight")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.endswith(trained)
+    for name, layer in layers.items():
+        adapted = LowRankLayer(layer, ranks[name], **kind).train(layer.training)
+        if not name.startswith(HEAD):
+            adapted.deactivation = deactivation
+        model.set_submodule(name, adapted)
+    return model
 
 
 @torch.no_grad()
@@ -269,10 +239,12 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """Everything that training changes: the trained parameters and the running statistics of batch
     norm.
     """
-    parameters, buffers = model.named_parameters(), model.named_buffers()
-    trained = {name: value.detach() for name, value in parameters if value.requires_grad}
-    statistics = {name: value for name, value in buffers if not name.endswith("batches_tracked")}
-    return trained | statistics
+    frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if name not in frozen and not name.endswith("batches_tracked")
+    }
 
 
 def backbone_checksum(model: nn.Module) -> str:
@@ -281,14 +253,15 @@ def backbone_checksum(model: nn.Module) -> str:
 
     The head's last layer is not among them, for it belongs to the task.
     """
-    adapted, last, digest = low_rank_layers(model), last_linear(model), hashlib.sha256()
+    trained = {last_linear(model), *low_rank_layers(model)}
+    digest = hashlib.sha256()
     for name, value in model.named_parameters():
         owner, _, kind = name.rpartition(".")
-        if kind == "bias" or owner == last or (owner in adapted and kind in LOW_RANK_PARTS):
+        if kind == "bias" or owner in trained:
             continue
-        plain = ".".join(part for part in name.split(".") if part != "base")
+        plain = name.replace(".base.", ".")
         digest.update(f"{plain} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -314,14 +287,14 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
     backbone's.
     """
     tensors, about = load_tensors(path)
-    if about.get("backbone") != backbone_checksum(model):
+    if about.pop("backbone", None) != backbone_checksum(model):
         raise DataError(
             f"{path}: an adapter for another backbone (the checksums of the weights differ); load "
             "it onto the weights that it was trained on."
         )
-    ranks = {name: rank for name, rank in about.items() if name.startswith("rank/")}
-    ranks = {name.removeprefix("rank/"): int(rank) for name, rank in ranks.items()}
-    add_lora(model, ranks, float(about["deactivation"]))
+    deactivation = float(about.pop("deactivation"))
+    ranks = {name.removeprefix("rank/"): int(rank) for name, rank in about.items()}
+    add_lora(model, ranks, deactivation)
     name = first_difference(adapter_state(model), tensors)
     if name is not None:
         raise DataError(

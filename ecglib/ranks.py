@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ecglib.batches import Batch
 from ecglib.errors import DataError
-from ecglib.lora import LOW_RANK_PARTS, LowRankLayer, add_lora, low_rank_layers
+from ecglib.lora import LOW_RANK_PARTS, add_lora, low_rank_layers
 
 # AdaLoRA's penalty and smoothing, and the shares of the run between which the ranks shrink.
 PENALTY, SMOOTHING = 0.1, 0.85
@@ -39,11 +39,16 @@ def importance(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         probe = add_lora(copy.deepcopy(model), rank).train()
-    layers, rows = low_rank_layers(probe), []
+    layers = low_rank_layers(probe)
+    rows = []
     for batch in batches:
         probe.zero_grad(set_to_none=True)
         F.binary_cross_entropy_with_logits(probe(batch.signals).float(), batch.targets).backward()
-        rows.append({name: float(_score(layer).detach()) for name, layer in layers.items()})
+        rows.append({})
+        for name, layer in layers.items():
+            proxy = layer.B.grad.unflatten(0, (layer.parts, -1)) @ layer.pairs()[0]
+            product = layer.base.weight.double() * proxy.double().view_as(layer.base.weight)
+            rows[-1][name] = product.square().mean().item()
     if not rows:
         raise DataError(
             "There is no labelled batch to measure the importance of layers on; label some records."
@@ -51,13 +56,6 @@ def importance(
     published = pd.DataFrame(rows).mean()
     scale = pd.Series({name: rank * layer.start_deviation**2 for name, layer in layers.items()})
     return pd.DataFrame({"published": published, "corrected": published / scale**2})
-
-
-def _score(layer: LowRankLayer) -> Tensor:
-    """Mean over entries of (W0 * dL/dB A)^2."""
-    gradients = layer.B.grad.chunk(layer.parts)
-    proxy = torch.cat([g @ a for g, (a, _) in zip(gradients, layer.pairs(), strict=True)])
-    return (layer.base.weight.flatten(1).double() * proxy.double()).square().mean()
 
 
 def ranks_by_importance(scores: Mapping[str, float], rank: int, share: float) -> dict[str, int]:
@@ -71,8 +69,8 @@ def ranks_by_importance(scores: Mapping[str, float], rank: int, share: float) ->
             f"A share of important layers of {share} is not in [0, 1]; 0.5 gives half of them the "
             "full rank."
         )
-    ordered = sorted(scores, key=lambda name: scores[name], reverse=True)
-    important = set(ordered[: round(share * len(ordered))])
+    ordered = sorted(scores, key=scores.get, reverse=True)
+    important = ordered[: round(share * len(ordered))]
     return {name: rank if name in important else max(rank // 4 * 2, 1) for name in scores}
 
 
@@ -103,32 +101,33 @@ class AdaptiveRanks(nn.Module):
     adapted with `singular_values=True` and 1.5 times the `rank`.
     """
 
-    def __init__(
-        self,
-        objective: nn.Module,
-        network: nn.Module,
-        rank: int,
-    ) -> None:
+    def __init__(self, objective: nn.Module, network: nn.Module, rank: int) -> None:
         super().__init__()
         self.objective = objective
         self.layers = list(low_rank_layers(network).values())
-        self.start = sum(len(layer.values) for layer in self.layers)
+        self.sizes = [len(layer.values) for layer in self.layers]
         self.goal = sum(rank * layer.parts for layer in self.layers)
         for index, layer in enumerate(self.layers):
             for part in LOW_RANK_PARTS:
-                for kind in ("mean", "spread"):
-                    start = torch.zeros_like(getattr(layer, part))
-                    self.register_buffer(f"{kind}_{part}_{index}", start)
+                # The smoothed mean and the smoothed deviation of |weight x gradient|.
+                shape = (2, *getattr(layer, part).shape)
+                self.register_buffer(f"{part}_{index}", layer.A.new_zeros(shape))
 
     def loss(self, batch: Batch) -> Tensor:
-        """The objective's loss and the penalty on vectors that are not orthonormal."""
-        penalty = sum(_lack_of_orthogonality(layer) for layer in self.layers)
+        """The objective's loss and the penalty |AA' - 1|^2 + |B'B - 1|^2, summed over layers and
+        their parts, on vectors that are not orthonormal.
+        """
+        penalty = 0.0
+        for layer in self.layers:
+            unit = torch.eye(layer.rank, device=layer.A.device)
+            a, b = (values.unflatten(0, (layer.parts, -1)) for values in (layer.A, layer.B))
+            penalty += (a @ a.mT - unit).square().sum() + (b.mT @ b - unit).square().sum()
         return self.objective.loss(batch) + PENALTY * penalty
 
     def budget(self, progress: float) -> int:
         """How many values may differ from 0."""
         left = 1.0 - min(max((progress - BEGIN) / (END - BEGIN), 0.0), 1.0)
-        return self.goal + round((self.start - self.goal) * left**3)
+        return self.goal + round((sum(self.sizes) - self.goal) * left**3)
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
@@ -137,43 +136,31 @@ class AdaptiveRanks(nn.Module):
         """
         if hasattr(self.objective, "after_step"):
             self.objective.after_step(progress)
-        scores = torch.cat(
-            [self.triple_importance(index, layer) for index, layer in enumerate(self.layers)]
-        )
-        kept = scores.new_zeros(len(scores), dtype=torch.bool)
+        scores = torch.cat([self.triple_importance(index) for index in range(len(self.layers))])
+        kept = torch.zeros_like(scores, dtype=torch.bool)
         kept[scores.topk(self.budget(progress)).indices] = True
-        masks = kept.split([len(layer.values) for layer in self.layers])
-        for layer, mask in zip(self.layers, masks, strict=True):
+        for layer, mask in zip(self.layers, kept.split(self.sizes)):
             layer.values.mul_(mask)
 
-    def triple_importance(self, index: int, layer: LowRankLayer) -> Tensor:
-        """Importance of each (value, row of A, column of B) of a layer, `(parts x rank,)`."""
-        rows, columns, values = (self._sensitivity(part, index, layer) for part in LOW_RANK_PARTS)
+    @torch.no_grad()
+    def triple_importance(self, index: int) -> Tensor:
+        """Importance of each (value, row of A, column of B) of a layer, `(parts x rank,)`, after
+        this step's gradient.
+        """
+        layer = self.layers[index]
+        found = []
+        for part in LOW_RANK_PARTS:
+            weight = getattr(layer, part)
+            mean, deviation = getattr(self, f"{part}_{index}")
+            now = (weight * weight.grad).abs()
+            mean.lerp_(now, 1.0 - SMOOTHING)
+            deviation.lerp_((now - mean).abs(), 1.0 - SMOOTHING)
+            found.append(mean * deviation)
+        rows, columns, values = found
         columns = columns.unflatten(0, (layer.parts, -1)).mean(dim=1).flatten()
         return values + rows.mean(dim=1) + columns
 
-    def _sensitivity(self, part: str, index: int, layer: LowRankLayer) -> Tensor:
-        """Smoothed |weight x gradient| times its smoothed deviation, updated with this step's
-        gradient.
-        """
-        weight = getattr(layer, part)
-        mean = getattr(self, f"mean_{part}_{index}")
-        spread = getattr(self, f"spread_{part}_{index}")
-        if weight.grad is not None:
-            now = (weight * weight.grad).abs()
-            mean.lerp_(now, 1.0 - SMOOTHING)
-            spread.lerp_((now - mean).abs(), 1.0 - SMOOTHING)
-        return mean * spread
-
     def report(self) -> dict:
         """What the objective tells, and the number of values in use."""
-        shares = self.objective.report() if hasattr(self.objective, "report") else {}
-        in_use = int(sum((layer.values != 0).sum() for layer in self.layers))
-        return {**shares, "ranks_in_use": in_use}
-
-
-def _lack_of_orthogonality(layer: LowRankLayer) -> Tensor:
-    """|AA' - 1|^2 + |B'B - 1|^2, summed over the parts."""
-    unit = torch.eye(layer.rank, device=layer.A.device)
-    pairs = zip(layer.A.float().chunk(layer.parts), layer.B.float().chunk(layer.parts), strict=True)
-    return sum((a @ a.T - unit).square().sum() + (b.T @ b - unit).square().sum() for a, b in pairs)
+        in_use = int(sum(layer.values.count_nonzero() for layer in self.layers))
+        return {**self.objective.report(), "ranks_in_use": in_use}

@@ -100,7 +100,7 @@ import torch
 from ecglib.fusion import FusionNetwork, gather
 
 sizes, classes = [values.shape[2] for values in data.features.values()], len(records.classes)
-network = FusionNetwork(1, sizes, classes, width=width, heads=heads, hidden=hidden).eval()
+network = FusionNetwork([0], sizes, classes, width=width, heads=heads, hidden=hidden).eval()
 few = gather([values[:1] for values in data.features.values()], torch.arange(8)[None])
 
 
@@ -156,7 +156,7 @@ print(
 from ecglib.fusion import FusionPerceptron, count_parameters, matched_hidden
 
 shape = {"width": width, "heads": heads, "hidden": hidden}
-perceptron = FusionPerceptron(1, sizes, classes, hidden=matched_hidden(sizes, classes, **shape))
+perceptron = FusionPerceptron([0], sizes, classes, hidden=matched_hidden(sizes, classes, **shape))
 counts = {
     "probe of one encoder": (sizes[0] + 1) * classes,
     "concatenation + logistic": (sum(sizes) + 1) * classes,

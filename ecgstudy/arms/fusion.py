@@ -19,7 +19,6 @@ from ecglib.fusion import (
     FusionBatches,
     FusionNetwork,
     FusionPerceptron,
-    draw_tokens,
     gather,
     matched_hidden,
     model_of,
@@ -66,9 +65,10 @@ class FusionSettings(Settings):
     learning_rates: Sequence[float]
 
     @property
-    def shape(self) -> dict[str, int]:
-        """What decides the number of parameters."""
-        return {"width": self.width, "heads": self.heads, "hidden": self.hidden}
+    def network(self) -> dict:
+        """The options of a FusionNetwork."""
+        names = ("width", "heads", "hidden", "dropout", "token_dropout")
+        return {name: getattr(self, name) for name in names}
 
 
 # Members.
@@ -287,17 +287,16 @@ def tokens_stack(
     sizes: Sequence[int], classes: int, settings: FusionSettings, seeds: Sequence[int], **options
 ) -> FusionNetwork:
     """A token for each encoder, mixed by attention unless `options` say otherwise."""
-    shared = {**settings.shape, "dropout": settings.dropout, "seeds": seeds}
-    return FusionNetwork(len(seeds), sizes, classes, **shared, **options)
+    return FusionNetwork(seeds, sizes, classes, **settings.network, **options)
 
 
 def perceptron_stack(
     sizes: Sequence[int], classes: int, settings: FusionSettings, seeds: Sequence[int]
 ) -> FusionPerceptron:
     """A perceptron on all features with as many parameters."""
-    hidden = matched_hidden(sizes, classes, **settings.shape)
-    shared = {"dropout": settings.dropout, "seeds": seeds}
-    return FusionPerceptron(len(seeds), sizes, classes, hidden=hidden, **shared)
+    options = {"dropout": settings.dropout, "token_dropout": settings.token_dropout}
+    options["hidden"] = matched_hidden(sizes, classes, **settings.network)
+    return FusionPerceptron(seeds, sizes, classes, **options)
 
 
 # Fitted for all label subsets together, when the first is asked for.
@@ -367,7 +366,7 @@ class TrainedFits(Fits):
         rates = sorted(self.settings.learning_rates)
         stacks = [self._trained_stack(features, places, rate) for rate in rates]
         validation = data.split["validation"]
-        logits = [stack_logits(stack, features, validation, len(places)) for stack in stacks]
+        logits = [stack_logits(stack, features, validation) for stack in stacks]
         best = np.argmax([data.validation_scores(each) for each in logits], axis=0)
         results = {}
         for place, subset in enumerate(self.subsets):
@@ -393,7 +392,7 @@ class TrainedFits(Fits):
         steps = settings.steps
         targets = data.records.targets
         batches = FusionBatches(features, targets, positions, seeds, steps, settings.batch_size)
-        train_stack(stack, batches, steps, rate, settings.token_dropout)
+        train_stack(stack, batches, rate)
         return stack
 
 
@@ -405,7 +404,7 @@ def _at(features: Tensor, places: list[int]) -> Tensor:
 def network_result(data: FusionData, network: nn.Module, features: Sequence[Tensor]) -> Result:
     """Probabilities of both splits, and token weights on fold 9 where there are tokens."""
     arrays = {
-        name: torch.sigmoid(stack_logits(network, features, data.split[name], 1)[0]).numpy()
+        name: torch.sigmoid(stack_logits(network, features, data.split[name])[0]).numpy()
         for name in SPLITS
     }
     if isinstance(network, FusionNetwork):
@@ -462,12 +461,10 @@ class FusedClassifier(nn.Module):
         encoders: Sequence[nn.Module],
         network: FusionNetwork,
         references: Sequence[Tensor],
-        token_dropout: float,
     ) -> None:
         super().__init__()
         self.encoders = nn.ModuleList(encoders)
         self.network = network
-        self.token_dropout = token_dropout
         scales = [feature_scale(reference) for reference in references]
         mean, deviation = (torch.cat(parts).float() for parts in zip(*scales, strict=True))
         self.register_buffer("mean", mean)
@@ -481,11 +478,7 @@ class FusedClassifier(nn.Module):
         """Logits `(n, classes)` of such features."""
         scaled = (features - self.mean) / self.deviation
         parts = [unit_length(part) for part in scaled.split(self.network.sizes, dim=1)]
-        keep = None
-        if self.training:
-            count = len(features)
-            keep = draw_tokens(count, len(parts), self.token_dropout, device=features.device)
-        return self.network(torch.cat(parts, dim=1)[None], keep)[0]
+        return self.network(torch.cat(parts, dim=1)[None])[0]
 
     def forward(self, signals: Tensor) -> Tensor:
         return self.answer(self.features(signals))
@@ -504,7 +497,7 @@ def fused_classifier(frozen: Run, members: Sequence[Run], records: Records) -> F
     network = tokens_stack(sizes, len(records.classes), settings, [0], **options)
     load_state(network, frozen.weights(), frozen.folder / MODEL)
     encoders = [member_encoder(run) for run in members]
-    return FusedClassifier(encoders, network, raw, settings.token_dropout)
+    return FusedClassifier(encoders, network, raw)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from ecglib.lora import (
     low_rank_layers,
     merge_lora,
     save_adapter,
-    set_deactivation,
     trainable_parameters,
 )
 from ecglib.supervised import Classifier
@@ -235,14 +234,17 @@ def test_checksum_knows_the_backbone_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["xresnet1d_narrow", "cpc_lstm_small", "vit1d_small"])
-def test_other_encoders_can_be_adapted(name: str) -> None:
+def test_other_encoders_can_be_adapted(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = Classifier(make_encoder(name), 5).eval()
     x = torch.randn(2, 12, 250)
-    before = network(x)
+    before, plain = network(x), copy.deepcopy(network)
     add_lora(network, 2)
     torch.testing.assert_close(network(x), before)
     after = stirred(network)(x)
+    if low_rank_layers(network):  # the xresnet's convolutions are two-dimensional
+        path = save_adapter(network, tmp_path / "adapter.safetensors")
+        assert torch.equal(load_adapter(plain, path)(x), after)
     torch.testing.assert_close(merge_lora(network)(x), after, rtol=1e-4, atol=1e-5)
 
 
@@ -255,7 +257,7 @@ def test_bad_ranks_and_probabilities_are_told() -> None:
         add_lora(network_of(), {})
     for p in (-0.1, 1.0):
         with pytest.raises(DataError, match=r"not in \[0, 1\)"):
-            set_deactivation(add_lora(network_of(), 2), p)
+            add_lora(network_of(), 2, p)
     grouped = nn.Sequential(
         nn.Conv1d(4, 8, 3, groups=2), nn.Flatten(), nn.Linear(8, 2), nn.Linear(2, 2)
     )
