@@ -7,6 +7,7 @@ samples and 1,144 zeros. Voltages and proportions between leads are lost by this
 Einthoven's law and the voltage criteria.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -29,6 +30,7 @@ UNIT = "standard deviations"
 # Standard deviations per count, +-82 in all: none of n samples lies further out than sqrt(n - 1),
 # which is 78 where n is 6144.
 SCALE = 0.0025
+STILL = f"moves less than {FLAT_RANGE:g} mV in the band"
 BLOCK = 16  # records filtered together; more are not faster
 
 
@@ -46,20 +48,36 @@ def preprocess(
     """
     _check(records, low, high, order, length)
     sections = butter(order, (low, high), "bandpass", fs=records.sampling_rate, output="sos")
-    notes: list[tuple[str, str, str, str, str]] = []
+    ids = records.table["record_id"].astype(str)
+    notes = []
 
-    def standardised(start: int) -> np.ndarray:
-        part = slice(start, start + BLOCK)
-        counts = np.asarray(records.signals[part])
-        ids = records.table["record_id"].iloc[part].astype(str).tolist()
-        sizes = _samples_before_padding(counts)
-        _check_sizes(ids, sizes, order)
-        block = _standardised_block(counts, sizes, records.scale, sections, length)
-        notes.extend(_notes(ids, sizes, ~block.any(axis=2), length, records.sampling_rate))
-        return block
+    def blocks() -> Iterator[np.ndarray]:
+        for start in range(0, len(records), BLOCK):
+            counts = records.signals[start : start + BLOCK]
+            # Up to the last sample at which any lead is not zero; 0 where all are.
+            sizes = (counts.any(axis=1) * np.arange(1, counts.shape[2] + 1)).max(axis=1)
+            block = np.zeros((*counts.shape[:2], length), dtype=np.int16)
+            for size in np.unique(sizes[sizes > 0]):  # nearly always a single one
+                rows = np.flatnonzero(sizes == size)
+                if size <= _edge(order):
+                    raise DataError(
+                        f"Record {ids[start + rows[0]]}: {size} samples before its padding, where "
+                        f"a filter of order {order} needs more than {_edge(order)}; leave the "
+                        "record out."
+                    )
+                values = _standardised(counts[rows, :, :size], records.scale, sections)
+                block[rows, :, :size] = to_counts(values[:, :, :length], SCALE)
+            yield block
+            for place, flat in enumerate(~block.any(axis=2), start):
+                if flat.any():
+                    leads = ", ".join(np.array(LEADS)[flat])
+                    notes.append((ids[place], leads, "flat lead", "set to zeros", STILL))
+            for place in np.flatnonzero(sizes > length):
+                seconds = f"{sizes[place] / records.sampling_rate:.2f} s"
+                notes.append((ids[start + place], "all", "length", "cut", seconds))
 
-    signals = counts_on_disk(map(standardised, range(0, len(records), BLOCK)))
-    noted = pd.DataFrame(notes, columns=list(LEFT_OUT_COLUMNS), dtype=str)
+    signals = counts_on_disk(blocks())
+    noted = pd.DataFrame(notes, columns=LEFT_OUT_COLUMNS, dtype=str)
     settings = {
         "filter": f"Butterworth band-pass of order {order}, forwards and backwards",
         "band_hz": [low, high],
@@ -107,75 +125,20 @@ def _edge(order: int) -> int:
     return 3 * (2 * order + 1)
 
 
-def _samples_before_padding(counts: np.ndarray) -> np.ndarray:
-    """Samples `(n,)` of `(n, 12, time)` up to the last at which any lead is not zero; 0 where all
-    are.
+def _standardised(counts: np.ndarray, scale: float, sections: np.ndarray) -> np.ndarray:
+    """Leads of `(n, 12, time)` counts of `scale` mV, filtered, in standard deviations of their
+    known samples; NaN where missing, 0 where flat.
     """
-    any_lead = (counts != 0).any(axis=1)
-    return np.where(any_lead.any(axis=1), counts.shape[2] - any_lead[:, ::-1].argmax(axis=1), 0)
-
-
-def _check_sizes(ids: list[str], sizes: np.ndarray, order: int) -> None:
-    """DataError naming the first record that is too short to be filtered; one of nothing but zeros
-    needs no filter.
-    """
-    short = (sizes > 0) & (sizes <= _edge(order))
-    if short.any():
-        place = int(short.argmax())
-        raise DataError(
-            f"Record {ids[place]}: {sizes[place]} samples before its padding, where a filter of "
-            f"order {order} needs more than {_edge(order)}; leave the record out."
-        )
-
-
-def _standardised_block(
-    counts: np.ndarray, sizes: np.ndarray, scale: float, sections: np.ndarray, length: int
-) -> np.ndarray:
-    """Counts `(n, 12, length)` of SCALE from counts `(n, 12, time)` of `scale` mV, `sizes` of them
-    before padding.
-    """
-    result = np.zeros((len(counts), len(LEADS), length), dtype=np.int16)
-    for size in np.unique(sizes[sizes > 0]):  # nearly always a single one
-        rows = sizes == size
-        part = counts[rows, :, :size]
-        missing = part == MISSING
-        signals = part * scale
-        bridge_gaps(signals, missing)
-        # Second-order sections keep 13 digits of what filtfilt(b, a) keeps 8 of; ends as in
-        # filtfilt.
-        filtered = sosfiltfilt(sections, signals, axis=2, padlen=_edge(len(sections)))
-        result[rows, :, :size] = to_counts(_standardised(filtered, missing)[:, :, :length], SCALE)
-    return result
-
-
-def _standardised(signals: np.ndarray, missing: np.ndarray) -> np.ndarray:
-    """Leads of `(n, 12, time)` in mV in standard deviations of their known samples; NaN where
-    missing, 0 where flat.
-    """
+    missing = counts == MISSING
+    signals = counts * scale
+    bridge_gaps(signals, missing)
+    # Second-order sections keep 13 digits of what filtfilt(b, a) keeps 8 of; ends as in filtfilt.
+    signals = sosfiltfilt(sections, signals, axis=2, padlen=_edge(len(sections)))
     known = np.maximum((~missing).sum(axis=2, keepdims=True), 1)
-    centred = signals - signals.sum(axis=2, keepdims=True, where=~missing) / known
-    centred[missing] = 0.0
-    deviation = np.sqrt(np.square(centred).sum(axis=2, keepdims=True) / known)
-    flat = np.ptp(centred, axis=2, keepdims=True) < FLAT_RANGE
-    centred /= np.where(flat, np.inf, deviation)
-    centred[missing] = np.nan
-    return centred
-
-
-def _notes(
-    ids: list[str], sizes: np.ndarray, flat: np.ndarray, length: int, sampling_rate: float
-) -> list[tuple[str, str, str, str, str]]:
-    """One row of `left_out` for each record with leads `flat (n, 12)`, and for each that is longer
-    than `length`.
-    """
-    detail = f"moves less than {FLAT_RANGE:g} mV in the band"
-    flat_leads = [
-        (name, ", ".join(np.array(LEADS)[leads]), "flat lead", "set to zeros", detail)
-        for name, leads in zip(ids, flat, strict=True)
-        if leads.any()
-    ]
-    return flat_leads + [
-        (name, "all", "length", "cut", f"{size / sampling_rate:.2f} s")
-        for name, size in zip(ids, sizes, strict=True)
-        if size > length
-    ]
+    signals -= signals.sum(axis=2, keepdims=True, where=~missing) / known
+    signals[missing] = 0.0
+    deviation = np.sqrt(np.square(signals).sum(axis=2, keepdims=True) / known)
+    flat = np.ptp(signals, axis=2, keepdims=True) < FLAT_RANGE
+    signals /= np.where(flat, np.inf, deviation)
+    signals[missing] = np.nan
+    return signals

@@ -5,13 +5,15 @@ them. The count -32768 marks a missing sample, as in WFDB format 16.
 """
 
 import hashlib
-import itertools
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from errno import ENOSPC
 from functools import cached_property, partial
+from itertools import permutations
 from pathlib import Path
+from types import EllipsisType
 
 import numpy as np
 import pandas as pd
@@ -36,8 +38,8 @@ FLAT_RANGE = 0.005  # mV; a lead that moves less over the whole record carries n
 ABSURD_PEAK = 20.0  # mV; no surface ECG reaches this, a wrong gain does
 ABSURDLY_SMALL = 0.01  # mV; largest lead range below this is a wrong gain the other way
 SATURATED_SHARE = 0.05  # share of a lead's samples that sit at its own extreme value
-LAW_TOLERANCE = 0.1  # residual of Einthoven's law over the size of the limb leads
-LAW_FLOOR = 0.02  # mV; smaller residuals are rounding and filter differences
+LAW_TOLERANCE = 0.1  # rms residual of Einthoven's law over the rms size of the limb leads
+LAW_FLOOR = 0.02  # mV rms; smaller residuals are rounding and filter differences
 CHUNK = 1024  # records handled together, so that memory does not grow with their number
 
 
@@ -67,7 +69,7 @@ class Records:
         self.targets = np.asarray(self.targets)
         count = len(self.signals)
         shape = self.signals.shape
-        if self.signals.dtype != np.int16 or len(shape) != 3 or shape[1] != len(LEADS):
+        if self.signals.dtype != np.int16 or shape != (count, len(LEADS), shape[-1]):
             raise DataError(
                 f"Records need int16 signals (records, 12, time), not {self.signals.dtype} "
                 f"{shape}; use Records.from_millivolts for signals in mV."
@@ -100,11 +102,11 @@ class Records:
     def __len__(self) -> int:
         return len(self.signals)
 
-    def millivolts(self, indices: np.ndarray | slice | None = None) -> np.ndarray:
+    def millivolts(self, indices: np.ndarray | slice | EllipsisType = ...) -> np.ndarray:
         """Signals in mV (in `unit` where that is another), float32 `(n, 12, time)`, NaN where a
         sample is missing.
         """
-        counts = np.asarray(self.signals if indices is None else self.signals[indices])
+        counts = np.asarray(self.signals[indices])
         values = counts.astype(np.float32) * np.float32(self.scale)
         values[counts == MISSING] = np.nan
         return values
@@ -122,15 +124,17 @@ class Records:
                 )
             chosen = np.flatnonzero(chosen)
         chosen = chosen.astype(np.int64).reshape(-1)
-        if len(chosen) and (chosen.min() < -len(self) or chosen.max() >= len(self)):
+        try:
+            signals = self.signals[chosen]
+        except IndexError:
             raise DataError(
                 f"Record index {chosen.max()} does not exist among {len(self)} records; select by "
                 "position."
-            )
+            ) from None
         part = hashlib.sha256(self.fingerprint.encode() + chosen.tobytes()).hexdigest()
         return replace(
             self,
-            signals=self.signals[chosen],
+            signals=signals,
             table=self.table.iloc[chosen],
             targets=self.targets[chosen],
             known_fingerprint=part,
@@ -186,7 +190,8 @@ class Records:
         """
         if self.about.get("simulated"):
             return "simulated"
-        return self.about.get("source", "records") + (" subset" if self.about.get("subset") else "")
+        source = self.about.get("source", "records")
+        return f"{source} subset" if self.about.get("subset") else source
 
     @property
     def caveat(self) -> str:
@@ -195,9 +200,14 @@ class Records:
         """
         if self.about.get("simulated"):
             return " (SIMULATED records)"
-        return (
-            " (a subset: not comparable with published tables)" if self.about.get("subset") else ""
-        )
+        if self.about.get("subset"):
+            return " (a subset: not comparable with published tables)"
+        return ""
+
+    def _chunks(self) -> Iterator[np.ndarray]:
+        """The signals, CHUNK records at a time."""
+        for start in range(0, len(self), CHUNK):
+            yield np.ascontiguousarray(self.signals[start : start + CHUNK])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -208,8 +218,8 @@ class Records:
             return self.known_fingerprint
         form = (self.classes, float(self.scale), float(self.sampling_rate), self.signals.shape)
         digest = hashlib.sha256(repr(form).encode())
-        for start in range(0, len(self), CHUNK):
-            digest.update(np.ascontiguousarray(self.signals[start : start + CHUNK]))
+        for chunk in self._chunks():
+            digest.update(chunk)
         digest.update(np.ascontiguousarray(self.targets.astype(np.float32)))
         for column in TABLE_COLUMNS:
             digest.update("\0".join(self.table[column].astype(str)).encode())
@@ -226,12 +236,12 @@ class Records:
                 f"{self.name}: the signals are in {self.unit}; validate the records in mV they "
                 "came from."
             )
-        rows = []
-        for start in range(0, len(self), CHUNK):
-            part = slice(start, min(start + CHUNK, len(self)))
-            ids = self.table["record_id"].iloc[part].astype(str).tolist()
-            for index, lead, fault, detail in find_faults(self.millivolts(part)):
-                rows.append((ids[index], lead, fault, detail))
+        ids = self.table["record_id"].astype(str)
+        rows = [
+            (ids[start + place], *fault)
+            for start in range(0, len(self), CHUNK)
+            for place, *fault in find_faults(self.millivolts(slice(start, start + CHUNK)))
+        ]
         return pd.DataFrame(rows, columns=["record_id", "lead", "fault", "detail"])
 
     def save(self, folder: str | Path) -> Path:
@@ -242,18 +252,14 @@ class Records:
         with atomic_folder(folder) as temporary:
             needed = self.signals.nbytes + self.targets.nbytes + 1_000_000
             free = shutil.disk_usage(temporary).free
-            with explain_storage(folder):
-                if free < needed:
-                    raise OSError(28, f"{needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
+            if free < needed:
+                raise OSError(ENOSPC, f"{needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
             # Plain writes, not a memory map: on a full disk they raise an error where a map would
             # kill the process.
             with (temporary / "signals.npy").open("wb") as stored:
                 header = {"descr": "<i2", "fortran_order": False, "shape": self.signals.shape}
                 np.lib.format.write_array_header_1_0(stored, header)
-                for start in range(0, len(self), CHUNK):
-                    stored.write(
-                        np.ascontiguousarray(self.signals[start : start + CHUNK], dtype="<i2")
-                    )
+                stored.writelines(self._chunks())
             np.save(temporary / "targets.npy", self.targets)
             self.table.to_csv(temporary / "table.csv", index=False)
             self.left_out.to_csv(temporary / "left_out.csv", index=False)
@@ -283,8 +289,8 @@ class Records:
             )
         about = read_json(folder / "records.json")
         try:
-            signals = np.load(folder / "signals.npy", mmap_mode="r", allow_pickle=False)
-            targets = np.load(folder / "targets.npy", allow_pickle=False)
+            signals = np.load(folder / "signals.npy", mmap_mode="r")
+            targets = np.load(folder / "targets.npy")
             table = pd.read_csv(
                 folder / "table.csv", dtype={"record_id": str, "patient_id": str, "source": str}
             )
@@ -313,9 +319,8 @@ def to_counts(values: np.ndarray, scale: float = MICROVOLT) -> np.ndarray:
     """Values, NaN where missing, as int16 counts of `scale` each (mV as microvolts); clipped beyond
     +-32,767 counts.
     """
-    counts = np.clip(
-        np.rint(np.asarray(values, dtype=np.float32) / np.float32(scale)), -32767, 32767
-    )
+    counts = np.rint(np.asarray(values, dtype=np.float32) / np.float32(scale))
+    counts = counts.clip(-32767, 32767)
     return np.where(np.isnan(counts), MISSING, counts).astype(np.int16)
 
 
@@ -339,7 +344,7 @@ def bridge_gaps(signals: np.ndarray, missing: np.ndarray) -> None:
     has no sample at all.
     """
     time = np.arange(signals.shape[-1])
-    for place in zip(*np.nonzero(missing.any(axis=-1)), strict=True):
+    for place in zip(*np.nonzero(missing.any(axis=-1))):
         known = ~missing[place]
         signal = signals[place]
         signal[:] = np.interp(time, time[known], signal[known]) if known.any() else 0.0
@@ -351,70 +356,60 @@ def find_faults(millivolts: np.ndarray) -> list[tuple[int, str, str, str]]:
     """
     missing = np.isnan(millivolts)
     signals = np.where(missing, np.float32(0), millivolts) if missing.any() else millivolts
-    high, low = signals.max(axis=2), signals.min(axis=2)
-    span = high - low
-    at_extreme = np.maximum(
-        (signals == high[..., None]).mean(axis=2), (signals == low[..., None]).mean(axis=2)
-    )
+    high = signals.max(axis=2, keepdims=True)
+    low = signals.min(axis=2, keepdims=True)
+    at_extreme = np.maximum((signals == high).mean(axis=2), (signals == low).mean(axis=2))
+    peak = np.maximum(high, -low)[..., 0]
+    span = (high - low)[..., 0]
     flat = span < FLAT_RANGE
     share = missing.mean(axis=2)
     saturated = (at_extreme > SATURATED_SHARE) & ~flat & (span > 1.0)
-    peak = np.maximum(np.abs(high), np.abs(low))
+    largest = span.max(axis=1, keepdims=True)
+    small = (largest < ABSURDLY_SMALL) & ~flat.all(axis=1, keepdims=True)
     faults = [
-        (int(index), LEADS[lead], fault, detail.format(values[index, lead]))
-        for found, fault, detail, values in (
-            (share > 0, "missing samples", "{:.1%} of the samples", share),
-            (flat, "flat lead", "range {:.3f} mV", span),
-            (saturated, "saturated", "{:.1%} at one extreme", at_extreme),
-            (peak > ABSURD_PEAK, "absurd amplitude", "peak {:.1f} mV", peak),
+        (int(place), names[lead], fault, detail.format(values[place, lead]))
+        for names, found, fault, detail, values in (
+            (LEADS, share > 0, "missing samples", "{:.1%} of the samples", share),
+            (LEADS, flat, "flat lead", "range {:.3f} mV", span),
+            (LEADS, saturated, "saturated", "{:.1%} at one extreme", at_extreme),
+            (LEADS, peak > ABSURD_PEAK, "absurd amplitude", "peak {:.1f} mV", peak),
+            (["all"], small, "absurd amplitude", "largest range {:.4f} mV", largest),
         )
-        for index, lead in np.argwhere(found)
+        for place, lead in np.argwhere(found)
     ]
-    largest = span.max(axis=1)
-    for index in np.flatnonzero((largest < ABSURDLY_SMALL) & ~flat.all(axis=1)):
-        detail = f"largest range {largest[index]:.4f} mV"
-        faults.append((int(index), "all", "absurd amplitude", detail))
-    residual = limb_residual(signals)
+    limb = signals[:, :6] - signals[:, :6].mean(axis=2, keepdims=True)
+    covariance = limb @ limb.swapaxes(1, 2) / limb.shape[2]
+    error = _law_error(covariance)
+    size = np.trace(covariance, axis1=1, axis2=2)
+    broken = (error > LAW_TOLERANCE**2 * size) & (error > 6 * LAW_FLOOR**2)
     sound = ~flat[:, :6].any(axis=1) & ~missing[:, :6].any(axis=(1, 2))
-    for index in np.flatnonzero((residual > LAW_TOLERANCE) & sound):
-        detail = _law_detail(signals[index], residual[index])
-        faults.append((int(index), "limb leads", "Einthoven's law broken", detail))
+    for place in np.flatnonzero(broken & sound):
+        order = limb_permutation(signals[place])
+        residual = np.sqrt(error[place] / size[place])
+        detail = f"residual {residual:.2f} of the signal, no order of the leads explains it"
+        if order:
+            held = [LEADS[lead] for lead in np.argsort(order)]
+            detail = f"permuted: the channels hold {', '.join(held)}"
+        faults.append((int(place), "limb leads", "Einthoven's law broken", detail))
     return faults
 
 
-def limb_residual(millivolts: np.ndarray) -> np.ndarray:
-    """How far limb leads `(n, 12, time)` are from Einthoven's and Goldberger's laws: rms error over
-    rms signal, `(n,)`.
+def _law_error(covariance: np.ndarray) -> np.ndarray:
+    """How far limb leads of a covariance `(..., 6, 6)` are from Einthoven's and Goldberger's laws:
+    the sum of the squared deviations of all six, averaged over time.
 
-    Means are removed first: an offset of the amplifier is not a permuted lead.
+    A covariance knows no means: an offset of the amplifier is not a permuted lead.
     """
-    limb = millivolts[:, :6] - millivolts[:, :6].mean(axis=2, keepdims=True)
-    expected = np.einsum("lk,nkt->nlt", LIMB_FROM_I_AND_II, limb[:, :2])
-    error = np.sqrt(np.square(limb - expected).mean(axis=(1, 2)))
-    size = np.sqrt(np.square(limb).mean(axis=(1, 2)))
-    return np.where(error < LAW_FLOOR, 0.0, error / np.maximum(size, 1e-9))
+    laws = np.hstack([LIMB_FROM_I_AND_II[2:], -np.eye(4)])  # laws @ limb leads = 0
+    return np.einsum("ij,...jk,ik->...", laws, covariance, laws)
 
 
 def limb_permutation(millivolts: np.ndarray) -> tuple[int, ...] | None:
     """The one order of the six limb leads of `(12, time)` that obeys the laws, or None where none
     or several do.
     """
-    limb = millivolts[:6] - millivolts[:6].mean(axis=1, keepdims=True)
-    covariance = (limb @ limb.T) / limb.shape[1]
-    size = max(float(np.trace(covariance)), 1e-12)
-    # law @ limb == 0
-    laws = np.concatenate([LIMB_FROM_I_AND_II[2:], -np.eye(4, dtype=np.float32)], axis=1)
-    orders = np.array(list(itertools.permutations(range(6))))
+    covariance = np.cov(millivolts[:6], bias=True)
+    orders = np.array(list(permutations(range(6))))
     permuted = covariance[orders[:, :, None], orders[:, None, :]]  # (orders, 6, 6)
-    error = np.einsum("ij,njk,ik->n", laws, permuted, laws)
-    fitting = orders[np.sqrt(np.maximum(error, 0.0) / size) < LAW_TOLERANCE / 2]
+    fitting = orders[_law_error(permuted) < (LAW_TOLERANCE / 2) ** 2 * np.trace(covariance)]
     return tuple(fitting[0].tolist()) if len(fitting) == 1 else None
-
-
-def _law_detail(signal: np.ndarray, residual: float) -> str:
-    """What the limb leads look like instead: permuted in one order, or not explained."""
-    order = limb_permutation(signal)
-    if order is None:
-        return f"residual {residual:.2f} of the signal, no order of the leads explains it"
-    held = [LEADS[lead] for lead in np.argsort(order)]
-    return f"permuted: the channels hold {', '.join(held)}"
