@@ -99,6 +99,8 @@ def read_index(
                 f"{path}: the column {column!r} is missing; download the file again or add the "
                 "column."
             )
+    if not len(table):
+        raise DataError(f"{path}: lists no record; add one line per record or download it again.")
     for column in table.columns.intersection(numbers):
         # As text first: pandas takes True for a number, and keeps whole numbers beyond 64 bits.
         values = pd.to_numeric(table[column].astype(str), errors="coerce").astype(float)

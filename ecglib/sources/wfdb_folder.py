@@ -88,8 +88,6 @@ def _read_labels(path: Path) -> pd.DataFrame:
     column = next((name for name in NAMES if name in table), None)
     if column is None:
         raise DataError(f"{path}: no column names the records; add one called 'record'.")
-    if not len(table):
-        raise DataError(f"{path}: lists no record; add one line per record.")
     for needed in table.columns.intersection([column, "patient_id"]):
         refuse_rows(path, table[needed], table[needed].isna(), "fill it in.")
     table["record"] = table[column].str.strip().str.removesuffix(".hea")

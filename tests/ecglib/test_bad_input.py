@@ -117,6 +117,16 @@ def test_missing_column_and_unreadable_csv(
     refused(lambda: read(tmp_path), file, "missing")
 
 
+@pytest.mark.parametrize(
+    "name, file", [("ptbxl", "ptbxl_database.csv"), ("ludb", "ludb.csv"), ("code15", "exams.csv")]
+)
+def test_an_index_without_records(tmp_path: Path, name: str, file: str) -> None:
+    read, write = READERS[name]
+    path = write(tmp_path) / file
+    pd.read_csv(path).iloc[:0].to_csv(path, index=False)
+    refused(lambda: read(tmp_path), file, "lists no record")
+
+
 def test_unknown_names(tmp_path: Path) -> None:
     refused(lambda: read_ptbxl(tmp_path, "superklass"), "superklass", "superclass")
     refused(lambda: read_ptbxl(tmp_path, sampling_rate=250), "250")
