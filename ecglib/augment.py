@@ -28,23 +28,26 @@ def apply(transforms: Sequence[Transform], signals: Tensor, generator: Generator
     return signals
 
 
-def _uniform(
-    signals: Tensor, generator: Generator, *shape: int, low: float = 0.0, high: float = 1.0
-) -> Tensor:
-    """Uniform numbers of `shape`, of the type and on the device of `signals`."""
-    drawn = torch.rand(shape, generator=generator, device=signals.device, dtype=signals.dtype)
-    return low + (high - low) * drawn
+def _uniform(signals, generator, *shape, low=0.0, high=1.0):
+    """Uniform numbers of `shape`, or one per record, of the type and on the device of `signals`."""
+    drawn = signals.new_empty(shape or (len(signals), 1, 1))
+    return low + (high - low) * drawn.uniform_(generator=generator)
 
 
-def _normal(signals: Tensor, generator: Generator, *shape: int) -> Tensor:
+def _normal(signals, generator, *shape):
     """Standard normal numbers of `shape`, of the type and on the device of `signals`."""
-    return torch.randn(shape, generator=generator, device=signals.device, dtype=signals.dtype)
+    return signals.new_empty(shape).normal_(generator=generator)
 
 
-def _within(start: Tensor, end: Tensor, size: int) -> Tensor:
-    """Which of `size` places lie from `start` to before `end`, bool `(..., size)`."""
-    places = torch.arange(size, device=start.device)
-    return (places >= start) & (places < end)
+def _numbers(values, count):
+    """0 to `count` - 1, of the type and on the device of `values`."""
+    return torch.arange(count, dtype=values.dtype, device=values.device)
+
+
+def _within(start, length, size):
+    """Which of `size` places lie in the `length` places from `start` on, bool `(..., size)`."""
+    places = _numbers(start, size)
+    return (places >= start) & (places < start + length)
 
 
 def gaussian_noise(signals: Tensor, generator: Generator, scale: float = 0.005) -> Tensor:
@@ -65,8 +68,9 @@ def channel_resize(
     """Multiplies each lead by its own gain, log-uniform from `low` to `high`; breaks Einthoven's
     law on purpose.
     """
-    shape = (*signals.shape[:2], 1)
-    gain = _uniform(signals, generator, *shape, low=math.log(low), high=math.log(high))
+    gain = _uniform(
+        signals, generator, *signals.shape[:2], 1, low=math.log(low), high=math.log(high)
+    )
     return signals * gain.exp()
 
 
@@ -74,35 +78,21 @@ def time_out(signals: Tensor, generator: Generator, low: float = 0.2, high: floa
     """Sets one window of a random fraction `low` to `high` of the time to zero, on all leads of a
     record.
     """
-    batch, _, time = signals.shape
-    length = (_uniform(signals, generator, batch, 1, low=low, high=high) * time).floor()
-    start = (_uniform(signals, generator, batch, 1) * (time - length + 1)).floor()
-    return signals.masked_fill(_within(start, start + length, time)[:, None], 0.0)
+    time = signals.shape[2]
+    length = (_uniform(signals, generator, low=low, high=high) * time).floor()
+    start = (_uniform(signals, generator) * (time - length + 1)).floor()
+    return signals.masked_fill(_within(start, length, time), 0.0)
 
 
-def _sample_at(signals: Tensor, positions: Tensor) -> Tensor:
-    """Linear interpolation of `(batch, leads, time)` at fractional sample positions `(batch, new
+def _sample_at(signals, positions):
+    """Linear interpolation of `(batch, leads, time)` at fractional sample positions `(batch, 1,
     time)`.
     """
     last = signals.shape[2] - 1
-    left = positions.floor().clamp(0, max(last - 1, 0)).long()
-    weight = (positions - left)[:, None, :].to(signals.dtype)
-    index = left[:, None, :].expand(-1, signals.shape[1], -1)
-    return torch.lerp(
-        signals.gather(2, index), signals.gather(2, (index + 1).clamp(max=last)), weight
-    )
-
-
-def _inverse_map(knots: Tensor, values: Tensor, time: int) -> Tensor:
-    """Piecewise linear function through (knots, values), both `(batch, k)` with rising knots, at
-    0..time-1.
-    """
-    clock = torch.arange(time, device=knots.device, dtype=knots.dtype).repeat(len(knots), 1)
-    right = torch.searchsorted(knots, clock, right=True).clamp(1, knots.shape[1] - 1)
-    (x0, x1), (y0, y1) = (
-        (ends.gather(1, right - 1), ends.gather(1, right)) for ends in (knots, values)
-    )
-    return y0 + (y1 - y0) * (clock - x0) / (x1 - x0).clamp_min(1e-6)
+    left = positions.long().clamp(0, last)
+    index = left.expand_as(signals)
+    following = signals.gather(2, (index + 1).clamp(max=last))
+    return torch.lerp(signals.gather(2, index), following, (positions - left).to(signals))
 
 
 def random_resized_crop(
@@ -114,20 +104,18 @@ def random_resized_crop(
     Both ends are pinned and gaps are interpolated: a crop and a random, non-uniform time warp in
     one, on all leads.
     """
-    batch, _, time = signals.shape
-    kept = _uniform(signals, generator, batch, 1, low=low, high=high) * time
-    kept = kept.floor().clamp(2, time)
-    start = (_uniform(signals, generator, batch, 1) * (time - kept + 1)).floor()
+    time = signals.shape[2]
+    kept = (_uniform(signals, generator, low=low, high=high) * time).floor().clamp(2, time)
+    start = (_uniform(signals, generator) * (time - kept + 1)).floor()
     # A random subset of `kept` places of the grid: those with the smallest random keys, the ends
     # always among them.
-    shape, device = (batch, time), signals.device
-    keys = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
-    keys[:, [0, -1]] = -1.0
-    chosen = keys <= keys.sort(dim=1).values.gather(1, kept.long() - 1)
-    rank = chosen.cumsum(dim=1) - 1  # the sample that stands at the last chosen place up to here
-    clock = torch.arange(time, device=device).expand(shape)
-    before = torch.where(chosen, clock, -1).cummax(dim=1).values
-    after = torch.where(chosen, clock, time).flip(1).cummin(dim=1).values.flip(1)
+    keys = torch.empty_like(signals[:, :1], dtype=torch.float64).uniform_(generator=generator)
+    keys[:, :, [0, -1]] = -1.0
+    chosen = keys <= keys.sort(dim=2).values.gather(2, kept.long() - 1)
+    rank = chosen.cumsum(dim=2) - 1  # the sample that stands at the last chosen place up to here
+    clock = _numbers(rank, time)
+    before = torch.where(chosen, clock, -1).cummax(dim=2).values
+    after = torch.where(chosen, clock, time).flip(2).cummin(dim=2).values.flip(2)
     fraction = (clock - before) / (after - before).clamp_min(1)
     return _sample_at(signals, start + rank + fraction)
 
@@ -138,24 +126,16 @@ def dynamic_time_warp(
     """`warps` times: 2 * radius * step + 1 samples around a random centre shrink by `step`, the
     rest stretches.
     """
-    batch, _, time = signals.shape
+    last = signals.shape[2] - 1
     reach = radius * step
-    if 2 * reach + 2 > time:
+    if 2 * reach >= last:
         return signals
-    last, shrunk = time - 1, time - 1 - 2 * reach + 2 * radius
+    clock = _numbers(signals, last + 1) * (1 - 2 * (reach - radius) / last)
     for _ in range(warps):
-        centre = reach + _uniform(signals, generator, batch, 1) * (last - 2 * reach)
-        begin, first = centre - reach, torch.zeros_like(centre)
-        knots = torch.cat([first, begin, begin + 2 * radius, first + shrunk], dim=1)
-        values = torch.cat([first, begin, centre + reach, first + last], dim=1)
-        signals = _sample_at(signals, _inverse_map(knots * (last / shrunk), values, time))
+        begin = _uniform(signals, generator) * (last - 2 * reach)
+        within = (clock - begin).clamp(0, 2 * radius)
+        signals = _sample_at(signals, clock + (step - 1) * within)
     return signals
-
-
-def _clock(signals: Tensor, sampling_rate: float) -> Tensor:
-    """Time of each sample in seconds."""
-    samples = torch.arange(signals.shape[2], device=signals.device, dtype=signals.dtype)
-    return samples / sampling_rate
 
 
 def baseline_wander(
@@ -164,16 +144,17 @@ def baseline_wander(
     """Adds 50 slow cosines (0 to 0.49 Hz), together scaled by U(0, `largest`) mV, the same trace on
     all leads.
     """
-    batch, terms = signals.shape[0], 50
-    size = _uniform(signals, generator, batch, 1, high=largest)
-    amplitude = _uniform(signals, generator, batch, terms)
-    phase = _uniform(signals, generator, batch, terms, high=2 * math.pi)
-    frequency = 0.01 * torch.arange(terms, device=signals.device, dtype=signals.dtype)
-    angle = 2 * math.pi * frequency[:, None] * _clock(signals, sampling_rate)
+    shape = (len(signals), 1, 50)
+    size = _uniform(signals, generator, high=largest)
+    amplitude = _uniform(signals, generator, *shape)
+    phase = _uniform(signals, generator, *shape, high=math.tau)
+    frequency = 0.01 * _numbers(signals, 50)
+    clock = _numbers(signals, signals.shape[2]) / sampling_rate
+    angle = math.tau * frequency[:, None] * clock
     # cos(angle + phase) by the addition theorem: two small products instead of a cosine per record,
     # term and sample.
     wander = (amplitude * phase.cos()) @ angle.cos() - (amplitude * phase.sin()) @ angle.sin()
-    return signals + (size * wander)[:, None, :]
+    return signals + size * wander
 
 
 def powerline_noise(
@@ -191,58 +172,55 @@ def powerline_noise(
     does as well; without it those are left out, so that at 100 Hz nothing remains and the signals
     come back unchanged.
     """
-    batch, leads, _ = signals.shape
-    size = _uniform(signals, generator, batch, 1, 1, high=largest).square()
+    batch, leads, time = signals.shape
+    size = _uniform(signals, generator, high=largest).square()
     gain = _uniform(signals, generator, batch, leads, 1, low=-1.0)
-    amplitude = _uniform(signals, generator, batch, 3)
-    phase = _uniform(signals, generator, batch, 1, 1, high=2 * math.pi)
-    harmonics = mains * torch.arange(1, 4, device=signals.device)
+    amplitude = _uniform(signals, generator, batch, 1, 3)
+    phase = _uniform(signals, generator, high=math.tau)
+    harmonics = mains * (1 + _numbers(signals, 3))
     if not folded:
         amplitude = amplitude * (harmonics < sampling_rate / 2)
-    angle = 2 * math.pi * harmonics[:, None] * _clock(signals.double(), sampling_rate)
-    tones = torch.cos(angle + phase).to(signals.dtype)
-    return signals + size * gain * torch.einsum("bk,bkt->bt", amplitude, tones)[:, None]
+    clock = _numbers(signals.double(), time) / sampling_rate
+    tones = torch.cos(math.tau * harmonics[:, None] * clock + phase).to(signals)
+    return signals + size * gain * (amplitude @ tones)
 
 
 def muscle_noise(signals: Tensor, generator: Generator, largest: float = 0.5) -> Tensor:
     """Adds white noise of standard deviation U(0, `largest`) mV, independent per value (the paper's
     "EM noise").
     """
-    size = _uniform(signals, generator, len(signals), 1, 1, high=largest)
+    size = _uniform(signals, generator, high=largest)
     return signals + size * _normal(signals, generator, *signals.shape)
 
 
 def baseline_shift(
-    signals: Tensor,
-    generator: Generator,
-    largest: float = 1.0,
-    sampling_rate: float = 100.0,
-    a_second: float = 0.3,
+    signals: Tensor, generator: Generator, largest: float = 1.0, sampling_rate: float = 100.0
 ) -> Tensor:
     """Adds a plateau of about 3 s and height U(-1, 1) x U(0, `largest`) mV, with a gain around +-1
     a lead.
 
-    The number of plateaus is uniform from 0 to round(`a_second` x duration); a later one replaces
+    The number of plateaus is uniform from 0 to round(0.3 / s x duration); a later one replaces
     an earlier one.
     """
     batch, leads, time = signals.shape
-    most = max(round(a_second * time / sampling_rate), 1)
-    count = torch.randint(0, most + 1, (batch, 1), generator=generator, device=signals.device)
-    clock = _clock(signals, sampling_rate)
-    plateau = signals.new_zeros(batch, time)
+    seconds = time / sampling_rate
+    most = max(round(0.3 * seconds), 1)
+    count = torch.randint(most + 1, (batch, 1, 1), generator=generator, device=signals.device)
+    clock = _numbers(signals, time) / sampling_rate
+    plateau = 0.0
     for number in range(most):
-        centre = _uniform(signals, generator, batch, 1, high=time / sampling_rate)
-        length = (3.0 + 0.6 * _normal(signals, generator, batch, 1)).clamp_min(0.0)
-        height = _uniform(signals, generator, batch, 1, low=-1.0)
+        centre = _uniform(signals, generator, high=seconds)
+        length = 3.0 + 0.6 * _normal(signals, generator, batch, 1, 1)
+        height = _uniform(signals, generator, low=-1.0)
         within = ((clock - centre).abs() <= length / 2) & (number < count)
         plateau = torch.where(within, height, plateau)
-    size = _uniform(signals, generator, batch, 1, 1, high=largest)
+    size = _uniform(signals, generator, high=largest)
     sign = torch.where(_uniform(signals, generator, batch, leads, 1) < 0.5, -1.0, 1.0)
     gain = sign * (1.0 + _normal(signals, generator, batch, leads, 1))
-    return signals + size * gain * plateau[:, None, :]
+    return signals + size * gain * plateau
 
 
-TRANSFORMS: dict[str, Transform] = {
+TRANSFORMS = {
     function.__name__: function
     for function in (
         gaussian_noise,
@@ -263,11 +241,11 @@ def named_transforms(settings: dict[str, dict]) -> list[Transform]:
     """Transforms by name with their settings, `{"time_out": {"low": 0.1, "high": 0.3}}`, as they
     stand in configs.
     """
-    unknown = [name for name in settings if name not in TRANSFORMS]
-    if unknown:
-        raise ValueError(
-            f"There is no transform {unknown[0]!r}; choose from {', '.join(TRANSFORMS)}."
-        )
+    for name in settings:
+        if name not in TRANSFORMS:
+            raise ValueError(
+                f"There is no transform {name!r}; choose from {', '.join(TRANSFORMS)}."
+            )
     return [partial(TRANSFORMS[name], **values) for name, values in settings.items()]
 
 
@@ -281,7 +259,7 @@ def beta(signals: Tensor, generator: Generator, alpha: float, *shape: int) -> Te
             "0.75."
         )
     # The share of one of two gammas: torch's own Beta distribution takes no generator.
-    sizes = torch.full((2, *shape), alpha, device=signals.device, dtype=torch.float64)
+    sizes = signals.new_full((2, *shape), alpha, dtype=torch.float64)
     gammas = torch._standard_gamma(sizes, generator=generator)
     return (gammas[0] / gammas.sum(dim=0)).to(signals.dtype)
 
@@ -299,19 +277,18 @@ def cutmix(
     """
     batch, leads, time = signals.shape
     side = (1.0 - beta(signals, generator, alpha)).sqrt()
-    rows, columns = (_around_a_place(side, size, generator) for size in (leads, time))
-    pasted = rows[:, None] & columns
+    rows = _around_a_place(side, leads, generator)
+    pasted = rows[:, None] & _around_a_place(side, time, generator)
     partner = torch.randperm(batch, generator=generator, device=signals.device)
-    share = pasted.sum() / pasted.numel()
     mixed = torch.where(pasted, signals[partner], signals)
-    return mixed, torch.lerp(targets, targets[partner], share.to(targets))
+    return mixed, torch.lerp(targets, targets[partner], pasted.to(targets).mean())
 
 
-def _around_a_place(side: Tensor, size: int, generator: Generator) -> Tensor:
+def _around_a_place(side, size, generator):
     """Which of `size` places lie within the share `side` around a random one, bool `(size,)`."""
     half = (size * side / 2).floor()
     centre = torch.randint(size, (), generator=generator, device=side.device)
-    return _within(centre - half, centre + half, size)
+    return _within(centre - half, 2 * half, size)
 
 
 def mixup(
@@ -340,9 +317,9 @@ def burst_dropout(signals: Tensor, generator: Generator) -> Tensor:
     same.
     """
     _, leads, time = signals.shape
-    half = _uniform(signals, generator, leads, 1, high=time // 2).floor()
-    centre = half + (_uniform(signals, generator, leads, 1) * (time - 2 * half)).floor()
-    return signals.masked_fill(_within(centre - half, centre + half, time), 0.0)
+    length = 2 * _uniform(signals, generator, leads, 1, high=time // 2).floor()
+    start = (_uniform(signals, generator, leads, 1) * (time - length)).floor()
+    return signals.masked_fill(_within(start, length, time), 0.0)
 
 
 def lead_permutation(signals: Tensor, generator: Generator) -> Tensor:
@@ -362,33 +339,24 @@ def relative_noise(signals: Tensor, generator: Generator, noise: float = 0.05) -
     return signals + scale * _normal(signals, generator, *signals.shape)
 
 
-VIEW_STEPS: tuple[Transform, ...] = (time_reversal, burst_dropout, relative_noise, lead_permutation)
-
-
-def _view(signals: Tensor, generator: Generator, noise: float, count: int) -> Tensor:
-    """Those of VIEW_STEPS that `count` draws with replacement hit, each at its first draw: as
-    random an order as shuffling them, and no further draw.
+def strong_view(
+    signals: Tensor, generator: Generator, noise: float = 0.5, draws: int = 4
+) -> Tensor:
+    """CE-SSL's strong view: those of reversal, burst dropout, noise and lead permutation that four
+    `draws` with replacement hit, each at its first draw: as random an order as shuffling them, and
+    no further draw.
     """
-    shape, device = (count,), signals.device
-    draws = torch.randint(len(VIEW_STEPS), shape, generator=generator, device=device).tolist()
-    for number in dict.fromkeys(draws):
-        step = VIEW_STEPS[number]
-        options = {"noise": noise} if step is relative_noise else {}
-        signals = step(signals, generator, **options)
+    noisy = partial(relative_noise, noise=noise)
+    steps = (time_reversal, burst_dropout, noisy, lead_permutation)
+    drawn = torch.randint(len(steps), (draws,), generator=generator, device=signals.device)
+    for number in dict.fromkeys(drawn.tolist()):
+        signals = steps[number](signals, generator)
     return signals
 
 
 def weak_view(signals: Tensor, generator: Generator, noise: float = 0.05) -> Tensor:
-    """CE-SSL's weak view: one of reversal, burst dropout, noise and lead permutation, drawn once
-    for the batch.
+    """CE-SSL's weak view: one of the four steps of the strong one, drawn once for the batch.
 
     The paper calls it weak, yet only the noise surely leaves the label as it was.
     """
-    return _view(signals, generator, noise, 1)
-
-
-def strong_view(signals: Tensor, generator: Generator, noise: float = 0.5) -> Tensor:
-    """CE-SSL's strong view: those of the four that four draws with replacement hit, in random
-    order.
-    """
-    return _view(signals, generator, noise, 4)
+    return strong_view(signals, generator, noise, draws=1)

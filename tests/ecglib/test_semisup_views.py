@@ -9,7 +9,6 @@ from torch import Tensor
 
 import ecglib.augment
 from ecglib.augment import (
-    VIEW_STEPS,
     beta,
     burst_dropout,
     cutmix,
@@ -23,6 +22,7 @@ from ecglib.augment import (
 from ecglib.errors import DataError
 
 BATCH, LEADS, TIME = 6, 12, 50
+VIEW_STEPS = (time_reversal, burst_dropout, relative_noise, lead_permutation)
 
 
 def generator(seed: int = 0) -> torch.Generator:
