@@ -1,6 +1,7 @@
 """Batches of random crops, cut on the device from int16 counts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -34,7 +35,7 @@ def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> 
 
 def to_millivolts(counts: Tensor, scale: float) -> Tensor:
     """Counts as float32 mV on their device; missing samples become 0."""
-    return counts.to(torch.float32).mul_(scale).masked_fill_(counts == int(MISSING), 0.0)
+    return counts.float().mul_(scale).masked_fill_(counts == int(MISSING), 0.0)
 
 
 @dataclass
@@ -68,6 +69,13 @@ def need_unlabelled(batch: Batch, method: str) -> None:
         )
 
 
+@lru_cache(maxsize=8)
+def _order(seed, epoch, units):
+    """The order in which one pass goes through `units`."""
+    return np.random.default_rng([seed, epoch]).permutation(units)
+
+
+@dataclass(eq=False, repr=False)
 class CropBatches:
     """`batches(step)` gives random crops of the records at `indices`; each record comes equally
     often.
@@ -76,74 +84,56 @@ class CropBatches:
     there is no record or the crop is longer than the records.
     """
 
-    def __init__(
-        self,
-        records: Records,
-        indices: np.ndarray,
-        batch_size: int,
-        crop_seconds: float,
-        seed: int,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.indices = np.asarray(indices)
-        if len(self.indices) == 0:
+    records: Records
+    indices: np.ndarray
+    batch_size: int
+    crop_seconds: float
+    seed: int
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        records = self.records
+        self.indices = np.asarray(self.indices)
+        self.units = len(self.indices)  # what one pass goes through
+        if not self.units:
             raise DataError(
                 "There is no record to train on; check the label fraction and the folds."
             )
-        self.length = round(crop_seconds * records.sampling_rate)
+        self.length = round(self.crop_seconds * records.sampling_rate)
         self.time = records.signals.shape[2]
+        self.seconds = self.time / records.sampling_rate
         if not 1 <= self.length <= self.time:
             raise DataError(
-                f"A crop of {crop_seconds} s does not fit into records of "
-                f"{self.time / records.sampling_rate} s."
+                f"A crop of {self.crop_seconds} s does not fit into records of {self.seconds} s."
             )
-        self.batch_size, self.seed = batch_size, seed
-        self.device, self.scale = torch.device(device), records.scale
-        counts = np.asarray(records.signals[self.indices])
-        targets = records.targets[self.indices].astype(np.float32)
-        self.counts = torch.from_numpy(counts).to(self.device)
-        self.targets = torch.from_numpy(targets).to(self.device)
         self.record_ids = records.table["record_id"].to_numpy()[self.indices]
-        self.units = len(self.indices)  # what one pass goes through
-        self._order: tuple[int, np.ndarray] | None = None
-
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        """The order of one pass."""
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.units))
-        return self._order[1]
-
-    def _chosen(self, step: int) -> Tensor:
-        """The numbers of the units in the batch of one step, for all processes together."""
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        chosen = [self._shuffled(place // self.units)[place % self.units] for place in places]
-        return torch.from_numpy(np.array(chosen)).to(self.device)
-
-    def _share(
-        self, step: int, generator: Generator, *drawn: Tensor
-    ) -> tuple[Generator, tuple[Tensor, ...]]:
-        """This process's part of what was drawn for all, along the last axis, and its own random
-        numbers from there.
-        """
-        rank, world = rank_and_world()
-        if world == 1:
-            return generator, drawn
-        own = step_generator(self.seed + 1_000_003 * (rank + 1), step, self.device)
-        return own, tuple(values[..., rank::world] for values in drawn)
-
-    def _cut(self, picked: Tensor, starts: Tensor) -> Tensor:
-        """Crops `(batch, leads, time)` in mV of the records `picked` from `starts` on."""
-        window = starts[:, None] + torch.arange(self.length, device=self.device)
-        return to_millivolts(self.counts[picked[:, None], :, window].transpose(1, 2), self.scale)
+        self.counts = torch.as_tensor(records.signals[self.indices], device=self.device)
+        targets = records.targets[self.indices]
+        self.targets = torch.as_tensor(targets, dtype=torch.float32, device=self.device)
 
     def __call__(self, step: int) -> Batch:
         """The batch of one step, the same whenever it is asked for."""
-        picked = self._chosen(step)
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        units = [_order(self.seed, k // self.units, self.units)[k % self.units] for k in places]
         generator = step_generator(self.seed, step, self.device)
-        places, shape = self.time - self.length + 1, (self.batch_size,)
-        starts = torch.randint(places, shape, generator=generator, device=self.device)
-        generator, (picked, starts) = self._share(step, generator, picked, starts)
-        return Batch(self._cut(picked, starts), self.targets[picked], picked, generator)
+        draws = self._draw(generator)
+        rank, world = rank_and_world()
+        if world > 1:  # all processes drew the same; from here on each has its own numbers
+            generator = step_generator(self.seed + 1_000_003 * (rank + 1), step, self.device)
+        units = torch.as_tensor(np.array(units[rank::world]), device=self.device)
+        return self._batch(units, draws[..., rank::world], generator)
+
+    def _draw(self, generator):
+        """The first sample of each crop."""
+        places = self.time - self.length + 1
+        return torch.randint(places, (self.batch_size,), generator=generator, device=self.device)
+
+    def _batch(self, picked, starts, generator):
+        """Crops `(batch, leads, time)` in mV of the records `picked` from `starts` on."""
+        window = starts[:, None] + torch.arange(self.length, device=self.device)
+        counts = self.counts[picked[:, None], :, window].transpose(1, 2)
+        signals = to_millivolts(counts, self.records.scale)
+        return Batch(signals, self.targets[picked], picked, generator)
 
 
 class PatientBatches(CropBatches):
@@ -156,21 +146,14 @@ class PatientBatches(CropBatches):
     then nothing is left to push apart.
     """
 
-    def __init__(
-        self,
-        records: Records,
-        indices: np.ndarray,
-        batch_size: int,
-        crop_seconds: float,
-        seed: int,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(records, indices, batch_size, crop_seconds, seed, device)
-        patients = records.table["patient_id"].to_numpy()[self.indices]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        patients = self.records.table["patient_id"].to_numpy()[self.indices]
         number, self.patient_ids = pd.factorize(patients)
-        if (number < 0).any():
+        nobody = number < 0
+        if nobody.any():
             raise DataError(
-                f"Record {self.record_ids[(number < 0).argmax()]} has no patient_id; give it one, "
+                f"Record {self.record_ids[nobody.argmax()]} has no patient_id; give it one, "
                 "or leave it out of the pairs."
             )
         sizes = np.bincount(number)
@@ -180,42 +163,39 @@ class PatientBatches(CropBatches):
                 f"All records come from one patient ({self.patient_ids[0]}); pairs need at least "
                 "two."
             )
-        if 2 * self.length > self.time and (sizes == 1).any():
+        single = sizes == 1
+        if 2 * self.length > self.time and single.any():
             raise DataError(
-                f"Patient {self.patient_ids[(sizes == 1).argmax()]} has a single record, of "
-                f"{self.time / records.sampling_rate} s, in which two crops of {crop_seconds} s "
+                f"Patient {self.patient_ids[single.argmax()]} has a single record, of "
+                f"{self.seconds} s, in which two crops of {self.crop_seconds} s "
                 "overlap; shorten the crop to at most half the record or leave such patients out."
             )
         # The records of patient p are members[first[p] : first[p] + sizes[p]].
-        self.members = torch.from_numpy(np.argsort(number, kind="stable")).to(self.device)
-        self.sizes = torch.from_numpy(sizes).to(self.device)
+        self.members = torch.as_tensor(np.argsort(number, kind="stable"), device=self.device)
+        self.sizes = torch.as_tensor(sizes, device=self.device)
         self.first = self.sizes.cumsum(0) - self.sizes
 
-    def __call__(self, step: int) -> PairBatch:
-        """The pairs of one step, the same whenever they are asked for."""
-        patients = self._chosen(step)
-        generator = step_generator(self.seed, step, self.device)
-        options = {"generator": generator, "device": self.device, "dtype": torch.float64}
-        draws = torch.rand((4, len(patients)), **options)
-        generator, (patients, draws) = self._share(step, generator, patients, draws)
+    def _draw(self, generator):
+        """For each patient which two records, and the places of the two crops, in [0, 1)."""
+        shape = (4, self.batch_size)
+        return torch.rand(shape, generator=generator, device=self.device, dtype=torch.float64)
+
+    def _batch(self, patients, draws, generator):
+        """The pairs of `patients`."""
         size = self.sizes[patients]
         first = (draws[0] * size).long()
         # The same record where there is only one.
         second = (first + 1 + (draws[1] * (size - 1)).long()) % size
         picked = self.members[self.first[patients] + torch.stack([first, second])].flatten()
-        starts = torch.where(size == 1, self._apart(draws[2:]), self._anywhere(draws[2:]))
-        signals = self._cut(picked, starts.flatten())
-        return PairBatch(signals, self.targets[picked], picked, generator, patients)
-
-    def _anywhere(self, draws: Tensor) -> Tensor:
-        """Starts of two crops, each anywhere in its record; `draws` `(2, pairs)` lie in [0, 1)."""
-        return (draws * (self.time - self.length + 1)).long()
-
-    def _apart(self, draws: Tensor) -> Tensor:
-        """Starts of two crops of one record that do not overlap; either may be the earlier one."""
-        room = max(self.time - 2 * self.length + 1, 0)
-        later = torch.stack([draws[0] > draws[1], draws[1] >= draws[0]])
-        return (draws * room).long() + self.length * later
+        places = draws[2:]
+        anywhere = (places * (self.time - self.length + 1)).long()
+        later = places.argsort(dim=0)  # 1 for the later of two crops of one record
+        apart = (
+            places * (self.time - 2 * self.length + 1)
+        ).long() + self.length * later  # no overlap
+        starts = torch.where(size == 1, apart, anywhere).flatten()
+        crops = super()._batch(picked, starts, generator)
+        return PairBatch(**vars(crops), patients=patients)
 
 
 class SemiBatches:
@@ -245,10 +225,20 @@ class SemiBatches:
                 "train supervised."
             )
         need_disjoint(records, labelled, unlabelled)
-        count = _unlabelled_count(batch_size, ratio)
+        count = batch_size * ratio
+        if not (0.5 <= count < np.inf and abs(count - round(count)) < 1e-6):  # refuses a NaN, too
+            raise DataError(
+                f"A batch of {batch_size} labelled records with a ratio of {ratio:g} needs "
+                f"{count:g} unlabelled ones; choose the two so that this is a whole number of at "
+                "least 1."
+            )
         self.labelled = CropBatches(records, labelled, batch_size, crop_seconds, seed, device)
-        seed = unlabelled_seed(seed)
-        self.unlabelled = CropBatches(records, unlabelled, count, crop_seconds, seed, device)
+        self.unlabelled = replace(
+            self.labelled,
+            indices=unlabelled,
+            batch_size=round(count),
+            seed=unlabelled_seed(seed),
+        )
         self.record_ids = self.labelled.record_ids
 
     def __call__(self, step: int) -> SemiBatch:
@@ -276,14 +266,3 @@ def need_disjoint(records: Records, labelled: np.ndarray, unlabelled: np.ndarray
             f"Record {records.table['record_id'].iloc[both[0]]} is both labelled and unlabelled; "
             "leave it out of one of the two."
         )
-
-
-def _unlabelled_count(batch_size: int, ratio: float) -> int:
-    """Unlabelled records in a batch; DataError where that is not a whole number of at least 1."""
-    count = batch_size * ratio
-    if not (0.5 <= count < np.inf and abs(count - round(count)) < 1e-6):  # refuses a NaN, too
-        raise DataError(
-            f"A batch of {batch_size} labelled records with a ratio of {ratio:g} needs {count:g} "
-            "unlabelled ones; choose the two so that this is a whole number of at least 1."
-        )
-    return round(count)

@@ -24,12 +24,13 @@ def patients_shared(records: Records, test_share: float = 0.1) -> tuple[float, f
     Expected values where each record is drawn for the test with probability `test_share`; with
     folds of whole patients both are 0. DataError where the records name no patients.
     """
-    if (records.table["patient_id"].astype(str) == records.table["record_id"].astype(str)).all():
+    table = records.table
+    if (table["patient_id"].astype(str) == table["record_id"].astype(str)).all():
         raise DataError(
             f"{records.name}: each record counts as its own patient; give true patients in "
             "patient_id."
         )
-    sizes = records.table["patient_id"].value_counts().to_numpy()
+    sizes = table["patient_id"].value_counts().to_numpy()
     on_both_sides = 1 - (1 - test_share) ** sizes - test_share**sizes
     with_another_outside = sizes * (1 - test_share ** (sizes - 1))
     return float(on_both_sides.sum()), float(with_another_outside.sum() / sizes.sum())
@@ -42,9 +43,7 @@ def classes_of_patients(
     has in any record, bool `(patients, classes)`.
     """
     patient, names = pd.factorize(np.asarray(patients, dtype=object))
-    has = np.zeros((len(names), targets.shape[1]), dtype=bool)
-    np.logical_or.at(has, patient, targets > 0)
-    return patient, names, has
+    return patient, names, pd.DataFrame(targets > 0).groupby(patient).any().to_numpy(bool)
 
 
 def label_subsets(
@@ -61,25 +60,24 @@ def label_subsets(
     """
     pool = np.flatnonzero(records.table["fold"].isin(list(folds)))
     fractions = sorted(fractions)
-    targets = records.targets[pool]
-    _check_request(fractions, len(pool), int((targets > 0).any(axis=0).sum()))
-    patient, names, has = classes_of_patients(records.table["patient_id"].iloc[pool], targets)
+    patients = records.table["patient_id"].iloc[pool]
+    patient, names, has = classes_of_patients(patients, records.targets[pool])
+    _check_request(fractions, len(pool), int(has.any(axis=0).sum()))
     sizes = np.bincount(patient)
     order = np.random.default_rng(seed).permutation(len(names))
-    order = _cover_classes(order, fractions[0], sizes, has)
-    missing = _missing_classes(order, fractions[0], sizes, has)
+    order, missing = _cover_classes(order, fractions[0], sizes, has)
     if len(missing):
-        listed = ", ".join(records.classes[index] for index in missing)
+        listed = ", ".join(np.array(records.classes)[missing])
         warnings.warn(
             f"The label subset of {fractions[0]:g} has no room for a patient with {listed}.",
             stacklevel=2,
         )
-    place = np.empty(len(names), dtype=int)
-    place[order] = np.arange(len(names))
-    return {fraction: pool[place[patient] < _cut(sizes[order], fraction)] for fraction in fractions}
+    return {
+        fraction: pool[np.isin(patient, _front(order, fraction, sizes))] for fraction in fractions
+    }
 
 
-def _check_request(fractions: Sequence[float], count: int, classes: int) -> None:
+def _check_request(fractions, count, classes):
     """DataError where the wanted fractions of `count` records with `classes` classes make no
     sense.
     """
@@ -93,46 +91,36 @@ def _check_request(fractions: Sequence[float], count: int, classes: int) -> None
             f"The label fractions {list(fractions)} must be shares above 0 and at most 1 (1 % is "
             "0.01)."
         )
-    if round(fractions[0] * count) < max(classes, 1):
+    needed = max(classes, 1)
+    if round(fractions[0] * count) < needed:
         raise DataError(
             f"A label fraction of {fractions[0]:g} of {count} records is fewer than one record for "
-            f"each of {classes} classes; use at least {max(classes, 1) / count:.2g} or fewer "
+            f"each of {classes} classes; use at least {needed / count:.2g} or fewer "
             "classes."
         )
 
 
-def _cut(sizes: np.ndarray, fraction: float) -> int:
-    """How many patients, at least one, to take from the front to have as near as can be `fraction`
-    of the records.
+def _front(order, fraction, sizes):
+    """The patients, at least one, from the front of `order` who have as near as can be `fraction`
+    of the records; sizes `(patients,)` counts those of each.
     """
-    records = np.cumsum(sizes)
-    return int(np.argmin(np.abs(records - fraction * records[-1]))) + 1
+    records = np.cumsum(sizes[order])
+    return order[: np.abs(records - fraction * records[-1]).argmin() + 1]
 
 
-def _cover_classes(
-    order: np.ndarray, fraction: float, sizes: np.ndarray, has: np.ndarray
-) -> np.ndarray:
+def _cover_classes(order, fraction, sizes, has):
     """`order` with the patients moved to its head that its front lacks to hold each class, the
-    rarest class first.
+    rarest class first; and the classes that it lacks nevertheless.
 
-    sizes `(patients,)` records of each patient, has `(patients, classes)`. Each patient who comes
-    in pushes the last one out; a class lost by this is brought back in the next round, so there are
-    at most as many moves as classes.
+    has `(patients, classes)`. Each patient who comes in pushes the last one out; a class lost by
+    this is brought back in the next round, so there are at most as many moves as classes.
     """
-    carriers = has.sum(axis=0)
-    for _ in range(has.shape[1]):
-        missing = _missing_classes(order, fraction, sizes, has)
-        if not len(missing):
-            break
-        rarest = missing[np.argmin(carriers[missing])]
-        newcomer = int(np.argmax(has[order, rarest]))
-        order = np.concatenate([order[[newcomer]], np.delete(order, newcomer)])
-    return order
-
-
-def _missing_classes(
-    order: np.ndarray, fraction: float, sizes: np.ndarray, has: np.ndarray
-) -> np.ndarray:
-    """Classes that some patient has, but none of the front that `fraction` takes."""
-    front = order[: _cut(sizes[order], fraction)]
-    return np.flatnonzero(has.any(axis=0) & ~has[front].any(axis=0))
+    classes = has.shape[1]
+    for moves in range(classes + 1):
+        held = has[_front(order, fraction, sizes)].any(axis=0)
+        missing = np.flatnonzero(has.any(axis=0) & ~held)
+        if not len(missing) or moves == classes:
+            return order, missing
+        rarest = missing[has[:, missing].sum(axis=0).argmin()]
+        newcomer = has[order, rarest].argmax()
+        order = np.append(order[newcomer], np.delete(order, newcomer))
