@@ -17,6 +17,7 @@ from ecglib.errors import DataError
 from ecgstudy.methods import SPARE_COLOURS, method
 
 MARKERS = "osD^vPXhp*"
+LETTERS = 10  # of a title, in an inch
 LINE_STYLES = ("-", "--", ":", "-.", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
 PALETTE = [colour for place, colour in enumerate(sns.color_palette("colorblind")) if place != 7]
 
@@ -78,7 +79,8 @@ def finish(figure: Figure, title: str | None = None, legend: Sequence[Artist] = 
         figure.legend(
             handles=legend, frameon=False, ncols=columns, loc="outside lower center", fontsize=9
         )
-    figure.suptitle("\n".join(textwrap.wrap(title or "", 100)), fontsize=11)
+    letters = int(LETTERS * figure.get_figwidth())
+    figure.suptitle("\n".join(textwrap.wrap(title or "", letters)), fontsize=11)
     sns.despine(figure)
     plt.close(figure)
     return figure

@@ -27,6 +27,7 @@ def plot_similarity(similarity: pd.DataFrame, title: str | None = None) -> Figur
     look = {"vmin": 0, "vmax": 1, "cmap": "viridis", "annot": True, "fmt": ".2f", "square": True}
     ticks = {"xticklabels": names, "yticklabels": names, "cbar_kws": {"label": "Linear CKA"}}
     axes = sns.heatmap(similarity.to_numpy(), ax=grid[0, 0], **look, **ticks)
+    axes.grid(visible=False)
     axes.tick_params(axis="x", rotation=45)
     axes.tick_params(axis="y", rotation=0)
     return finish(figure, title)

@@ -295,3 +295,17 @@ def test_more_encoders_than_line_styles_and_markers_can_be_drawn():
     table = summary.assign(kind="white", snr_db=np.inf, auroc=0.8)
     table = pd.concat([table, table.assign(snr_db=6.0, auroc=0.7)])
     assert len(plot_robustness(table).axes[0].lines) == 12 + 1
+
+
+def test_a_long_title_stays_inside_a_narrow_figure():
+    names = ["a", "b"]
+    table = pd.DataFrame(np.eye(2), index=names, columns=names)
+    title = (
+        "Similarity of encoders on the training records of a data set with a long name, simulated"
+    )
+    figure = plot_similarity(table, title)
+    figure.draw_without_rendering()
+    written = [text for text in figure.texts if text.get_text() == figure.get_suptitle()]
+    (box,) = (text.get_window_extent() for text in written)
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+    assert figure.get_suptitle().replace("\n", " ") == title
