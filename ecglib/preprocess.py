@@ -7,7 +7,6 @@ samples and 1,144 zeros. Voltages and proportions between leads are lost by this
 Einthoven's law and the voltage criteria.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -51,7 +50,7 @@ def preprocess(
     ids = records.table["record_id"].astype(str)
     notes = []
 
-    def blocks() -> Iterator[np.ndarray]:
+    def blocks():
         for start in range(0, len(records), BLOCK):
             counts = records.signals[start : start + BLOCK]
             # Up to the last sample at which any lead is not zero; 0 where all are.
@@ -94,7 +93,7 @@ def preprocess(
     )
 
 
-def _check(records: Records, low: float, high: float, order: int, length: int) -> None:
+def _check(records, low, high, order, length):
     """DataError where these records cannot be preprocessed in this way."""
     half = records.sampling_rate / 2
     if records.unit != "mV":
@@ -118,14 +117,14 @@ def _check(records: Records, low: float, high: float, order: int, length: int) -
         )
 
 
-def _edge(order: int) -> int:
+def _edge(order):
     """By how many samples each end is continued before filtering: what filtfilt(b, a) takes for 2 x
     order + 1 taps.
     """
     return 3 * (2 * order + 1)
 
 
-def _standardised(counts: np.ndarray, scale: float, sections: np.ndarray) -> np.ndarray:
+def _standardised(counts, scale, sections):
     """Leads of `(n, 12, time)` counts of `scale` mV, filtered, in standard deviations of their
     known samples; NaN where missing, 0 where flat.
     """

@@ -7,7 +7,7 @@ them. The count -32768 marks a missing sample, as in WFDB format 16.
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from errno import ENOSPC
 from functools import cached_property, partial
@@ -204,7 +204,7 @@ class Records:
             return " (a subset: not comparable with published tables)"
         return ""
 
-    def _chunks(self) -> Iterator[np.ndarray]:
+    def _chunks(self):
         """The signals, CHUNK records at a time."""
         for start in range(0, len(self), CHUNK):
             yield np.ascontiguousarray(self.signals[start : start + CHUNK])
@@ -394,7 +394,7 @@ def find_faults(millivolts: np.ndarray) -> list[tuple[int, str, str, str]]:
     return faults
 
 
-def _law_error(covariance: np.ndarray) -> np.ndarray:
+def _law_error(covariance):
     """How far limb leads of a covariance `(..., 6, 6)` are from Einthoven's and Goldberger's laws:
     the sum of the squared deviations of all six, averaged over time.
 

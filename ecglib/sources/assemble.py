@@ -5,7 +5,7 @@ Every repair and every omission becomes one row of `Records.left_out`. Recording
 after the other and written to disk as counts, so memory does not grow with their number.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import islice
@@ -97,10 +97,10 @@ def assemble(
     """
     ledger = _Ledger(rules)
     length = round(sampling_rate * seconds)
-    rows: list[dict] = []
-    targets: list[np.ndarray] = []
+    rows = []
+    targets = []
 
-    def blocks() -> Iterator[np.ndarray]:
+    def blocks():
         formed = (
             _one_form(recording, sampling_rate, length, ledger)
             for recording in _readable(files, ledger)
@@ -133,7 +133,7 @@ class _Ledger:
 
     def __init__(self, rules: Rules | None) -> None:
         self.rules = {**RULES, **(rules or {})}
-        self.rows: list[tuple[str, str, str, str, str]] = []
+        self.rows = []
         for fault, action in self.rules.items():
             if fault not in RULES or action not in ("repair", "drop", "keep", "stop"):
                 raise DataError(
@@ -160,7 +160,7 @@ class _Ledger:
         return action != "dropped"
 
 
-def _readable(files: Files, ledger: _Ledger) -> Iterator[Recording]:
+def _readable(files, ledger):
     """The recordings of all files; what cannot be read is settled by its rule."""
     for name, recordings in files:
         try:
@@ -171,9 +171,9 @@ def _readable(files: Files, ledger: _Ledger) -> Iterator[Recording]:
             ledger.rows.append((name, "all", "unreadable", "dropped", str(error)))
 
 
-def _sound(signals: np.ndarray, record_ids: Sequence[str], ledger: _Ledger) -> list[int]:
+def _sound(signals, record_ids, ledger):
     """Positions of the signals `(n, 12, time)` that are sound, repaired in place or kept."""
-    found: dict[tuple[int, str], list[tuple[str, str]]] = {}
+    found = {}
     for place, lead, fault, detail in find_faults(signals):
         found.setdefault((place, fault), []).append((lead, detail))
     sound = list(range(len(signals)))
@@ -187,9 +187,7 @@ def _sound(signals: np.ndarray, record_ids: Sequence[str], ledger: _Ledger) -> l
     return sound
 
 
-def _one_form(
-    recording: Recording, sampling_rate: float, length: int, ledger: _Ledger
-) -> tuple[np.ndarray, dict, np.ndarray] | None:
+def _one_form(recording, sampling_rate, length, ledger):
     """Signals `(12, length)` in the study's order, without gaps, at the wanted rate, with row and
     target; None where the recording is dropped.
     """
@@ -234,7 +232,7 @@ def resample(signal: np.ndarray, rate: float, wanted: float) -> np.ndarray:
     )
 
 
-def _rebuild_limb_leads(signal: np.ndarray, broken: Sequence[str]) -> bool:
+def _rebuild_limb_leads(signal, broken):
     """Compute broken limb leads of `(12, time)` in place from two sound ones; False where that is
     not possible.
     """
@@ -248,7 +246,7 @@ def _rebuild_limb_leads(signal: np.ndarray, broken: Sequence[str]) -> bool:
     return bool((np.ptp(signal[rows], axis=1) >= FLAT_RANGE).all())
 
 
-def _reorder(signal: np.ndarray, leads: Sequence[str]) -> bool:
+def _reorder(signal, leads):
     """Put permuted limb leads right where exactly one order obeys Einthoven's law."""
     order = limb_permutation(signal)
     if order is None:
@@ -257,7 +255,7 @@ def _reorder(signal: np.ndarray, leads: Sequence[str]) -> bool:
     return True
 
 
-def _clip(signal: np.ndarray, leads: Sequence[str]) -> bool:
+def _clip(signal, leads):
     """Clip single artefacts; False where a whole lead is absurd, which means a wrong gain."""
     if "all" in leads:
         return False
@@ -269,7 +267,7 @@ def _clip(signal: np.ndarray, leads: Sequence[str]) -> bool:
     return True
 
 
-_REPAIRS: dict[str, Callable[[np.ndarray, Sequence[str]], bool]] = {
+_REPAIRS = {
     "lead missing": _rebuild_limb_leads,
     "missing samples": lambda signal, leads: np.isnan(signal).mean(axis=1).max() <= REPAIRABLE_GAP,
     "flat lead": _rebuild_limb_leads,

@@ -10,7 +10,7 @@ to be a class (CE-SSL: 200).
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import pandas as pd
 from ecglib.errors import DataError
 from ecglib.files import inside
 from ecglib.records import Records
-from ecglib.sources.assemble import Recording, Rules, assemble
+from ecglib.sources.assemble import Rules, assemble
 from ecglib.sources.index_files import Checksums, class_counts, existing_folder, ten_folds
 from ecglib.sources.ptbxl import INDEX as PTBXL_INDEX
 from ecglib.sources.ptbxl import read_ptbxl_index
@@ -112,7 +112,7 @@ def read_cinc2021(
         "without_class_kept": keep_without_class,
     }
 
-    def read(path: Path) -> Iterator[Recording]:
+    def read(path):
         patient, fold = _patient(path, patients)
         row = {"record_id": path.stem, "patient_id": patient, "fold": fold}
         recording = _recording(path, checksums, codes, row, f"cinc2021 {dataset}")
@@ -128,9 +128,7 @@ def read_cinc2021(
     return records
 
 
-def _recording(
-    path: Path, checksums: Checksums, codes: dict[str, set[str]], row: dict, source: str
-) -> Recording:
+def _recording(path, checksums, codes, row, source):
     """One record with its row and target; its header's comments hold them as `name: text`, of which
     the first of each name counts. A header without diagnoses is a DataError.
     """
@@ -174,7 +172,7 @@ def class_codes(
     return {name: set(scored["code"][names == name]) for name in dict.fromkeys(names[classes])}
 
 
-def _headers(folder: Path, dataset: str, part: Part) -> list[Path]:
+def _headers(folder, dataset, part):
     """Header files of one data set, in order of their names, from its RECORDS lists or else from
     what is there.
     """
@@ -193,7 +191,7 @@ def _headers(folder: Path, dataset: str, part: Part) -> list[Path]:
     return [headers[name] for name in sorted(headers)]
 
 
-def _listed(group: Path) -> Iterable[Path]:
+def _listed(group):
     """Headers of one folder: those in its RECORDS list, where it has one, else all that are
     there.
     """
@@ -206,14 +204,14 @@ def _listed(group: Path) -> Iterable[Path]:
     return [inside(group, f"{name}.hea", str(listing)) for name in names]
 
 
-def _ptbxl_patients(path: Path) -> dict[str, tuple[str, int]]:
+def _ptbxl_patients(path):
     """(patient_id, fold) from PTB-XL's own index by the names here: HRnnnnn is ecg_id nnnnn."""
     index = read_ptbxl_index(path / PTBXL_INDEX if path.is_dir() else path)
     patients = zip(index["patient_id"].astype(str), index["strat_fold"])
     return dict(zip(index["ecg_id"].map("HR{:05d}".format), patients))
 
 
-def _patient(path: Path, patients: dict[str, tuple[str, int]]) -> tuple[str, int]:
+def _patient(path, patients):
     """Patient and fold of a record: itself and 0, which is set later, or from PTB-XL's index."""
     if not patients:
         return path.stem, 0

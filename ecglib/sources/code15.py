@@ -7,7 +7,6 @@ Challenge 2025 converts the set as millivolts, as does this reader; measured lea
 2 times those of other sets. `millivolts_per_unit` changes it.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +69,7 @@ def read_code15(
         "not_in_index": 0,
     }
 
-    def read(path: Path) -> Iterator[Recording]:
+    def read(path):
         missing = set(table.index[trace_file == path.name])
         for exam, tracing in _tracings(path):
             missing.discard(exam)
@@ -93,7 +92,7 @@ def read_code15(
     return records
 
 
-def _read_exams(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.Series]:
+def _read_exams(path):
     """From `exams.csv`, by exam_id: the table's rows, 0/1 targets `(exams, classes)` and the names
     of the parts.
     """
@@ -118,7 +117,7 @@ def _read_exams(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.Series]:
     return pd.DataFrame(rows, exams.index), targets, exams["trace_file"]
 
 
-def _tracings(path: Path) -> Iterator[tuple[int, np.ndarray]]:
+def _tracings(path):
     """(exam_id, tracing `(4096, 12)` as stored) of one part, a block of `ROWS` at a time."""
     import h5py
 

@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -111,9 +111,7 @@ def download(
     return folder
 
 
-def _read_index(
-    folder: Path, data_set: DataSet, bases: Sequence[str], official: bool
-) -> list[RemoteFile]:
+def _read_index(folder, data_set, bases, official):
     """The data set's files with their checksums, from the index in the folder or fetched to it."""
     import requests
 
@@ -131,7 +129,7 @@ def _read_index(
     return _fetch(folder, RemoteFile(name), urls, transfer, parse, "the list of files ")
 
 
-def _summed_files(path: Path) -> list[RemoteFile]:
+def _summed_files(path):
     """Files of a SHA256SUMS.txt; one without any, such as an error page, is a DataError."""
     files = [RemoteFile(name, f"sha256:{digest}") for name, digest in read_sums(path).items()]
     if not files:
@@ -139,7 +137,7 @@ def _summed_files(path: Path) -> list[RemoteFile]:
     return files
 
 
-def _zenodo_files(path: Path) -> list[RemoteFile]:
+def _zenodo_files(path):
     """Files of a Zenodo record in its JSON form, which gives MD5 sums and sizes."""
     try:
         return [
@@ -150,7 +148,7 @@ def _zenodo_files(path: Path) -> list[RemoteFile]:
         raise DataError(f"{path.name}: not the description of a Zenodo record ({error})") from None
 
 
-def _check_space(folder: Path, absent: Sequence[RemoteFile], estimate: float) -> None:
+def _check_space(folder, absent, estimate):
     """StorageError where the files still to come do not fit on the disk."""
     known = [file.size for file in absent]
     # A zip file and what it holds lie side by side while it is unpacked.
@@ -163,7 +161,7 @@ def _check_space(folder: Path, absent: Sequence[RemoteFile], estimate: float) ->
         )
 
 
-def _fetch_all(name: str, folder: Path, wanted: Sequence[RemoteFile], bases: Sequence[str]) -> None:
+def _fetch_all(name, folder, wanted, bases):
     """Fetch files side by side; the first failure stops the rest, and finished files and parts
     stay.
     """
@@ -177,7 +175,7 @@ def _fetch_all(name: str, folder: Path, wanted: Sequence[RemoteFile], bases: Seq
     ):
         transfer = partial(_transfer, requests.Session(), bar.update)
 
-        def fetch(file: RemoteFile) -> None:
+        def fetch(file):
             _fetch(folder, file, [base + quote(file.name) for base in bases], transfer)
             if file.name.endswith(".zip"):
                 _unpack(folder, file)
@@ -187,13 +185,13 @@ def _fetch_all(name: str, folder: Path, wanted: Sequence[RemoteFile], bases: Seq
 
 
 def _fetch(
-    folder: Path,
-    file: RemoteFile,
-    urls: Sequence[str],
-    transfer: Callable,
-    parse: Callable = Path.exists,
-    kind: str = "",
-) -> object:
+    folder,
+    file,
+    urls,
+    transfer,
+    parse=Path.exists,
+    kind="",
+):
     """What `parse` makes of a file, fetched unless it is there and right, from the first address
     that has it so.
     """
@@ -214,7 +212,7 @@ def _fetch(
     )
 
 
-def _failure(folder: Path, file: RemoteFile, url: str, transfer: Callable) -> str | None:
+def _failure(folder, file, url, transfer):
     """Why a file could not be fetched from an address; None where it is now there and right."""
     import pooch
     import requests
@@ -239,7 +237,7 @@ def _failure(folder: Path, file: RemoteFile, url: str, transfer: Callable) -> st
     return None
 
 
-def _transfer(session, report: Callable, part: Path, url: str, output_file: str, _pooch) -> None:
+def _transfer(session, report, part, url, output_file, _pooch):
     """Bring `url` to `output_file` by way of `part`, which stays where the connection breaks and is
     continued by HTTP Range; `report` is told the bytes that arrive.
 
@@ -266,7 +264,7 @@ def _transfer(session, report: Callable, part: Path, url: str, output_file: str,
     shutil.move(part, output_file)
 
 
-def _is_unpacked(folder: Path, file: RemoteFile) -> bool:
+def _is_unpacked(folder, file):
     """Whether a zip file has been unpacked and removed, and what came out of it is still there."""
     note = folder / f"{file.name}.unpacked"
     if not note.exists() or (folder / file.name).exists():
@@ -278,7 +276,7 @@ def _is_unpacked(folder: Path, file: RemoteFile) -> bool:
     )
 
 
-def _unpack(folder: Path, file: RemoteFile) -> None:
+def _unpack(folder, file):
     """Unpack a zip file beside itself, note what came out of it, and remove it; a damaged one is a
     DataError.
     """

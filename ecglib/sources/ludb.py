@@ -156,7 +156,7 @@ def read_annotations(path: Path) -> list[tuple[int, int]]:
     raise DataError(f"{path}: the wave marks end too early; download the file again.")
 
 
-def _waves(marks: Iterable[tuple[int, int]]) -> list[tuple[str, int | None, int, int | None]]:
+def _waves(marks):
     """(wave, onset, peak, offset) from marks in order of time.
 
     Usually they come as onset, peak, offset. Some waves overlap (onsets, peaks, then offsets), some
@@ -185,24 +185,24 @@ def _waves(marks: Iterable[tuple[int, int]]) -> list[tuple[str, int | None, int,
     return [tuple(wave) for wave in waves]
 
 
-def _read_index(folder: Path) -> pd.DataFrame:
+def _read_index(folder):
     """`ludb.csv`, its columns and record numbers checked."""
     columns = ("ID", "Sex", "Age", AXIS, *STATEMENT_COLUMNS)
     return read_index(folder / INDEX, columns, numbers=("ID",), unique="ID")
 
 
-def _header_path(folder: Path, record: str) -> Path:
+def _header_path(folder, record):
     """Header of one record, a plain name."""
     return inside(folder / "data", f"{record}.hea", f"the list of LUDB records of {folder}")
 
 
-def _statements(entry: pd.Series) -> list[str]:
+def _statements(entry):
     """All statements of one record; each line of a cell holds one."""
     lines = "\n".join(entry[list(STATEMENT_COLUMNS)].dropna().astype(str)).splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 
-def _class(statement: str) -> str | None:
+def _class(statement):
     """The class of one statement, or None."""
     text = statement.lower()
     return next((name for start, name in CLASSES.items() if text.startswith(start)), None)

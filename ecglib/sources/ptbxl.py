@@ -3,7 +3,6 @@
 import ast
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ecglib.errors import DataError
@@ -98,7 +97,7 @@ def read_ptbxl(
     return assemble(files, classes, sampling_rate, 10.0, about, rules)
 
 
-def _rows(index: pd.DataFrame) -> pd.DataFrame:
+def _rows(index):
     """The table of the records."""
     rows = {
         "record_id": index["ecg_id"].astype(str),
@@ -124,7 +123,7 @@ def read_ptbxl_index(path: Path) -> pd.DataFrame:
     return index.assign(codes=codes)
 
 
-def _parse_codes(path: Path, ecg_id: int, text: object) -> dict[str, float]:
+def _parse_codes(path, ecg_id, text):
     """The statements of one record."""
     try:
         return {str(code): float(value) for code, value in ast.literal_eval(str(text)).items()}
@@ -134,7 +133,7 @@ def _parse_codes(path: Path, ecg_id: int, text: object) -> dict[str, float]:
         ) from None
 
 
-def _version(folder: Path, index: pd.DataFrame) -> dict:
+def _version(folder, index):
     """The recognised version; a record count that disagrees with the folder's own list is a
     DataError.
     """
@@ -151,7 +150,7 @@ def _version(folder: Path, index: pd.DataFrame) -> dict:
     return {"version": version or f"a subset of {len(index):,} records", "subset": version is None}
 
 
-def _read_statements(path: Path) -> pd.DataFrame:
+def _read_statements(path):
     """`scp_statements.csv`, one row per statement, its columns and names checked."""
     columns = ("diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass")
     table = read_index(path, columns)
@@ -160,9 +159,7 @@ def _read_statements(path: Path) -> pd.DataFrame:
     return table.set_index(names.astype(str))
 
 
-def _targets(
-    codes: pd.Series, statements: pd.DataFrame, task: str
-) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+def _targets(codes, statements, task):
     """Classes of a task, and 0/1 targets `(records, classes)` by any statement and by statements of
     at least 50 % likelihood.
 
@@ -181,7 +178,7 @@ def _targets(
     return classes, binary_targets(stated, classes), binary_targets(likely, classes)
 
 
-def _class_of(statements: pd.DataFrame, task: str) -> dict[str, str]:
+def _class_of(statements, task):
     """The class of each statement that has one in a task."""
     if task in ("subclass", "superclass"):
         column = "diagnostic_class" if task == "superclass" else "diagnostic_subclass"

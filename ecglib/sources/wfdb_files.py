@@ -7,7 +7,7 @@ sources (16 bits, interleaved) are read here; every other format goes through th
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +98,7 @@ def read_header(path: str | Path) -> Header:
     return Header(path, rate, int(length), channels, comments, list(dict.fromkeys(oddities)))
 
 
-def _channel(path: Path, line: str, oddities: list[str]) -> Channel:
+def _channel(path, line, oddities):
     """The channel of one signal line; what was odd about it is added to the oddities."""
     match = _SIGNAL_LINE.match(line)
     if match is None:
@@ -107,7 +107,7 @@ def _channel(path: Path, line: str, oddities: list[str]) -> Channel:
         )
     part = match.groupdict(default="")
 
-    def number(field: str) -> float:
+    def number(field):
         return _number(path, part[field] or "0", field.replace("_", " "), -1e9, 1e9)
 
     # A name that is a path could point anywhere.
@@ -145,7 +145,7 @@ def _channel(path: Path, line: str, oddities: list[str]) -> Channel:
     )
 
 
-def _number(path: Path, text: str, what: str, low: float, high: float) -> float:
+def _number(path, text, what, low, high):
     """A finite number within bounds, or a DataError."""
     try:
         value = float(text)
@@ -190,7 +190,7 @@ def read_millivolts(
     return values
 
 
-def _counts(header: Header) -> np.ndarray:
+def _counts(header):
     """Raw counts `(channels, time)` int16."""
     places = {(channel.file, channel.format, channel.offset) for channel in header.channels}
     path, form, offset = places.pop()
@@ -209,7 +209,7 @@ def _counts(header: Header) -> np.ndarray:
     return counts.T
 
 
-def _counts_by_library(header: Header) -> np.ndarray:
+def _counts_by_library(header):
     """Counts of a format other than 16, read by wfdb."""
     import wfdb
 
@@ -262,7 +262,7 @@ def read_listed(
 ) -> Files:
     """The WFDB records of a table with one row per record: its row, header path and target."""
 
-    def read(path: Path, row: dict, target: np.ndarray) -> Iterator[Recording]:
+    def read(path, row, target):
         recording = read_wfdb(path, checksums, counts_per_millivolt)
         recording.row = row
         recording.target = target

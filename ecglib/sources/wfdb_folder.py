@@ -82,7 +82,7 @@ def read_wfdb_folder(
     return assemble(files, names, sampling_rate, seconds, about, rules)
 
 
-def _read_labels(path: Path) -> pd.DataFrame:
+def _read_labels(path):
     """The labels with a column `record` of unique names, and patient_id as text."""
     table = read_index(path, numbers=("fold",), text=(*NAMES, "patient_id", "labels"))
     column = next((name for name in NAMES if name in table), None)
@@ -96,9 +96,7 @@ def _read_labels(path: Path) -> pd.DataFrame:
     return table
 
 
-def _targets(
-    path: Path, table: pd.DataFrame, classes: Sequence[str] | None
-) -> tuple[tuple[str, ...], np.ndarray]:
+def _targets(path, table, classes):
     """Class names and 0/1 targets `(records, classes)`."""
     if "labels" in table:
         cells = table["labels"].fillna("").str.split(";")
@@ -127,7 +125,7 @@ def _targets(
     return names, targets
 
 
-def _class_columns(path: Path, table: pd.DataFrame) -> list[str]:
+def _class_columns(path, table):
     """Columns of 0 and 1; one with blanks among them is a DataError, since a blank label is
     neither.
     """
@@ -142,6 +140,6 @@ def _class_columns(path: Path, table: pd.DataFrame) -> list[str]:
     return found
 
 
-def _is_binary(column: pd.Series) -> bool:
+def _is_binary(column):
     """Whether a column holds 0 and 1 (or False and True) and nothing else."""
     return bool(pd.api.types.is_numeric_dtype(column) and column.isin([0, 1]).all())
