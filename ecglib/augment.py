@@ -120,21 +120,18 @@ def random_resized_crop(
     return _sample_at(signals, start + rank + fraction)
 
 
-def dynamic_time_warp(
-    signals: Tensor, generator: Generator, warps: int = 3, radius: int = 10, step: int = 2
-) -> Tensor:
-    """`warps` times: 2 * radius * step + 1 samples around a random centre shrink by `step`, the
-    rest stretches.
+def dynamic_time_warp(signals: Tensor, generator: Generator, warps: int = 3) -> Tensor:
+    """`warps` times: 41 samples around a random centre shrink to 21, the rest stretches. Signals
+    of no more than 41 samples stay as they are.
     """
     last = signals.shape[2] - 1
-    reach = radius * step
+    reach = 20  # samples to both sides of the centre
     if 2 * reach >= last:
         return signals
-    clock = _numbers(signals, last + 1) * (1 - 2 * (reach - radius) / last)
+    clock = _numbers(signals, last + 1) * (1 - reach / last)
     for _ in range(warps):
         begin = _uniform(signals, generator) * (last - 2 * reach)
-        within = (clock - begin).clamp(0, 2 * radius)
-        signals = _sample_at(signals, clock + (step - 1) * within)
+        signals = _sample_at(signals, clock + (clock - begin).clamp(0, reach))
     return signals
 
 

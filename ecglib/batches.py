@@ -29,8 +29,8 @@ def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> 
     """The random numbers of one step: a function of seed and step alone, so a resumed run draws the
     same ones.
     """
-    mixed = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
-    return Generator(device).manual_seed(int(mixed >> 1))
+    mixed = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
+    return Generator(device).manual_seed(int(mixed[0] >> 1))
 
 
 def to_millivolts(counts: Tensor, scale: float) -> Tensor:

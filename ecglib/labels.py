@@ -17,11 +17,11 @@ from ecglib.errors import DataError
 from ecglib.records import TRAINING_FOLDS, Records
 
 
-def patients_shared(records: Records, test_share: float = 0.1) -> tuple[float, float]:
+def patients_shared(records: Records) -> tuple[float, float]:
     """What a random split by record leaks: patients on both sides, and share of test records whose
     patient trains.
 
-    Expected values where each record is drawn for the test with probability `test_share`; with
+    Expected values where each record is drawn for the test with probability 0.1, as in CE-SSL; with
     folds of whole patients both are 0. DataError where the records name no patients.
     """
     table = records.table
@@ -31,8 +31,9 @@ def patients_shared(records: Records, test_share: float = 0.1) -> tuple[float, f
             "patient_id."
         )
     sizes = table["patient_id"].value_counts().to_numpy()
-    on_both_sides = 1 - (1 - test_share) ** sizes - test_share**sizes
-    with_another_outside = sizes * (1 - test_share ** (sizes - 1))
+    test = 0.1
+    on_both_sides = 1 - (1 - test) ** sizes - test**sizes
+    with_another_outside = sizes * (1 - test ** (sizes - 1))
     return float(on_both_sides.sum()), float(with_another_outside.sum() / sizes.sum())
 
 
@@ -59,45 +60,39 @@ def label_subsets(
     outside (0, 1], for no records, and for fewer records than classes.
     """
     pool = np.flatnonzero(records.table["fold"].isin(list(folds)))
-    fractions = sorted(fractions)
-    patients = records.table["patient_id"].iloc[pool]
-    patient, names, has = classes_of_patients(patients, records.targets[pool])
-    _check_request(fractions, len(pool), int(has.any(axis=0).sum()))
-    sizes = np.bincount(patient)
-    order = np.random.default_rng(seed).permutation(len(names))
-    order, missing = _cover_classes(order, fractions[0], sizes, has)
-    if len(missing):
-        listed = ", ".join(np.array(records.classes)[missing])
-        warnings.warn(
-            f"The label subset of {fractions[0]:g} has no room for a patient with {listed}.",
-            stacklevel=2,
-        )
-    return {
-        fraction: pool[np.isin(patient, _front(order, fraction, sizes))] for fraction in fractions
-    }
-
-
-def _check_request(fractions, count, classes):
-    """DataError where the wanted fractions of `count` records with `classes` classes make no
-    sense.
-    """
+    count = len(pool)
     if not count:
         raise DataError(
             "No record lies in the training folds, so there is nothing to label; check the fold "
             "column."
         )
+    fractions = sorted(fractions)
     if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
         raise DataError(
-            f"The label fractions {list(fractions)} must be shares above 0 and at most 1 (1 % is "
-            "0.01)."
+            f"The label fractions {fractions} must be shares above 0 and at most 1 (1 % is 0.01)."
         )
+    patients = records.table["patient_id"].iloc[pool]
+    patient, names, has = classes_of_patients(patients, records.targets[pool])
+    classes = has.any(axis=0).sum()
     needed = max(classes, 1)
-    if round(fractions[0] * count) < needed:
+    smallest = fractions[0]
+    if round(smallest * count) < needed:
         raise DataError(
-            f"A label fraction of {fractions[0]:g} of {count} records is fewer than one record for "
-            f"each of {classes} classes; use at least {needed / count:.2g} or fewer "
-            "classes."
+            f"A label fraction of {smallest:g} of {count} records is fewer than one record for "
+            f"each of {classes} classes; use at least {needed / count:.2g} or fewer classes."
         )
+    sizes = np.bincount(patient)
+    order = np.random.default_rng(seed).permutation(len(names))
+    order, missing = _cover_classes(order, smallest, sizes, has)
+    if len(missing):
+        listed = ", ".join(np.array(records.classes)[missing])
+        warnings.warn(
+            f"The label subset of {smallest:g} has no room for a patient with {listed}.",
+            stacklevel=2,
+        )
+    return {
+        fraction: pool[np.isin(patient, _front(order, fraction, sizes))] for fraction in fractions
+    }
 
 
 def _front(order, fraction, sizes):
