@@ -1,5 +1,6 @@
 """The simulated cohort: its laws, its physiology, its labels and its ground truth."""
 
+import tempfile
 from collections.abc import Callable
 
 import numpy as np
@@ -435,7 +436,7 @@ def test_same_heart_at_another_sampling_rate():
 
 
 def test_saved_and_loaded_with_its_ground_truth(tmp_path):
-    made = simulate_cohort(50, 9, task="all", signals_file=tmp_path / "signals.npy")
+    made = simulate_cohort(50, 9, task="all")
     again = Simulation.load(made.save(tmp_path / "cohort"))
     assert (
         again.records.fingerprint
@@ -484,11 +485,12 @@ def test_bad_settings_are_refused(settings, said):
         simulate_records(**{"patients": 10, "seed": 0, **settings})
 
 
-def test_unknown_class_and_unwritable_file_are_told(cohort, tmp_path):
+def test_unknown_class_and_unwritable_file_are_told(cohort, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="no class 'WPW'"):
         cohort.evidence([0], "WPW")
-    with pytest.raises(StorageError, match="signals.npy"):
-        simulate_cohort(1, 0, signals_file=tmp_path / "absent" / "signals.npy")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(StorageError, match="absent"):
+        simulate_cohort(1, 0)
 
 
 def test_rotation_keeps_lengths_and_turns_the_right_way():

@@ -10,58 +10,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ecglib.errors import DataError
+from ecglib.errors import DataError, explain_reading
 from ecglib.files import atomic_file
 from ecglib.records import LEADS, Records
+from ecglib.sources.simulate.tables import read_table
 
-# Condition -> PTB-XL superclass. Codes are SCP-ECG statements as PTB-XL writes them.
-CONDITIONS = {
-    "AMI": "MI",
-    "IMI": "MI",
-    "LMI": "MI",
-    "ISCAL": "STTC",
-    "ISCIN": "STTC",
-    "NDT": "STTC",
-    "CLBBB": "CD",
-    "CRBBB": "CD",
-    "IRBBB": "CD",
-    "LAFB": "CD",
-    "1AVB": "CD",
-    "LVH": "HYP",
-}
-SUPERCLASSES = ("CD", "HYP", "MI", "NORM", "STTC")
-RHYTHMS = ("AFIB", "AFLT", "PAC", "PVC", "SBRAD", "SR", "STACH")
-TASKS = {
-    "superclass": SUPERCLASSES,
-    "rhythm": RHYTHMS,
-    "all": tuple(sorted({*CONDITIONS, "NORM", *RHYTHMS})),
-}
-
+ALL = " ".join(LEADS)
+STATEMENTS = read_table("statements")
 # Where the evidence of a class lies: its leads, from which mark to which mark, in which kinds of
 # beat.
-ALL, CONDUCTED = " ".join(LEADS), ("normal", "atrial")
-EVIDENCE = {
-    "AMI": ("V1 V2 V3 V4", "QRS onset", "T offset", CONDUCTED),
-    "IMI": ("II III aVF", "QRS onset", "T offset", CONDUCTED),
-    "LMI": ("I aVL V5 V6", "QRS onset", "T offset", CONDUCTED),
-    "ISCAL": ("I aVL V2 V3 V4 V5 V6", "QRS offset", "T offset", CONDUCTED),
-    "ISCIN": ("II III aVF", "QRS offset", "T offset", CONDUCTED),
-    "NDT": (ALL, "QRS offset", "T offset", CONDUCTED),
-    "CLBBB": ("I aVL V1 V2 V3 V5 V6", "QRS onset", "T offset", CONDUCTED),
-    "CRBBB": ("I aVL V1 V2 V6", "QRS onset", "T offset", CONDUCTED),
-    "IRBBB": ("V1 V2", "QRS onset", "QRS offset", CONDUCTED),
-    "LAFB": ("I II III aVL aVF", "QRS onset", "QRS offset", CONDUCTED),
-    "1AVB": (ALL, "P onset", "QRS onset", ("normal",)),
-    "LVH": ("I aVL V1 V2 V5 V6", "QRS onset", "T offset", CONDUCTED),
-    "NORM": (ALL, "P onset", "T offset", ("normal",)),
-    "SR": (ALL, "P onset", "QRS offset", ("normal",)),
-    "SBRAD": (ALL, "P onset", "QRS offset", ("normal",)),
-    "STACH": (ALL, "P onset", "QRS offset", ("normal",)),
-    "AFIB": (ALL, "T offset", "next QRS offset", CONDUCTED),
-    "AFLT": ("II III aVF V1", "T offset", "next QRS offset", CONDUCTED),
-    "PVC": (ALL, "QRS onset", "T offset", ("ventricular",)),
-    "PAC": (ALL, "P onset", "QRS offset", ("atrial",)),
-}
+EVIDENCE = {row.code: row[2:] for row in STATEMENTS.itertuples(index=False)}
+# Condition -> PTB-XL superclass.
+CONDITIONS = {row.code: row.superclass for row in STATEMENTS.itertuples() if row.superclass}
+SUPERCLASSES = ("CD", "HYP", "MI", "NORM", "STTC")
+RHYTHMS = ("AFIB", "AFLT", "PAC", "PVC", "SBRAD", "SR", "STACH")
+TASKS = {"superclass": SUPERCLASSES, "rhythm": RHYTHMS, "all": tuple(sorted(EVIDENCE))}
 BEAT_MARKS = [f"{wave} {end}" for wave in ("P", "QRS", "T") for end in ("onset", "offset")]
 WAVE_COLUMNS = ["record_id", "beat", "kind", "wave", "onset", "offset"]
 
@@ -93,12 +56,16 @@ class Simulation:
                 f"The simulated cohort has no class {class_name!r}; use one of {known}."
             )
         indices = np.asarray(indices).reshape(-1)
-        mask = np.zeros((len(indices), len(LEADS), self.records.signals.shape[2]), bool)
-        table = self.records.table
-        for row, index in enumerate(indices):
-            marks = self.beats.get(table["record_id"].iloc[index])
-            for code in codes & set(table["statements"].iloc[index].split()):
-                _mark_evidence(mask[row], marks, code)
+        mask = np.zeros((len(indices), *self.records.signals.shape[1:]), bool)
+        table = self.records.table[["record_id", "statements"]].iloc[indices]
+        for row, (record, statements) in enumerate(table.to_numpy()):
+            for code in codes & set(statements.split()):
+                leads, first, last, kinds = EVIDENCE[code]
+                beats = self.beats[record]
+                marks = beats.loc[beats["kind"].isin(kinds.split()), [first, last]].dropna()
+                seen = [LEADS.index(lead) for lead in leads.split()]
+                for onset, offset in marks.to_numpy(int):
+                    mask[row, seen, onset : offset + 1] = True
         return mask
 
     @cached_property
@@ -133,24 +100,12 @@ class Simulation:
             raise DataError(
                 f"{folder}: these records are not a simulated cohort; open them with Records.load."
             )
-        if not path.is_file():
-            raise DataError(
-                f"{path}: the wave marks are missing; simulate the cohort again with the same seed."
-            )
         records.table["statements"] = records.table["statements"].fillna("")
-        try:
-            return cls(records, pd.read_csv(path, dtype={"record_id": str})[WAVE_COLUMNS])
-        except (ValueError, KeyError) as error:
-            raise DataError(
-                f"{path}: damaged wave marks ({error}); simulate the cohort again."
-            ) from error
-
-
-def _mark_evidence(mask: np.ndarray, beats: pd.DataFrame, code: str) -> None:
-    """Set the region of one statement in `mask (12, time)`, in all beats of its kinds that have
-    both marks.
-    """
-    leads, first, last, kinds = EVIDENCE[code]
-    rows = [LEADS.index(lead) for lead in leads.split()]
-    for onset, offset in beats.loc[beats["kind"].isin(kinds), [first, last]].dropna().to_numpy(int):
-        mask[rows, onset : offset + 1] = True
+        absent = "the wave marks are missing; simulate the cohort again with the same seed"
+        with explain_reading(path, absent):
+            try:
+                return cls(records, pd.read_csv(path, dtype={"record_id": str})[WAVE_COLUMNS])
+            except (ValueError, KeyError) as error:
+                raise DataError(
+                    f"{path}: damaged wave marks ({error}); simulate the cohort again."
+                ) from error
