@@ -125,7 +125,10 @@ def _simulate_block(seed, start, patients, sampling_rate, seconds):
     seconds = samples / sampling_rate
     rhythm = draw_rhythm(rng, traits, seconds)
     signals, marks = record_hearts(rng, heart, field, rhythm, sampling_rate, samples)
-    rate = _heart_rate(rhythm.beats, len(person), seconds)
+    inside = rhythm.beats[rhythm.beats["time"].between(0, seconds, inclusive="left")]
+    beats = np.bincount(inside["record"], minlength=len(person))
+    lasting = np.bincount(inside["record"], inside["interval"], len(person))
+    rate = 60 * beats / np.maximum(lasting, 1e-9)
     table = pd.DataFrame(
         {
             "record_id": [
@@ -199,8 +202,8 @@ def _draw_severities(rng, combination):
 def _vary_visits(rng, traits, severities):
     """Somewhat other severities at each visit, and in place another rate."""
     varied = np.clip(severities * rng.lognormal(0, 0.12, severities.shape), 0, 1)
-    slight = np.minimum(varied, 0.99 * PLAIN)
-    varied = np.where(severities >= PLAIN, np.maximum(varied, PLAIN), slight).round(4)
+    plain = np.maximum(varied, PLAIN)
+    varied = np.where(severities >= PLAIN, plain, np.minimum(varied, 0.99 * PLAIN)).round(4)
     atria = traits["atria"]
     rate = np.clip(traits["rate"] * rng.lognormal(0, 0.07, len(atria)), 36, 165)
     fast = [np.clip(rate * 1.2, 50, 160), np.clip(rate * 1.25, 65, 150)]
@@ -208,13 +211,6 @@ def _vary_visits(rng, traits, severities):
     # Without P waves there is no PR interval.
     varied[list(CONDITIONS).index("1AVB"), atria != "sinus"] = 0.0
     return varied
-
-
-def _heart_rate(beats, count, seconds):
-    """Measured beats per minute of each of `count` records."""
-    inside = beats[beats["time"].between(0, seconds, inclusive="left")]
-    lasting = np.bincount(inside["record"], inside["interval"], count)
-    return 60 * np.bincount(inside["record"], minlength=count) / np.maximum(lasting, 1e-9)
 
 
 def _statements(rng, atria, rate, severities, marks):
@@ -229,8 +225,8 @@ def _statements(rng, atria, rate, severities, marks):
     stated["NORM"] = ~found.any(axis=0) & (atria == "sinus")
     for code, kind, waves in (("PVC", VENTRICULAR, ["QRS", "T"]), ("PAC", ATRIAL, ["P", "QRS"])):
         wanted = marks[(marks["kind"] == kind) & marks["wave"].isin(waves)]
-        shown = wanted.groupby(["record", "beat"]).size()
-        complete = shown[shown == len(waves)].index.get_level_values("record")
+        shown = wanted.value_counts(["record", "beat"])
+        complete = shown.index[shown == len(waves)].get_level_values("record")
         stated[code] = np.isin(np.arange(count), complete) & (rng.random(count) > MISSED)
     slow = rate < 54 + rng.normal(0, 1.5, count)
     fast = rate > 100 + rng.normal(0, 1.5, count)

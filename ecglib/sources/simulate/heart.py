@@ -123,7 +123,7 @@ def _draw_directions(rng, heart, age):
     shape = (len(age), 3)
     whole = rng.normal(0, 1, shape) * np.radians((10, 14, 13))
     whole[:, 2] += np.radians(9) - np.radians(0.42) * (age - 45)
-    whole[:, 2] = np.clip(whole[:, 2], np.radians(-55), np.radians(55))
+    whole[:, 2] = np.clip(whole[:, 2], *np.radians((-55, 55)))
     for name, share, own in (("P", 0.7, 10), ("QRS", 1.0, 6), ("T", 0.7, 12)):
         turn = rotation(whole * share + rng.normal(0, np.radians(own), shape))
         heart[name].dipole = heart[name].dipole @ turn.transpose(0, 2, 1)
@@ -319,15 +319,15 @@ def ectopic_heart(rng: Generator, count: int) -> Heart:
     return heart
 
 
-def wave_limits(wave: Wave, amplitudes: np.ndarray, level: float) -> np.ndarray:
-    """Onset and offset `(n, 2)` in seconds after R: where the size over the leads is above `level`
-    times its peak.
+def wave_limits(wave: Wave, field: np.ndarray, level: float) -> np.ndarray:
+    """Onset and offset `(n, 2)` in seconds after R: where the size over the leads, seen through
+    lead fields `(n, 8, 3)`, is above `level` times its peak.
     """
     low = (wave.centre - 3 * wave.width).min()
     high = (wave.centre + 3 * wave.width).max()
     grid = np.arange(low, high + STEP, STEP, dtype=np.float32)
     bells = gaussians(grid[None], wave.centre, wave.width)
-    size = np.square(amplitudes.astype(np.float32) @ bells).sum(axis=1)
+    size = np.square(wave.leads(field).astype(np.float32) @ bells).sum(axis=1)
     above = size >= np.float32(level) ** 2 * size.max(axis=1, keepdims=True)
     onset = grid[above.argmax(axis=1)]
     offset = grid[::-1][above[:, ::-1].argmax(axis=1)]

@@ -36,7 +36,13 @@ def record_hearts(
     count = len(field)
     size = rng.lognormal(0, 0.03, len(beats))
     premature = rng.uniform(-0.8, 0.5, count)[record]
-    shortening = _shortening(record, beats["interval"].to_numpy(), count)
+    # Cube root of RR (Fridericia), from the record's usual RR and the last one, since QT follows
+    # slowly.
+    interval = beats["interval"].to_numpy()
+    beaten = np.bincount(record, minlength=count)
+    usual = np.bincount(record, interval, count) / np.maximum(beaten, 1)
+    followed = 0.6 * usual[record] + 0.4 * np.clip(interval, 0.5, 1.4)
+    shortening = np.clip(followed, 0.35, 1.6) ** (1 / 3)
     stretch = {"P": shortening**0.5, "QRS": 1.0, "T": shortening}
     height = {"P": np.where(kind == ATRIAL, premature, 1.0) * size, "QRS": size, "T": size}
     shown = {"P": (rhythm.atria == "sinus")[record], "QRS": True, "T": True}
@@ -44,30 +50,17 @@ def record_hearts(
     eight = np.zeros((count, 8, samples), np.float32)
     marks = []
     for waves, chosen in ((heart, ~ectopic), (ectopic_heart(rng, count), ectopic)):
-        amplitudes = {name: wave.leads(field) for name, wave in waves.items()}
-        limits = {
-            name: wave_limits(wave, amplitudes[name], LEVEL[name]) for name, wave in waves.items()
-        }
+        limits = {name: wave_limits(wave, field, LEVEL[name]) for name, wave in waves.items()}
         for name, wave in waves.items():
             seen = beats.assign(stretch=stretch[name], height=height[name])[chosen & shown[name]]
             if len(seen):
-                _add_waves(eight, wave, amplitudes[name], seen, sampling_rate)
+                _add_waves(eight, wave, wave.leads(field), seen, sampling_rate)
                 marks.append(_marks(name, limits, seen, sampling_rate, samples))
     eight += field.astype(np.float32) @ rhythm.atrial_waves(rng, sampling_rate, samples)
     eight += recorder_noise(rng, count, sampling_rate, samples)
     limb = np.einsum("lk,nkt->nlt", LIMB_FROM_I_AND_II, eight[:, :2])
     table = pd.concat(marks).sort_values(["record", "beat", "onset"], ignore_index=True)
     return to_counts(np.concatenate([limb, eight[:, 2:]], axis=1)), table
-
-
-def _shortening(record, interval, count):
-    """Cube root of RR `(b,)` (Fridericia), from the record's usual RR and the last one, since QT
-    follows slowly.
-    """
-    beaten = np.bincount(record, minlength=count)
-    usual = np.bincount(record, interval, count) / np.maximum(beaten, 1)
-    followed = 0.6 * usual[record] + 0.4 * np.clip(interval, 0.5, 1.4)
-    return np.clip(followed, 0.35, 1.6) ** (1 / 3)
 
 
 def _add_waves(eight, wave, amplitudes, beats, sampling_rate):
@@ -119,7 +112,18 @@ def recorder_noise(rng: Generator, count: int, sampling_rate: float, samples: in
     time = np.arange(samples) / sampling_rate
     shape = (count, 9, samples)
     level = rng.lognormal(0, 0.5, (count, 1, 1))
-    noise = level * (_wander(rng, count, time) + _muscle(rng, count, samples))
+    # Baseline wander: slow waves, the slowest largest.
+    frequencies = np.array([0.05, 0.09, 0.15, 0.22, 0.3, 0.42])  # Hz
+    angles = 2 * np.pi * np.outer(frequencies, time)
+    waves = np.concatenate([np.sin(angles), np.cos(angles)])
+    weights = rng.normal(0, 1, (count, 9, 12)) * np.tile((0.15 / frequencies) ** 0.7, 2)
+    weights *= rng.lognormal(-4.7, 0.7, (count, 1, 1))
+    wander = weights.astype(np.float32) @ waves.astype(np.float32)
+    # Muscle: high frequencies that swell and fade.
+    rough = np.diff(rng.standard_normal((count, 9, samples + 1), dtype=np.float32), axis=2)
+    swell = smooth(np.abs(rng.normal(0, 1, (count, 6))), samples)[:, None]
+    swell = 0.0022 * rng.lognormal(0, 0.6, (count, 9, 1)) * swell
+    noise = level * (wander + swell.astype(np.float32) * rough)
     noise += 0.0015 * level * rng.standard_normal(shape, dtype=np.float32)
     noise += _slips(rng, count, time, samples / sampling_rate)
     if sampling_rate >= MAINS_KEPT_FROM:
@@ -129,23 +133,6 @@ def recorder_noise(rng: Generator, count: int, sampling_rate: float, samples: in
     right_arm, left_arm, leg = np.split(noise[:, :3], 3, axis=1)
     terminal = (right_arm + left_arm + leg) / 3  # Wilson's
     return np.concatenate([left_arm - right_arm, leg - right_arm, noise[:, 3:] - terminal], axis=1)
-
-
-def _wander(rng, count, time):
-    """Baseline wander `(n, 9, time)` of electrodes: slow waves, the slowest largest."""
-    frequencies = np.array([0.05, 0.09, 0.15, 0.22, 0.3, 0.42])  # Hz
-    angles = 2 * np.pi * np.outer(frequencies, time)
-    weights = rng.normal(0, 1, (count, 9, 12)) * np.tile((0.15 / frequencies) ** 0.7, 2)
-    weights *= rng.lognormal(-4.7, 0.7, (count, 1, 1))
-    waves = np.concatenate([np.sin(angles), np.cos(angles)])
-    return weights.astype(np.float32) @ waves.astype(np.float32)
-
-
-def _muscle(rng, count, samples):
-    """Muscle noise `(n, 9, time)` of electrodes: high frequencies that swell and fade."""
-    rough = np.diff(rng.standard_normal((count, 9, samples + 1), dtype=np.float32), axis=2)
-    swell = smooth(np.abs(rng.normal(0, 1, (count, 6))), samples)[:, None]
-    return (0.0022 * rng.lognormal(0, 0.6, (count, 9, 1)) * swell).astype(np.float32) * rough
 
 
 def _slips(rng, count, time, seconds):

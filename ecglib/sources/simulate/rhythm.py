@@ -83,6 +83,7 @@ def draw_rhythm(rng: Generator, traits: Mapping[str, np.ndarray], seconds: float
     time = -LEAD_IN + rng.random(count) * usual
     conducted = _conducted(atria, usual, cycle, irregular)
     drawn = np.select([chance > 1 - ventricular, chance < atrial], [VENTRICULAR, ATRIAL], NORMAL)
+    late = np.where(ventricular > 0, VENTRICULAR, ATRIAL)
     kind = np.full(count, NORMAL)
     slow = np.zeros(count)
     lacking = ventricular + atrial > 0  # no premature beat so far, though wanted
@@ -93,9 +94,11 @@ def draw_rhythm(rng: Generator, traits: Mapping[str, np.ndarray], seconds: float
         sinus = usual * (1 + breathing + wander * slow)
         basic = np.where(atria == "sinus", sinus, conducted[step])
         # No premature beat follows another.
-        late = np.where(ventricular > 0, VENTRICULAR, ATRIAL)
-        following = np.where(lacking & (time > forced) & (drawn[step] == NORMAL), late, drawn[step])
-        following = np.where(kind == NORMAL, following, NORMAL)
+        following = np.select(
+            [kind != NORMAL, drawn[step] != NORMAL, lacking & (time > forced)],
+            [NORMAL, drawn[step], late],
+            NORMAL,
+        )
         # A ventricular beat is followed by a compensatory pause, an atrial one resets the sinus
         # node.
         pause = np.select(
