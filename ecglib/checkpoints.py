@@ -46,11 +46,8 @@ def first_difference(expected: Mapping[str, Tensor], tensors: Mapping[str, Tenso
     """The first name, in alphabetical order, that only one of two sets of tensors has or whose
     shapes differ.
     """
-    shapes, others = (
-        {name: value.shape for name, value in each.items()} for each in (expected, tensors)
-    )
-    differing = (name for name in shapes | others if shapes.get(name) != others.get(name))
-    return min(differing, default=None)
+    shapes = ({(name, value.shape) for name, value in each.items()} for each in (expected, tensors))
+    return min((name for name, _ in set.symmetric_difference(*shapes)), default=None)
 
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
@@ -73,17 +70,17 @@ class TrainingLog:
     """
 
     def __init__(self, folder: str | Path | None, steps: int, seed: int) -> None:
-        self.folder = Path(folder) if folder else None
+        self.path = Path(folder) / CHECKPOINT if folder else None
         self.identity = {"steps": str(steps), "seed": str(seed)}
-        self.rows: list[dict] = []
-        self.recent: list[Tensor] = []
+        self.rows = []
+        self.recent = []
         self.started = time.perf_counter()
 
     @property
-    def checkpoint(self) -> Path | None:
-        """The last checkpoint, if one was written."""
-        path = self.folder / CHECKPOINT if self.folder else None
-        return path if path and path.exists() else None
+    def kept(self) -> str:
+        """The end of an error sentence that names the last checkpoint, if one was written."""
+        written = self.path and self.path.exists()
+        return f"; the last good checkpoint is {self.path}" if written else ""
 
     def add_row(self, step: int, learning_rate: float, precision: str) -> dict:
         """The new row for the steps since the last one, with the mean of their losses."""
@@ -103,39 +100,41 @@ class TrainingLog:
 
         Only the first of several processes writes.
         """
-        if self.folder is None or rank_and_world()[0]:
+        if self.path is None or rank_and_world()[0]:
             return
-        with atomic_file(self.folder / LOG) as temporary:
+        with atomic_file(self.path.with_name(LOG)) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         tensors = {f"model/{name}": value for name, value in objective.state_dict().items()}
         for index, state in optimizer.state_dict()["state"].items():
-            for name, value in state.items():
-                tensors[f"optimizer/{index}/{name}"] = value
+            tensors |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
         if self.recent:
             tensors["recent_losses"] = torch.stack(self.recent)
-        save_tensors(self.folder / CHECKPOINT, tensors, {"step": str(step), **self.identity})
+        save_tensors(self.path, tensors, {"step": str(step), **self.identity})
 
     def resume(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Load the checkpoint, if there is one, and return the next step.
 
         DataError for the checkpoint of another run or of another network.
         """
-        path = self.checkpoint
-        if path is None:
+        if not self.kept:
             return 0
-        tensors, about = load_tensors(path)
-        if {key: about.get(key) for key in self.identity} != self.identity:
-            raise DataError(f"{path}: a checkpoint of another run ({about}); use another folder.")
+        tensors, about = load_tensors(self.path)
+        if not self.identity.items() <= about.items():
+            raise DataError(
+                f"{self.path}: a checkpoint of another run ({about}); use another folder."
+            )
         self.recent = list(tensors.pop("recent_losses", []))
-        parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        parts = defaultdict(dict)
         for name, value in tensors.items():
             part, _, key = name.rpartition("/")
-            parts[part][key] = value
-        load_state(objective, parts.pop("model"), path)
-        state = {int(part.removeprefix("optimizer/")): values for part, values in parts.items()}
+            parts[part.removeprefix("optimizer/")][key] = value
+        load_state(objective, parts.pop("model"), self.path)
+        state = {int(index): values for index, values in parts.items()}
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         step = int(about["step"])
-        rows = map(json.loads, path.with_name(LOG).read_text().splitlines())
-        self.rows = [row for row in rows if row["step"] <= step]
-        self.started -= self.rows[-1]["seconds"] if self.rows else 0.0
+        for row in map(json.loads, self.path.with_name(LOG).read_text().splitlines()):
+            if row["step"] <= step:
+                self.rows.append(row)
+        if self.rows:
+            self.started -= self.rows[-1]["seconds"]
         return step

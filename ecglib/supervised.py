@@ -2,8 +2,8 @@
 against.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,29 +15,19 @@ from ecglib.augment import Transform, apply, named_transforms
 from ecglib.batches import Batch, CropBatches
 from ecglib.encoders import make_encoder
 from ecglib.records import Records
-from ecglib.settings import Settings
+from ecglib.settings import EncoderTraining
 from ecglib.train import fit
 
 
 @dataclass(frozen=True)
-class Training(Settings):
+class Training(EncoderTraining):
     """How a classifier is trained with labels.
 
-    `encoder` is a name of `encoders.ENCODERS`. Each of the `steps` of AdamW sees `batch_size` crops
-    of `crop_seconds` seconds, changed by `transforms` (a name of `augment.named_transforms`: its
-    options). `learning_rate` is the largest one of the schedule, `weight_decay` acts on matrices
-    and kernels, `dropout` is the share of features left out before the last layer. In fine-tuning
-    each layer learns at `layer_factor` times the rate of the layer above it.
+    `dropout` is the share of features left out before the last layer. In fine-tuning each layer
+    learns at `layer_factor` times the rate of the layer above it.
     """
 
-    encoder: str
-    steps: int
-    batch_size: int
-    crop_seconds: float
-    learning_rate: float
-    weight_decay: float
     dropout: float = 0.0
-    transforms: Mapping[str, Mapping] = field(default_factory=dict)
     layer_factor: float = 1.0
 
 

@@ -15,7 +15,6 @@ from ecglib.checkpoints import CHECKPOINT, load_tensors, save_tensors
 from ecglib.errors import DataError, StorageError
 from ecglib.train import (
     TrainingError,
-    constant_schedule,
     cosine_schedule,
     fit,
     parameter_groups,
@@ -206,7 +205,6 @@ def test_schedules():
         and np.argmax(rates) == 10
         and rates[-1] == pytest.approx(0)
     )
-    assert constant_schedule(0.3) == 1
 
 
 def test_biases_and_norms_do_not_decay():
