@@ -381,7 +381,7 @@ for group, case in cases.items():
     found = relevance(attributed(best, truth.records, others, case.place), *form)
     present = localisation.enrichment(case.maps[chosen][:here], case.region[:here])
     difference = present - localisation.enrichment(found, absent)
-    row = localisation.difference_row(
+    row = localisation.interval_row(
         "enrichment over true negatives", difference, patients[positions[:here]], draws
     )
     rows.append({"class": group, "records": here, "attribution": chosen, **row})
@@ -410,7 +410,7 @@ for group in bars:
             network, few, relevance(case.kept["occlusion"]), case.place, rate, window
         )
     for name, area in areas.items():
-        row = localisation.difference_row(
+        row = localisation.interval_row(
             "deletion area over random", area - areas["random"], who, draws
         )
         row["passes"] = row["passes"] if name != "random" else None
@@ -529,7 +529,7 @@ for method, group in [
         ]
         pairs.append(two[0] - two[1])
         gaps.append(auroc[method, run.spec.seed] - auroc["supervised", nearest])
-    row = localisation.difference_row(
+    row = localisation.interval_row(
         "enrichment over supervised", np.mean(pairs, axis=0), patients[positions], draws
     )
     about = {"method": method, "class": group, "seeds": len(pairs), "records": len(positions)}

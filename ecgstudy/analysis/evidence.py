@@ -1,7 +1,7 @@
 """Where the evidence for a class truly lies: from the simulator, or from marks of cardiologists."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,56 +10,47 @@ import pandas as pd
 from ecglib.errors import DataError
 from ecglib.records import LEADS, Records
 from ecglib.sources.ludb import INDEX, read_ludb, read_ludb_marks
-from ecglib.sources.simulate import ALL, Simulation
+from ecglib.sources.simulate import ALL, EVIDENCE, Simulation
 
-# What a network may say, by the superclass that it knows and the statements that have a place in
-# the beat.
-GROUPS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "infarction": ("MI", ("AMI", "IMI", "LMI", "STEMI", "scar", "ischaemia or scar")),
-    "bundle branch block": ("CD", ("CLBBB", "CRBBB", "IRBBB", "ILBBB")),
-    "ST-T change": ("STTC", ("ISCAL", "ISCIN", "NDT", "ischaemia", "repolarisation")),
-    "hypertrophy": ("HYP", ("LVH",)),
-    "AV block": ("CD", ("1AVB",)),
+# What a network may say: the superclass that it knows, statements that have a place in the beat,
+# and where that is in LUDB, whose statements name no wall: leads, from which mark, to which mark.
+GROUPS: Mapping[str, tuple[str, str, tuple[str, str, str]]] = {
+    "infarction": (
+        "MI",
+        "AMI, IMI, LMI, STEMI, scar, ischaemia or scar",
+        (ALL, "QRS onset", "T offset"),
+    ),
+    "bundle branch block": ("CD", "CLBBB, CRBBB, IRBBB, ILBBB", (ALL, "QRS onset", "QRS offset")),
+    "ST-T change": (
+        "STTC",
+        "ISCAL, ISCIN, NDT, ischaemia, repolarisation",
+        (ALL, "QRS offset", "T offset"),
+    ),
+    "hypertrophy": ("HYP", "LVH", ("I aVL V1 V2 V5 V6", "QRS onset", "QRS offset")),
+    "AV block": ("CD", "1AVB", (ALL, "P onset", "QRS onset")),
 }
-# Where the evidence lies in LUDB, whose statements name no wall: leads, from which mark, to which
-# mark.
-FROM_QRS = (ALL, "QRS onset", "T offset")
-REPOLARISATION = (ALL, "QRS offset", "T offset")
-LUDB_EVIDENCE = {
-    **dict.fromkeys(("CLBBB", "CRBBB", "IRBBB", "ILBBB"), (ALL, "QRS onset", "QRS offset")),
-    **dict.fromkeys(("STEMI", "scar", "ischaemia or scar"), FROM_QRS),
-    **dict.fromkeys(("ischaemia", "repolarisation"), REPOLARISATION),
-    "LVH": ("I aVL V1 V2 V5 V6", "QRS onset", "QRS offset"),
-    "1AVB": (ALL, "P onset", "QRS onset"),
-}
+LUDB_EVIDENCE = {code: place for _, codes, place in GROUPS.values() for code in codes.split(", ")}
 FETCH = "python -m ecglib.sources.download ludb ../data/ludb"
 
 
-@dataclass(frozen=True)
 class Region:
     """Where the evidence lies in some records, and what may be counted at all.
 
     mask: bool `(n, 12, time)`. counted: bool, of the same shape or `(n, 1, time)`; all by default.
-    DataError for a mask of another form.
+    evidence: what is counted of the mask. DataError for a mask of another form.
     """
 
-    mask: np.ndarray
-    counted: np.ndarray = field(default_factory=lambda: np.array([[[True]]]))
-
-    def __post_init__(self) -> None:
-        if self.mask.ndim != 3 or self.mask.dtype != bool:
-            form = f"{self.mask.dtype} {self.mask.shape}"
+    def __init__(self, mask: np.ndarray, counted: np.ndarray | bool = True) -> None:
+        if mask.ndim != 3 or mask.dtype != bool:
+            form = f"{mask.dtype} {mask.shape}"
             raise DataError(f"A mask is bool (records, leads, time), not {form}.")
-        object.__setattr__(self, "counted", np.broadcast_to(self.counted, self.mask.shape))
+        self.mask = mask
+        self.counted = np.broadcast_to(counted, mask.shape)
+        self.evidence = mask & self.counted
 
     def __getitem__(self, part: slice | np.ndarray) -> "Region":
         """The region of some of the records."""
         return Region(self.mask[part], self.counted[part])
-
-    @property
-    def evidence(self) -> np.ndarray:
-        """What is counted of the mask."""
-        return self.mask & self.counted
 
 
 @dataclass(eq=False)
@@ -67,37 +58,38 @@ class Truth:
     """Records whose evidence is known.
 
     codes: each record's statements. split: positions on which choices may be made ("validation")
-    and that are reported ("test"). find: from positions and the statements to look for to the mask
-    `(n, 12, time)`. marked: from positions to `counted (n, 1, time)`, everything where it is None.
-    note: what the reader must know, such as that nothing is marked.
+    and that are reported ("test"). mark: sets in a record's mask `(12, time)` what shows a
+    statement, given the mask, the record's position and the statement. counted: `(n, 1, time)`,
+    everything where it is None. note: what the reader must know, such as that nothing is marked.
     """
 
     name: str
     records: Records
     codes: list[set[str]]
     split: Mapping[str, np.ndarray]
-    find: Callable[[np.ndarray, Sequence[set[str]]], np.ndarray]
-    marked: Callable[[np.ndarray], np.ndarray] | None = None
+    mark: Callable[[np.ndarray, int, str], None]
+    counted: np.ndarray | None = None
     note: str = ""
 
-    def stated(self, group: str) -> list[set[str]]:
-        """Each record's statements that belong to a group of `GROUPS`."""
+    def stated(self, group: str) -> np.ndarray:
+        """Each record's statements that belong to a group of `GROUPS`, sets `(n,)`."""
         if group not in GROUPS:
             raise DataError(
                 f"There is no group {group!r} of statements; choose one of {', '.join(GROUPS)}."
             )
-        return [codes & set(GROUPS[group][1]) for codes in self.codes]
+        members = set(GROUPS[group][1].split(", "))
+        return np.array([codes & members for codes in self.codes], object)
 
     def positions(self, group: str, split: str = "test") -> np.ndarray:
         """The records of a split with a statement of the group, in their order; DataError where
         there is none.
         """
-        stated = self.stated(group)
-        found = np.array([place for place in self.split[split] if stated[place]], dtype=np.int64)
+        places = self.split[split]
+        found = places[self.stated(group)[places].astype(bool)]
         if not len(found):
             raise DataError(
                 f"{self.name}: no {split} record has a statement of {group} "
-                f"({', '.join(GROUPS[group][1])}); choose another group or more records."
+                f"({GROUPS[group][1]}); choose another group or more records."
             )
         return found
 
@@ -107,19 +99,17 @@ class Truth:
         With `like`, where it would lie had each record the statements of another one: for records
         without the disease.
         """
-        stated = self.stated(group)
-        wanted = [stated[place] for place in (positions if like is None else like)]
-        counted = {} if self.marked is None else {"counted": self.marked(positions)}
-        return Region(self.find(positions, wanted), **counted)
+        wanted = self.stated(group)[positions if like is None else like]
+        mask = np.zeros((len(positions), *self.records.signals.shape[1:]), bool)
+        for row, place, codes in zip(mask, positions, wanted, strict=True):
+            for code in codes:
+                self.mark(row, place, code)
+        return Region(mask, True if self.counted is None else self.counted[positions])
 
     def groups(self, split: str = "test", least: int = 3) -> tuple[str, ...]:
         """The groups with at least `least` records in a split."""
-        places = self.split[split]
-        counts = {
-            group: sum(bool(self.codes[place] & set(codes)) for place in places)
-            for group, (_, codes) in GROUPS.items()
-        }
-        return tuple(group for group, count in counts.items() if count >= least)
+        stated = {group: self.stated(group)[self.split[split]] for group in GROUPS}
+        return tuple(group for group, codes in stated.items() if sum(map(bool, codes)) >= least)
 
 
 def ground_truth(records: Records, results: str | Path, ludb: Path | None = None) -> Truth:
@@ -138,7 +128,7 @@ def find_ludb(*folders: str | Path) -> Path | None:
     """The first of the folders that holds LUDB, itself or in a folder `ludb` below or beside it;
     None if none does.
     """
-    for folder in (Path(folder) for folder in folders if str(folder)):
+    for folder in map(Path, filter(None, folders)):
         for place in (folder, folder / "ludb", folder.resolve().parent / "ludb"):
             if (place / INDEX).is_file():
                 return place
@@ -149,17 +139,13 @@ def simulated_truth(simulation: Simulation) -> Truth:
     """Fold 9 to choose on and fold 10 to report, with the cohort's own evidence."""
     records = simulation.records
 
-    def find(positions: np.ndarray, wanted: Sequence[set[str]]) -> np.ndarray:
-        part = records.select(positions)
-        part.table["statements"] = [" ".join(codes) for codes in wanted]
-        waves = simulation.waves[simulation.waves["record_id"].isin(part.table["record_id"])]
-        known, mask = Simulation(part, waves), _no_mask(records, positions)
-        for code in set().union(*wanted):
-            mask |= known.evidence(np.arange(len(part)), code)
-        return mask
+    def mark(mask: np.ndarray, place: int, code: str) -> None:
+        leads, first, last, kinds = EVIDENCE[code]
+        beats = simulation.beats[records.table["record_id"].iloc[place]]
+        mark_beats(mask, leads, beats[beats["kind"].isin(kinds)], first, last)
 
     codes = [set(text.split()) for text in records.table["statements"]]
-    return Truth("simulated cohort", records, codes, records.split, find)
+    return Truth("simulated cohort", records, codes, records.split, mark)
 
 
 def ludb_truth(folder: str | Path, sampling_rate: float) -> Truth:
@@ -172,50 +158,32 @@ def ludb_truth(folder: str | Path, sampling_rate: float) -> Truth:
     records = read_ludb(folder, sampling_rate=sampling_rate)
     names = records.table["record_id"]
     marks = read_ludb_marks(folder, names, sampling_rate=sampling_rate)
-    beats = {key: lead_beats(rows) for key, rows in marks.groupby(["record_id", "lead"])}
+    beats = dict(list(lead_beats(marks).groupby(level=["record_id", "lead"])))
 
-    def find(positions: np.ndarray, wanted: Sequence[set[str]]) -> np.ndarray:
-        mask = _no_mask(records, positions)
-        for row, name, codes in zip(mask, names.iloc[positions], wanted, strict=True):
-            for leads, first, last in (LUDB_EVIDENCE[code] for code in codes):
-                for lead in set(leads.split()) & {lead for key, lead in beats if key == name}:
-                    mark_beats(row[LEADS.index(lead)], beats[name, lead], first, last)
-        return mask
+    def mark(mask: np.ndarray, place: int, code: str) -> None:
+        leads, first, last = LUDB_EVIDENCE[code]
+        for lead in leads.split():
+            key = (names[place], lead)
+            if key in beats:
+                mark_beats(mask, lead, beats[key], first, last)
 
     spans = marks.groupby("record_id").agg({"onset": "min", "offset": "max"}).reindex(names)
-    first, last = (spans[[end]].to_numpy(float, na_value=np.nan) for end in spans)
+    first, last = spans.to_numpy(float, na_value=np.nan).T[:, :, None, None]
     clock = np.arange(records.signals.shape[2])
-
-    def marked(positions: np.ndarray) -> np.ndarray:
-        return ((clock >= first[positions]) & (clock <= last[positions]))[:, None]
-
+    counted = (clock >= first) & (clock <= last)
     split = {"validation": np.array([], int), "test": np.arange(len(records))}
     note = "every record of LUDB is a test record"
-    return Truth("LUDB", records, _classes(records), split, find, marked, note)
+    return Truth("LUDB", records, _classes(records), split, mark, counted, note)
 
 
 def targets_truth(records: Records) -> Truth:
     """Records with classes but without marks: each class stands for its groups' first statement,
     masks are empty.
     """
-    stands_for = {name: codes[0] for name, codes in reversed(GROUPS.values())}
+    stands_for = {name: codes.split(", ")[0] for name, codes, _ in reversed(GROUPS.values())}
     codes = [{stands_for[name] for name in found & set(stands_for)} for found in _classes(records)]
     note = f"no wave is marked; `{FETCH}` fetches LUDB, where cardiologists marked them"
-
-    def find(positions: np.ndarray, wanted: Sequence[set[str]]) -> np.ndarray:
-        return _no_mask(records, positions)
-
-    return Truth(records.name, records, codes, records.split, find, note=note)
-
-
-def mark_beats(mask: np.ndarray, beats: pd.DataFrame, first: str, last: str) -> None:
-    """Mark in one lead `(time,)` what lies between two marks of each beat, ends included."""
-    for onset, offset in beats[[first, last]].dropna().to_numpy(int):
-        mask[onset : offset + 1] = True
-
-
-def _no_mask(records: Records, positions: np.ndarray) -> np.ndarray:
-    return np.zeros((len(positions), *records.signals.shape[1:]), bool)
+    return Truth(records.name, records, codes, records.split, lambda *_: None, note=note)
 
 
 def _classes(records: Records) -> list[set[str]]:
@@ -223,23 +191,31 @@ def _classes(records: Records) -> list[set[str]]:
     return [set(np.array(records.classes)[row > 0]) for row in records.targets]
 
 
+def mark_beats(mask: np.ndarray, leads: str, beats: pd.DataFrame, first: str, last: str) -> None:
+    """Set in a record's mask `(12, time)`, in these leads, what lies between two marks of each
+    beat, ends included.
+    """
+    rows = [LEADS.index(lead) for lead in leads.split()]
+    for onset, offset in mark_pairs(beats, first, last):
+        mask[rows, onset : offset + 1] = True
+
+
+def mark_pairs(beats: pd.DataFrame, first: str, last: str) -> np.ndarray:
+    """Two marks, in samples, of each beat that has both, `(beats, 2)`."""
+    return beats[[first, last]].dropna().to_numpy(int)
+
+
 def lead_beats(marks: pd.DataFrame) -> pd.DataFrame:
-    """One row a beat of one lead's marks: onset and offset of its P, QRS and T in samples, NaN
-    where absent.
+    """One row per record, lead and beat of marks as from `read_ludb_marks`: onset and offset of its
+    P, QRS and T in samples, NaN where absent.
 
     A P belongs to the QRS that follows it, a T to the one before it.
     """
-    columns = [f"{wave} {end}" for wave in ("P", "QRS", "T") for end in ("onset", "offset")]
-    waves = {wave: rows.sort_values("peak") for wave, rows in marks.groupby("wave")}
-    if "QRS" not in waves:
-        return pd.DataFrame(columns=columns, dtype=float)
-    peaks = waves["QRS"]["peak"].to_numpy(float)
-    beats = pd.DataFrame(np.nan, index=range(len(peaks)), columns=columns)
-    for wave, rows in waves.items():
-        side = "right" if wave == "QRS" else "left"
-        own = np.searchsorted(peaks, rows["peak"].to_numpy(float), side) - (wave != "P")
-        inside = (own >= 0) & (own < len(peaks))
-        for end in ("onset", "offset"):
-            values = rows[end].to_numpy(float, na_value=np.nan)
-            beats.loc[own[inside], f"{wave} {end}"] = values[inside]
-    return beats
+    lead = ["record_id", "lead"]
+    marks = marks.sort_values("peak", kind="stable").astype({"onset": float, "offset": float})
+    begun = (marks["wave"] == "QRS").groupby([marks[name] for name in lead]).cumsum()
+    marks["beat"] = begun - (marks["wave"] != "P")
+    waves = marks.drop_duplicates([*lead, "beat", "wave"], keep="last")
+    beats = waves.pivot(index=[*lead, "beat"], columns="wave", values=["onset", "offset"])
+    beats.columns = [f"{wave} {end}" for end, wave in beats.columns]
+    return beats.dropna(subset=["QRS onset", "QRS offset"], how="all")

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.metrics import r2_score
 from torch import nn
 
 from ecglib.batches import Batch, CropBatches
@@ -15,7 +16,7 @@ from ecglib.records import LEADS
 from ecglib.sources.simulate import Simulation
 from ecglib.supervised import Classifier
 from ecglib.train import fit
-from ecgstudy.analysis.evidence import Region
+from ecgstudy.analysis.evidence import Region, mark_pairs
 
 HEIGHTS = {"P": ("P", "II"), "R": ("QRS", "V5"), "T": ("T", "V3")}  # output: wave and lead
 
@@ -27,34 +28,34 @@ def wave_heights(simulation: Simulation) -> np.ndarray:
     The median over a record's normal beats; for R the highest point. NaN where there is no such
     wave.
     """
-    names = simulation.records.table["record_id"]
-    heights = np.full((len(names), len(HEIGHTS)), np.nan)
-    for row, (name, signal) in enumerate(zip(names, simulation.records.millivolts(), strict=True)):
+    heights = np.full((len(simulation.records), len(HEIGHTS)), np.nan)
+    for place, signal in enumerate(simulation.records.millivolts()):
         for column, (wave, lead) in enumerate(HEIGHTS.values()):
-            trace, tops = signal[LEADS.index(lead)], []
-            for onset, offset in _normal_waves(simulation, name, wave):
-                part = trace[onset : offset + 1] - trace[onset]
+            tops = []
+            for onset, offset in _normal_waves(simulation, place, wave):
+                part = signal[LEADS.index(lead), onset : offset + 1]
+                part = part - part[0]
                 tops.append(part.max() if wave == "QRS" else part[np.abs(part).argmax()])
             if tops:
-                heights[row, column] = np.median(tops)
+                heights[place, column] = np.median(tops)
     return heights
 
 
-def _normal_waves(simulation: Simulation, record: str, wave: str) -> np.ndarray:
+def _normal_waves(simulation: Simulation, place: int, wave: str) -> np.ndarray:
     """Onset and offset of a wave in each normal beat of a record, in samples `(beats, 2)`."""
-    if record not in simulation.beats:
+    beats = simulation.beats.get(simulation.records.table["record_id"][place])
+    if beats is None:
         return np.empty((0, 2), int)
-    beats = simulation.beats[record].query("kind == 'normal'")
-    return beats[[f"{wave} onset", f"{wave} offset"]].dropna().to_numpy(int)
+    return mark_pairs(beats[beats["kind"] == "normal"], f"{wave} onset", f"{wave} offset")
 
 
 def wave_region(simulation: Simulation, positions: np.ndarray, output: str) -> Region:
     """Where the height of an output of `HEIGHTS` is measured: its wave, in its lead only."""
     wave, lead = HEIGHTS[output]
     mask = np.zeros((len(positions), *simulation.records.signals.shape[1:]), bool)
-    for row, record in zip(mask, simulation.records.table["record_id"].iloc[positions]):
-        for onset, offset in _normal_waves(simulation, record, wave):
-            row[LEADS.index(lead), onset : offset + 1] = True
+    for row, place in zip(mask[:, LEADS.index(lead)], positions):
+        for onset, offset in _normal_waves(simulation, place, wave):
+            row[onset : offset + 1] = True
     return Region(mask)
 
 
@@ -70,15 +71,14 @@ class HeightRegression(nn.Module):
         """`heights (n, outputs)` in mV are those of the training records."""
         super().__init__()
         self.network = network
-        self.register_buffer("mean", torch.tensor(heights.mean(axis=0), dtype=torch.float32))
-        self.register_buffer("deviation", torch.tensor(heights.std(axis=0), dtype=torch.float32))
+        self.mean = torch.from_numpy(heights.mean(axis=0)).float()
+        self.deviation = torch.from_numpy(heights.std(axis=0)).float()
         self.leads = [LEADS.index(lead) for _, lead in HEIGHTS.values()]
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Scalar loss of one batch, whose targets are heights in mV `(batch, outputs)`."""
         signals = batch.signals
-        drawn = torch.rand(signals.shape[:2], generator=batch.generator, device=signals.device)
-        gains = 0.5 + drawn
+        gains = 0.5 + torch.rand(signals.shape[:2], generator=batch.generator)
         wanted = (batch.targets * gains[:, self.leads] - self.mean) / self.deviation
         return nn.functional.mse_loss(self.network(signals * gains[:, :, None]).float(), wanted)
 
@@ -92,10 +92,11 @@ def height_regressor(
     It is trained on folds 1-8 of the cohort and tested on fold 10. R2 is that of the mean over a
     record's windows. DataError where the cohort is too small.
     """
-    records, heights = simulation.records, wave_heights(simulation)
-    known, fold = ~np.isnan(heights).any(axis=1), records.table["fold"].to_numpy()
-    train = np.flatnonzero(known & (fold <= 8))
-    test = np.flatnonzero(known & (fold == 10))
+    heights = wave_heights(simulation)
+    records = replace(simulation.records, targets=heights, classes=tuple(HEIGHTS))
+    fold = records.table["fold"].where(~np.isnan(heights).any(axis=1))
+    train = np.flatnonzero(fold <= 8)
+    test = np.flatnonzero(fold == 10)
     if not len(train) or not len(test):
         raise DataError(
             f"{len(records)} simulated records are too few to teach and to ask; simulate more "
@@ -105,14 +106,8 @@ def height_regressor(
     network = Classifier(make_encoder("xresnet1d_narrow"), len(HEIGHTS))
     objective = HeightRegression(network, heights[train])
     crops = CropBatches(records, train, batch_size, seconds, 0)
-
-    def batches(step: int) -> Batch:
-        batch = crops(step)
-        targets = heights[train[batch.indices.numpy()]]
-        return replace(batch, targets=torch.as_tensor(targets, dtype=torch.float32))
-
-    fit(objective, batches, steps, learning_rate=0.01, seed=0)
+    fit(objective, crops, steps, learning_rate=0.01, seed=0)
     answers = encode_windows(network.eval(), records, test, seconds)
     answers = answers * objective.deviation.numpy() + objective.mean.numpy()
-    r2 = 1 - ((answers - heights[test]) ** 2).mean(axis=0) / heights[test].var(axis=0)
-    return network, test, pd.Series(r2, index=list(HEIGHTS))
+    r2 = r2_score(heights[test], answers, multioutput="raw_values")
+    return network, test, pd.Series(r2, HEIGHTS)

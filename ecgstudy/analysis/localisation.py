@@ -7,7 +7,7 @@ there is no evidence or no relevance, so that intervals resample patients and co
 same records.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from itertools import combinations
 
@@ -17,10 +17,13 @@ import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
+from scipy.ndimage import maximum_filter1d
+from scipy.stats import rankdata
 from torch import nn
 
 from ecglib.errors import DataError
 from ecglib.evaluate.draws import Interval, PatientDraws, mean
+from ecglib.evaluate.metrics import mean_finite
 from ecglib.evaluate.windows import score_signals
 from ecglib.saliency import PATCH, bridged, find_r_peaks
 from ecgstudy.analysis.evidence import Region
@@ -37,10 +40,15 @@ from ecgstudy.analysis.figures import (
 SIZES = ("|input|", "|input|²")  # of the signal, which every attribution is compared with
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)  # of the patches that are deleted
 TOLERANCE = 0.05  # seconds that the pointing game forgives
-# Published thresholds of each measure: the lower limit of the interval must exceed this (times
-# chance for the second).
-ABOVE = {"enrichment": 1.5, "localisation_auc": 0.6, "lead_enrichment": 1.3}
-ABOVE_CHANCE = {"pointing_game": 2.0, "rank_accuracy": 1.0, "mass": 1.0}
+# Published thresholds: how many times its chance the lower limit of a measure must exceed.
+TIMES_CHANCE = {
+    "enrichment": 1.5,
+    "localisation_auc": 1.2,
+    "lead_enrichment": 1.3,
+    "pointing_game": 2.0,
+    "rank_accuracy": 1.0,
+    "mass": 1.0,
+}
 
 
 def plot_enrichment(table: pd.DataFrame, title: str | None = None) -> Figure:
@@ -51,12 +59,12 @@ def plot_enrichment(table: pd.DataFrame, title: str | None = None) -> Figure:
     """
     columns = ("class", "attribution", "value", "low", "high", "ceiling")
     require_columns(table, columns, "table of enrichments")
-    classes, names = list(pd.unique(table["class"])), list(pd.unique(table["attribution"]))[::-1]
-    colours = dict(zip(names[::-1], sns.color_palette("husl", len(names))))
+    names = list(pd.unique(table["attribution"]))
+    colours = looks(names, sns.color_palette("husl", len(names)))
+    classes = table.groupby("class", sort=False)
     size = 2.8 + 2.3 * len(classes), 1.3 + 0.32 * len(names)
     figure, grid = panels(len(classes), size, grid="x", sharey=True)
-    for axes, name in zip(grid[0], classes):
-        rows = table[table["class"] == name]
+    for axes, (name, rows) in zip(grid[0], classes):
         ceiling = rows["ceiling"].mean()
         axes.axvline(1, color="0.5", linewidth=1)
         axes.axvline(ceiling, color="0.5", linewidth=1, linestyle=":")
@@ -67,6 +75,7 @@ def plot_enrichment(table: pd.DataFrame, title: str | None = None) -> Figure:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
     grid[0, 0].set_yticks(range(len(names)), names)
+    grid[0, 0].invert_yaxis()  # the first attribution on top
     label = "Mass in the region over chance (1: chance, dotted: the largest possible)"
     figure.supxlabel(label, fontsize=9)
     return finish(figure, title)
@@ -79,21 +88,20 @@ def plot_randomisation(table: pd.DataFrame, title: str | None = None) -> Figure:
     table has the columns layer (in order), attribution, signed (whether of a or of |a|) and value.
     """
     require_columns(table, ("layer", "attribution", "signed", "value"), "table of randomisations")
-    layers = list(pd.unique(table["layer"]))
-    colours, markers = (looks(table["attribution"], choices) for choices in (PALETTE, MARKERS))
+    layers = pd.unique(table["layer"])
+    colours = looks(table["attribution"], PALETTE)
+    markers = looks(table["attribution"], MARKERS)
     figure, grid = panels(2, (10, 3.8), grid="y", sharey=True)
-    for axes, signed in zip(grid[0], (False, True)):
+    for axes, (signed, half) in zip(grid[0], table.groupby("signed")):
         axes.axhspan(-0.1, 0.1, color="0.92")
-        for attribution, rows in table[table["signed"] == signed].groupby(
-            "attribution", sort=False
-        ):
+        for name, rows in half.groupby("attribution", sort=False):
             values = rows.set_index("layer")["value"].reindex(layers)
-            look = {"color": colours[attribution], "marker": markers[attribution]}
-            axes.plot(range(len(layers)), values, **look, markersize=4, label=attribution)
+            look = {"color": colours[name], "marker": markers[name], "markersize": 4}
+            axes.plot(range(len(layers)), values, label=name, **look)
         axes.set_xticks(range(len(layers)), layers, rotation=30, ha="right")
         axes.set_title("a, with its sign" if signed else "|a|, where it points")
     grid[0, 0].set_ylabel("Rank correlation (grey: below 0.1)")
-    grid[0, 1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
     figure.supxlabel("Randomised from the head down to", fontsize=9)
     return finish(figure, title)
 
@@ -106,92 +114,62 @@ def chance_mass(region: Region) -> np.ndarray:
     return _share(region.evidence, region.counted, region)
 
 
-def relevance_mass(relevance: np.ndarray, region: Region) -> np.ndarray:
-    """Share of the relevance that lies in the region `(n,)` (M1); by chance `chance_mass`."""
-    counted = relevance * region.counted
-    return _share(counted * region.mask, counted, region)
-
-
 def enrichment(relevance: np.ndarray, region: Region) -> np.ndarray:
-    """Relevance mass over its chance `(n,)`; at most 1 / f_S."""
-    return relevance_mass(relevance, region) / chance_mass(region)
+    """Share of the relevance in the region over `chance_mass`, `(n,)`; at most 1 / f_S."""
+    counted = relevance * region.counted
+    return _share(counted * region.mask, counted, region) / chance_mass(region)
 
 
-def dilated(region: Region, sampling_rate: float) -> Region:
-    """The region, longer by `TOLERANCE` on both sides in time."""
-    from scipy.ndimage import maximum_filter1d
+def measure(relevance: np.ndarray, region: Region, sampling_rate: float) -> dict[str, np.ndarray]:
+    """All measures by name, each `(n,)`; `chances` tells what they are by chance.
 
-    width = 2 * round(TOLERANCE * sampling_rate) + 1
-    longer = maximum_filter1d(region.evidence.astype(np.uint8), width, axis=2).astype(bool)
-    return Region(longer, region.counted)
-
-
-def pointing_game(relevance: np.ndarray, region: Region, sampling_rate: float) -> np.ndarray:
-    """Whether the largest relevance lies within 50 ms of the region `(n,)` (M2); of equal ones, the
-    share that does.
-
-    By chance it is the share that the longer region covers.
+    mass: share of the relevance in the region S (M1), enrichment: the same over its chance.
+    pointing_game: whether the largest relevance lies within 50 ms of the region, of equal ones the
+    share that does (M2). rank_accuracy: share of the |S| most relevant lead-samples that lie in S,
+    equal ones by their share (M3). localisation_auc: ROC area of relevance against the region (M4).
+    lead_mass: share of the relevance in the leads that the region names (M5), lead_enrichment: the
+    same over its chance. gini: Gini coefficient of what is counted, 0 where all is equally
+    relevant, near 1 where one lead-sample has everything (M10).
     """
-    inside = np.where(region.counted, relevance, -np.inf)
-    top = (inside == inside.max(axis=(1, 2), keepdims=True)) & region.counted
-    return _share(top & dilated(region, sampling_rate).mask, top, region)
-
-
-def rank_accuracy(relevance: np.ndarray, region: Region) -> np.ndarray:
-    """Share of the |S| most relevant lead-samples that lie in the region S `(n,)` (M3); equal ones
-    count by their share.
-
-    By chance it is f_S.
-    """
-
-    def of_record(values: np.ndarray, hits: np.ndarray) -> float:
-        size = int(hits.sum())
-        if not size:
-            return np.nan
-        limit = np.partition(values, len(values) - size)[len(values) - size]
-        above, equal = values > limit, values == limit
-        tied = hits[equal].sum() * (size - above.sum()) / equal.sum()
-        return (hits[above].sum() + tied) / size
-
-    return _per_record(of_record, relevance, region)
-
-
-def localisation_auc(relevance: np.ndarray, region: Region) -> np.ndarray:
-    """ROC area of relevance against the region `(n,)` (M4); 0.5 by chance."""
-    from scipy.stats import rankdata
-
-    def of_record(values: np.ndarray, hits: np.ndarray) -> float:
-        positives, negatives = int(hits.sum()), int((~hits).sum())
-        if not positives or not negatives:
-            return np.nan
-        won = rankdata(values)[hits].sum() - positives * (positives + 1) / 2
-        return won / (positives * negatives)
-
-    return _per_record(of_record, relevance, region)
-
-
-def lead_mass(relevance: np.ndarray, region: Region) -> np.ndarray:
-    """Share of the relevance in the leads that the region names `(n,)` (M5); by chance their number
-    over 12.
-    """
+    counted = relevance * region.counted
     leads = region.evidence.any(axis=2, keepdims=True)
-    return relevance_mass(
-        relevance, Region(np.broadcast_to(leads, region.mask.shape), region.counted)
+    mass = _share(counted * region.mask, counted, region)
+    lead_mass = _share(counted * leads, counted, region)
+    inside = np.where(region.counted, relevance, -np.inf)
+    largest = (inside == inside.max(axis=(1, 2), keepdims=True)) & region.counted
+    rows = zip(relevance, region.evidence, region.counted, strict=True)
+    ranked = np.array([_ranked(values[each], hits[each]) for values, hits, each in rows])
+    return {
+        "mass": mass,
+        "enrichment": mass / chance_mass(region),
+        "pointing_game": _share(largest & _near(region, sampling_rate), largest, region),
+        "rank_accuracy": ranked[:, 0],
+        "localisation_auc": ranked[:, 1],
+        "lead_mass": lead_mass,
+        "gini": ranked[:, 2],
+        "lead_enrichment": lead_mass / leads.mean(axis=(1, 2)),
+        "mass over chance": mass / mean_finite(chance_mass(region)),
+    }
+
+
+def chances(region: Region, sampling_rate: float) -> dict[str, float]:
+    """What each measure is by chance, mean over records; 0 without any evidence."""
+    near = _near(region, sampling_rate)
+    mass, pointing = (
+        float(np.nan_to_num(mean_finite(_share(part, region.counted, region))))
+        for part in (region.evidence, near)
     )
-
-
-def gini(relevance: np.ndarray, region: Region) -> np.ndarray:
-    """Gini coefficient of what is counted `(n,)` (M10): 0 where all is equally relevant, near 1
-    where one lead-sample has everything.
-    """
-
-    def of_record(values: np.ndarray, hits: np.ndarray) -> float:
-        values = np.sort(values.astype(np.float64))
-        total, count = values.sum(), len(values)
-        ranks = 2 * np.arange(1, count + 1) - count - 1
-        return float(ranks @ values) / (count * total) if total > 0 else np.nan
-
-    return _per_record(of_record, relevance, region)
+    return {
+        "mass": mass,
+        "enrichment": 1.0,
+        "pointing_game": pointing,
+        "rank_accuracy": mass,
+        "localisation_auc": 0.5,
+        "lead_mass": float(region.evidence.any(axis=2).mean()),
+        "gini": np.nan,
+        "lead_enrichment": 1.0,
+        "mass over chance": 1.0,
+    }
 
 
 def _share(part: np.ndarray, whole: np.ndarray, region: Region) -> np.ndarray:
@@ -200,61 +178,29 @@ def _share(part: np.ndarray, whole: np.ndarray, region: Region) -> np.ndarray:
     """
     part, whole = (each.sum(axis=(1, 2)).astype(np.float64) for each in (part, whole))
     known = region.evidence.any(axis=(1, 2)) & (whole > 0)
-    return np.divide(part, whole, out=np.full(len(whole), np.nan), where=known)
+    return part / np.where(known, whole, np.nan)
 
 
-def _per_record(
-    measure: Callable[[np.ndarray, np.ndarray], float], relevance: np.ndarray, region: Region
-) -> np.ndarray:
-    """`measure(relevance, evidence)` of the lead-samples of each record that count, `(n,)`."""
-    rows = zip(relevance, region.evidence, region.counted, strict=True)
-    return np.array([measure(values[inside], hits[inside]) for values, hits, inside in rows], float)
+def _near(region: Region, sampling_rate: float) -> np.ndarray:
+    """What is counted within `TOLERANCE` of the evidence, in time."""
+    width = 2 * round(TOLERANCE * sampling_rate) + 1
+    return maximum_filter1d(region.evidence, width, axis=2) & region.counted
 
 
-def measure(relevance: np.ndarray, region: Region, sampling_rate: float) -> dict[str, np.ndarray]:
-    """All measures by name, each `(n,)`."""
-    leads = region.evidence.any(axis=2).mean(axis=1)
-    in_leads = lead_mass(relevance, region)
-    return {
-        "mass": relevance_mass(relevance, region),
-        "enrichment": enrichment(relevance, region),
-        "pointing_game": pointing_game(relevance, region, sampling_rate),
-        "rank_accuracy": rank_accuracy(relevance, region),
-        "localisation_auc": localisation_auc(relevance, region),
-        "lead_mass": in_leads,
-        "gini": gini(relevance, region),
-        "lead_enrichment": in_leads / np.where(leads > 0, leads, np.nan),
-    }
-
-
-def chances(region: Region, sampling_rate: float) -> dict[str, float]:
-    """What each measure is by chance, mean over records; 0 without any evidence."""
-    share = _known_mean(chance_mass(region))
-    return {
-        "mass": share,
-        "enrichment": 1.0,
-        "pointing_game": _known_mean(chance_mass(dilated(region, sampling_rate))),
-        "rank_accuracy": share,
-        "localisation_auc": 0.5,
-        "lead_mass": float(region.evidence.any(axis=2).mean()),
-        "lead_enrichment": 1.0,
-        "gini": np.nan,
-        "mass over chance": 1.0,
-    }
-
-
-def _known_mean(values: np.ndarray) -> float:
-    """Mean of the values that are known, 0 where none is."""
-    return float(np.nanmean(values)) if np.isfinite(values).any() else 0.0
-
-
-def passes(name: str, low: float, chance: float) -> bool | None:
-    """Whether the lower limit of a measure exceeds its published threshold; None where there is no
-    threshold.
-    """
-    if name not in ABOVE | ABOVE_CHANCE:
-        return None
-    return bool(low > (ABOVE[name] if name in ABOVE else ABOVE_CHANCE[name] * chance))
+@np.errstate(invalid="ignore")
+def _ranked(values: np.ndarray, hits: np.ndarray) -> tuple[float, float, float]:
+    """rank_accuracy, localisation_auc and gini of one record's counted lead-samples."""
+    count = len(values)
+    size = hits.sum()
+    ordered = np.sort(values.astype(np.float64))
+    limit = ordered[count - size :].min(initial=np.inf)
+    above = values > limit
+    equal = values == limit
+    tied = hits[equal].sum() * (size - above.sum()) / equal.sum()
+    won = rankdata(values)[hits].sum() - size * (size + 1) / 2
+    ranks = 2 * np.arange(1, count + 1) - count - 1
+    spread = ranks @ ordered / (count * ordered.sum())
+    return (hits[above].sum() + tied) / size, won / (size * (count - size)), spread
 
 
 def measure_rows(
@@ -267,74 +213,80 @@ def measure_rows(
     """Rows attribution, measure, value, low, high, chance, passes of several attributions to the
     same records.
 
-    Beside the measures of `measure` there are the mass of all records together over their chance
+    Beside the measures of each record there are the mass of all records together over their chance
     ("mass over chance") and, paired, how much more the enrichment is than that of each attribution
-    of `SIZES` that is among them.
+    of `SIZES` that is among them. passes: whether the lower limit exceeds the published threshold;
+    None where there is none.
     """
     found = {name: measure(each, region, sampling_rate) for name, each in relevances.items()}
     chance = chances(region, sampling_rate)
     rows = []
     for name, values in found.items():
-        values = values | {"mass over chance": values["mass"] / (chance["mass"] or np.nan)}
         for which, numbers in values.items():
-            interval = mean_interval(numbers, patients, draws)
-            row = {"attribution": name, "measure": which, **interval._asdict()}
-            level = chance[which]
-            rows.append({**row, "chance": level, "passes": passes(which, interval.low, level)})
+            threshold = chance[which], TIMES_CHANCE.get(which)
+            row = interval_row(which, numbers, patients, draws, *threshold)
+            rows.append({"attribution": name, **row})
         for size in SIZES:
             if size in found and size != name:
                 over = values["enrichment"] - found[size]["enrichment"]
-                row = difference_row(f"enrichment over {size}", over, patients, draws)
+                row = interval_row(f"enrichment over {size}", over, patients, draws)
                 rows.append({"attribution": name, **row})
     return rows
 
 
-def difference_row(measure: str, values: np.ndarray, patients: Sequence, draws: int) -> dict:
-    """Mean of one difference per record `(n,)` with its interval; it passes above zero."""
+def interval_row(
+    measure: str,
+    values: np.ndarray,
+    patients: Sequence,
+    draws: int,
+    chance: float = 0.0,
+    times: float | None = 1.0,
+) -> dict:
+    """Mean of one number per record `(n,)` with its interval, such as the difference of two methods
+    on the same records.
+
+    It passes where the lower limit exceeds `times` its chance; None where there is no threshold.
+    """
     interval = mean_interval(values, patients, draws)
-    found = {"measure": measure, **interval._asdict()}
-    return {**found, "chance": 0.0, "passes": interval.low > 0}
+    passes = None if times is None else interval.low > times * chance
+    return {"measure": measure, **interval._asdict(), "chance": chance, "passes": passes}
+
+
+def mean_interval(values: np.ndarray, patients: Sequence, draws: int = 1000) -> Interval:
+    """Mean of one number per record `(n,)` with its patient-bootstrap interval; NaN counts for
+    nothing.
+
+    For two methods on the same records give the differences: the interval is then paired.
+    """
+    known = ~np.isnan(values)
+    if not known.any():
+        return Interval(np.nan, np.nan, np.nan)
+    return PatientDraws(np.asarray(patients)[known], draws).interval(mean(values[known]))
 
 
 def baseline_maps(millivolts: np.ndarray, sampling_rate: float) -> dict[str, np.ndarray]:
     """What a method must beat, each float32 `(n, 12, time)`.
 
-    Random numbers, |input| and its square (against which squared relevance is fair), and 50 ms
-    about the R peaks.
+    Random numbers, |input| and its square (against which squared relevance is fair), and Gaussians
+    of 50 ms about the R peaks, alike in all leads.
     """
     filled = np.nan_to_num(millivolts).astype(np.float32)
+    seconds = np.arange(filled.shape[2]) / sampling_rate
+    near = []
+    for signal in filled:
+        peaks = find_r_peaks(signal, sampling_rate)
+        distance = (seconds - peaks[:, None] / sampling_rate) / 0.05
+        bumps = np.exp(-0.5 * distance**2).sum(axis=0) if len(peaks) else 1.0
+        near.append(np.broadcast_to(bumps, signal.shape).astype(np.float32))
     return {
         "random": np.random.default_rng(0).random(filled.shape, np.float32),
         "|input|": np.abs(filled),
         "|input|²": filled**2,
-        "R peaks": np.stack([_near_r_peaks(signal, sampling_rate) for signal in filled]),
+        "R peaks": np.stack(near),
     }
 
 
-def _near_r_peaks(signal: np.ndarray, sampling_rate: float) -> np.ndarray:
-    """Gaussians of 50 ms about the R peaks of one record, alike in all leads."""
-    peaks = find_r_peaks(signal, sampling_rate)
-    time = np.arange(signal.shape[1]) / sampling_rate
-    distance = (time[None] - peaks[:, None] / sampling_rate) / 0.05
-    near = np.exp(-0.5 * distance**2).sum(axis=0) if len(peaks) else np.ones(len(time))
-    return np.broadcast_to(near, signal.shape).astype(np.float32)
-
-
 # What asks the network
-
-
-def record_probabilities(
-    network: nn.Module,
-    millivolts: np.ndarray,
-    class_index: int,
-    sampling_rate: float,
-    window_seconds: float,
-) -> np.ndarray:
-    """The class's probability of signals `(n, 12, time)` in mV, as in `score_signals`, `(n,)`."""
-    device = next(iter(network.parameters())).device
-    signals = torch.from_numpy(np.nan_to_num(millivolts).astype(np.float32)).to(device)
-    scores = score_signals([network], signals, sampling_rate, window_seconds)
-    return scores[0, :, class_index].cpu().numpy()
 
 
 def deletion_area(
@@ -350,67 +302,68 @@ def deletion_area(
 
     A patch is `PATCH` samples of one lead and goes by the straight line between its neighbours; the
     area is over `SHARES` of the patches, divided by their range. 0 by chance; large where what
-    is called relevant is what the network uses.
+    is called relevant is what the network uses. Probabilities are those of `score_signals`.
     """
-    filled = np.nan_to_num(millivolts).astype(np.float32)
-    records, leads, time = filled.shape
-    without = bridged(torch.from_numpy(filled), PATCH).numpy()
-    weight = np.add.reduceat(relevance, np.arange(0, time, PATCH), axis=2).reshape(records, -1)
+    device = next(network.parameters()).device
+    filled = torch.from_numpy(np.nan_to_num(millivolts).astype(np.float32)).to(device)
+    without = bridged(filled, PATCH)
+    weight = np.add.reduceat(relevance, np.arange(0, filled.shape[2], PATCH), axis=2)
     # Ties are broken by chance.
-    weight = weight + 1e-9 * np.random.default_rng(0).random(weight.shape) * (weight.max() + 1e-12)
+    noise = np.random.default_rng(0).random((len(weight), weight[0].size)).reshape(weight.shape)
+    weight = (weight + 1e-9 * noise * (weight.max() + 1e-12)).reshape(len(weight), -1)
     rank = weight.argsort(axis=1).argsort(axis=1)  # (n, leads x patches), 0: the least relevant
+    patches = weight.shape[1]
 
     def probabilities(gone: np.ndarray) -> np.ndarray:
-        gone = gone.reshape(records, leads, -1).repeat(PATCH, axis=2)[:, :, :time]
-        signals = np.where(gone, without, filled)
-        return record_probabilities(network, signals, class_index, sampling_rate, window_seconds)
+        samples = torch.from_numpy(gone).to(device).view(*filled.shape[:2], -1)
+        samples = samples.repeat_interleave(PATCH, dim=2)[:, :, : filled.shape[2]]
+        signals = torch.where(samples, without, filled)
+        scores = score_signals([network], signals, sampling_rate, window_seconds)
+        return scores[0, :, class_index].cpu().numpy()
 
     curve = []
     for share in SHARES:
-        count = round(share * rank.shape[1])
-        curve.append(probabilities(rank < count) - probabilities(rank >= rank.shape[1] - count))
-    return np.trapezoid(np.array(curve), np.array(SHARES), axis=0) / SHARES[-1]
+        count = round(share * patches)
+        curve.append(probabilities(rank < count) - probabilities(rank >= patches - count))
+    return np.trapezoid(curve, SHARES, axis=0) / SHARES[-1]
 
 
 def randomised_cascade(network: nn.Module, seed: int = 0) -> list[tuple[str, nn.Module]]:
     """Copies of the network with ever more of its layers' weights drawn anew, from the head down
-    (M7).
+    (M7): "head", where there is one, and the encoder's layers down to "layer 1".
 
     Every number of a layer is drawn from a normal distribution with the mean and deviation of its
     tensor; the running variances of batch norm are shuffled instead, since they must stay positive.
     """
     generator = torch.Generator().manual_seed(seed)
     copies = []
-    current = network
-    for name, layer in _layers_from_the_head(network):
-        current = deepcopy(current)
-        for module in map(current.get_submodule, layer):
+    for place in reversed(range(len(_parts(network)))):
+        network = deepcopy(network)
+        name, modules = _parts(network)[place]
+        for module in modules:
             for key, value in [*module.named_parameters(), *module.named_buffers()]:
                 if value.is_floating_point() and value.numel() > 1:
                     value.data.copy_(_anew(key, value.detach().cpu(), generator))
-        copies.append((name, current))
+        copies.append((name, network))
     return copies
 
 
 def _anew(key: str, value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Random numbers in place of one tensor."""
     if key.endswith("running_var"):
-        return value.flatten()[torch.randperm(value.numel(), generator=generator)].view_as(value)
+        return value[torch.randperm(len(value), generator=generator)]
     return value.mean() + value.std() * torch.randn(value.shape, generator=generator)
 
 
-def _layers_from_the_head(network: nn.Module) -> list[tuple[str, list[str]]]:
-    """(name, its modules) from the head down to the input: the head, then the encoder's layers."""
+def _parts(network: nn.Module) -> list[tuple[str, Iterable[nn.Module]]]:
+    """(name, modules) of the encoder's layers and, last, of the head where there is one."""
     encoder = getattr(network, "encoder", network)
-    names = {module: name for name, module in network.named_modules()}
-    found = []
-    if encoder is not network:
-        found.append(("head", [name for name, _ in network.named_children() if name != "encoder"]))
-    for place, layer in reversed(list(enumerate(encoder.layers(), start=1))):
-        # A slice of a sequence is no module of the network.
-        parts = [layer] if layer in names else layer
-        found.append((f"layer {place}", [names[part] for part in parts]))
-    return found
+    registered = set(network.modules())
+    # A slice of a sequence is no module of the network.
+    layers = [[layer] if layer in registered else layer for layer in encoder.layers()]
+    parts = [(f"layer {place}", layer) for place, layer in enumerate(layers, start=1)]
+    head = [child for child in network.children() if child is not encoder]
+    return parts if encoder is network else [*parts, ("head", head)]
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray, signed: bool = False) -> np.ndarray:
@@ -420,16 +373,16 @@ def rank_correlation(first: np.ndarray, second: np.ndarray, signed: bool = False
     With `signed` it is that of a itself: |a| also agrees where both are small because nothing
     happens in the signal.
     """
-    from scipy.stats import rankdata
 
-    first, second = (
-        rankdata((each if signed else np.abs(each)).reshape(len(each), -1), axis=1)
-        for each in (first, second)
-    )
-    first, second = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in (first, second))
+    def centred_ranks(values: np.ndarray) -> np.ndarray:
+        values = values if signed else np.abs(values)
+        ranks = rankdata(values.reshape(len(values), -1), axis=1)
+        return ranks - ranks.mean(axis=1, keepdims=True)
+
+    first = centred_ranks(first)
+    second = centred_ranks(second)
     size = np.sqrt((first**2).sum(axis=1) * (second**2).sum(axis=1))
-    product = (first * second).sum(axis=1)
-    return np.divide(product, size, out=np.zeros(len(size)), where=size > 0)
+    return (first * second).sum(axis=1) / np.where(size > 0, size, 1)
 
 
 def agreement(attributions: Sequence[np.ndarray]) -> np.ndarray:
@@ -438,8 +391,7 @@ def agreement(attributions: Sequence[np.ndarray]) -> np.ndarray:
     """
     if len(attributions) < 2:
         raise DataError("Agreement needs the attributions of two networks or more.")
-    pairs = [rank_correlation(*pair) for pair in combinations(attributions, 2)]
-    return np.mean(pairs, axis=0)
+    return np.mean([rank_correlation(*pair) for pair in combinations(attributions, 2)], axis=0)
 
 
 def matched_negatives(
@@ -455,22 +407,9 @@ def matched_negatives(
             f"{len(positives)} records need as many without the finding, {len(candidates)} are "
             "there; take fewer records."
         )
-    free, chosen = list(candidates), []
+    free = list(candidates)
+    chosen = []
     for place in positives:
-        nearest = min(free, key=lambda other: abs(rates[other] - rates[place]))
-        free.remove(nearest)
-        chosen.append(nearest)
+        chosen.append(min(free, key=lambda other: abs(rates[other] - rates[place])))
+        free.remove(chosen[-1])
     return np.array(chosen)
-
-
-def mean_interval(values: np.ndarray, patients: Sequence, draws: int = 1000) -> Interval:
-    """Mean of one number per record `(n,)` with its patient-bootstrap interval; NaN counts for
-    nothing.
-
-    For two methods on the same records give the differences: the interval is then paired.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    known = ~np.isnan(values)
-    if not known.any():
-        return Interval(np.nan, np.nan, np.nan)
-    return PatientDraws(np.asarray(patients)[known], draws).interval(mean(values[known]))

@@ -80,9 +80,11 @@ def test_what_is_not_counted_has_no_say(region):
     relevance[:, :, :25] = 50.0
     counted[:, :, 25:75] = True
     region = Region(region, counted)
-    assert localisation.relevance_mass(relevance, region) == pytest.approx(40 / 600)
     assert localisation.enrichment(relevance, region) == pytest.approx(1.0)
-    assert localisation.pointing_game(relevance, region, 100) == pytest.approx(60 / 600)
+    found = localisation.measure(relevance, region, 100)
+    assert found["mass"] == pytest.approx(40 / 600)
+    assert found["enrichment"] == pytest.approx(1.0)
+    assert found["pointing_game"] == pytest.approx(60 / 600)
     assert (region[1:].counted == counted[1:]).all() and len(region[1:].evidence) == 2
 
 
@@ -90,9 +92,8 @@ def test_the_pointing_game_forgives_50_ms_and_no_more(region):
     for sample, hit in ((25, 1.0), (24, 0.0), (54, 1.0), (55, 0.0)):
         relevance = np.zeros(region.shape)
         relevance[:, 2, sample] = 1.0
-        np.testing.assert_array_equal(
-            localisation.pointing_game(relevance, Region(region), 100), hit
-        )
+        found = localisation.measure(relevance, Region(region), 100)
+        np.testing.assert_array_equal(found["pointing_game"], hit)
 
 
 def test_no_evidence_and_no_relevance_give_no_number(region):
@@ -153,6 +154,8 @@ def test_simulated_regions_are_the_cohorts_own_and_can_be_laid_over_others(cohor
 def test_beats_of_a_lead_pair_p_before_and_t_behind():
     marks = pd.DataFrame(
         {
+            "record_id": "1",
+            "lead": "II",
             "wave": ["T", "P", "QRS", "T", "QRS", "P"],
             "onset": [5, 40, 50, 70, 150, 240],
             "peak": [8, 43, 54, 75, 154, 243],

@@ -11,12 +11,11 @@ import torch
 
 from ecglib.errors import DataError
 from ecglib.evaluate.metrics import macro_auroc
-from ecglib.evaluate.windows import predict_windows
+from ecglib.evaluate.windows import predict_windows, score_signals
 from ecglib.noise import add_noise, measured_snr, record_generator
 from ecglib.records import Records
 from ecglib.supervised import Training
 from ecgstudy.analysis import robustness
-from ecgstudy.analysis.localisation import record_probabilities
 from ecgstudy.analysis.robustness import (
     loss_gains,
     noise_arms,
@@ -144,14 +143,11 @@ def test_clean_scores_are_those_that_the_runs_kept(
     for run, value in zip([*arms, fused], printed, strict=True):
         kept = run.predictions()["test/probabilities"]
         network, window = trained_classifier(run, records, run.folder.parents[1])
-        columns = [
-            record_probabilities(network, records.millivolts(test), column, 100, window)
-            for column in range(kept.shape[1])
-        ]
+        signals = torch.from_numpy(np.nan_to_num(records.millivolts(test)))
         for again in (
             score_conditions([network], noisy, window)[0, 0],
             predict_windows(network, records, test, window),
-            np.stack(columns, axis=1),
+            score_signals([network], signals, 100, window)[0].numpy(),
         ):
             np.testing.assert_allclose(again, kept, atol=1e-5)
         assert value == pytest.approx(macro_auroc(records.targets[test], kept))
