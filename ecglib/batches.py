@@ -131,7 +131,7 @@ class CropBatches:
     def _batch(self, picked, starts, generator):
         """Crops `(batch, leads, time)` in mV of the records `picked` from `starts` on."""
         window = starts[:, None] + torch.arange(self.length, device=self.device)
-        counts = self.counts[picked[:, None], :, window].transpose(1, 2)
+        counts = self.counts[picked[:, None], :, window].mT
         signals = to_millivolts(counts, self.records.scale)
         return Batch(signals, self.targets[picked], picked, generator)
 
@@ -188,13 +188,12 @@ class PatientBatches(CropBatches):
         second = (first + 1 + (draws[1] * (size - 1)).long()) % size
         picked = self.members[self.first[patients] + torch.stack([first, second])].flatten()
         places = draws[2:]
-        anywhere = (places * (self.time - self.length + 1)).long()
-        later = places.argsort(dim=0)  # 1 for the later of two crops of one record
-        apart = (
-            places * (self.time - 2 * self.length + 1)
-        ).long() + self.length * later  # no overlap
-        starts = torch.where(size == 1, apart, anywhere).flatten()
-        crops = super()._batch(picked, starts, generator)
+        # Two crops of one record do not overlap; either may be the earlier one.
+        single = size == 1
+        later = places.argsort(dim=0)
+        room = self.time - self.length + 1 - self.length * single
+        starts = (places * room).long() + self.length * later * single
+        crops = super()._batch(picked, starts.flatten(), generator)
         return PairBatch(**vars(crops), patients=patients)
 
 
