@@ -68,12 +68,12 @@ torch.manual_seed(seed)
 model = DINO(make_encoder(encoder), **options)
 token = getattr(model.encoder, "patch", 1)
 figure, axes = plt.subplots(figsize=(9, 3.4), layout="constrained")
-for row, share in enumerate([1.0, *model.shares]):
+for row, share in enumerate([1.0, *model.crops.shares]):
     length = window_length(batch.signals.shape[2], share, token)
     piece, start = random_windows(batch.signals[:1], length, batch.generator, token)
     seconds = (start.item() + np.arange(length)) / records.sampling_rate
     axes.plot(seconds, piece[0, 1] - 2 * row, linewidth=0.8, color=f"C{(row > 0) + (row > 2)}")
-names = ["record", "long", "long"] + ["short"] * (len(model.shares) - 2)
+names = ["record", "long", "long"] + ["short"] * (len(model.crops.shares) - 2)
 axes.set(
     xlabel="second",
     yticks=[-2 * row for row in range(len(names))],
@@ -244,7 +244,7 @@ probed.rename(columns="{:.0%}".format).style.format(precision=3).set_caption(
 #
 # Short pieces make DINO cheap for a transformer. A piece has one token more than it is cut into, `[CLS]`, and attention
 # compares each token with each, itself included. Take a record of 10 s in tokens of 0.2 s. Write `cost_of`: how many
-# tokens student and teacher read of it, and how many comparisons a block makes. Then compare `model.shares` with a
+# tokens student and teacher read of it, and how many comparisons a block makes. Then compare `model.crops.shares` with a
 # student whose pieces are all long.
 
 # %% tags=["given"]
@@ -263,8 +263,8 @@ def cost_of(shares: tuple[float, ...]) -> tuple[int, int]:
 
 
 for name, shares in {
-    "long and short": model.shares,
-    "all long": model.shares[:1] * len(model.shares),
+    "long and short": model.crops.shares,
+    "all long": model.crops.shares[:1] * len(model.crops.shares),
 }.items():
     tokens, comparisons = cost_of(shares)
     print(f"{name}: {tokens} tokens, {comparisons:,} comparisons")

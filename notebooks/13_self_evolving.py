@@ -99,7 +99,7 @@ import torch
 
 from ecglib.augment import named_transforms
 from ecglib.encoders import make_encoder
-from ecglib.selfsup.crops import encode_views, random_views
+from ecglib.selfsup.crops import MultiCrop, encode_views
 from ecglib.selfsup.dino import dino_loss
 from ecglib.semisup.distl import DISTL, StageBatches, ramp
 from ecglib.supervised import Classifier
@@ -115,9 +115,8 @@ model = DISTL(network, noise, unlabelled_steps=batches.unlabelled_steps(steps), 
 def unlabelled_loss(signals: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """The loss of an unlabelled batch, view by view."""
     whole = (signals, torch.zeros(len(signals), dtype=torch.long))
-    pieces = random_views(
-        signals, [0.8] + [0.4] * options["local_views"], generator, noise, network.encoder.patch
-    )
+    crops = MultiCrop(network.encoder, [0.8] + [0.4] * options["local_views"], noise)
+    pieces = crops(signals, generator)
     views = [whole, *pieces]
     student = [model.network_head(encode_views(network.encoder, [view])) for view in views]
     teacher = [

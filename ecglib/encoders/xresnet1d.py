@@ -106,14 +106,11 @@ class XResNet1d(nn.Module):
         stages = iter(self.stages)
         return [self.stem, *(nn.Sequential(*islice(stages, count)) for count in self.blocks)]
 
-    def feature_map(self, signals: Tensor) -> Tensor:
-        """Last stage before pooling, `(batch, channels, time / 32)`."""
+    def forward(self, signals: Tensor) -> Tensor:
         if self.centred:
             signals = signals - signals.mean(dim=2, keepdim=True)
-        return self.stages(self.stem(signals.unsqueeze(2))).squeeze(2)
-
-    def forward(self, signals: Tensor) -> Tensor:
-        features = self.feature_map(signals)
+        # The last stage before pooling, `(batch, channels, time / 32)`.
+        features = self.stages(self.stem(signals.unsqueeze(2))).squeeze(2)
         return torch.cat([features.amax(dim=2), features.mean(dim=2)], dim=1)
 
 

@@ -48,7 +48,7 @@ class BYOL(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.transforms = list(transforms)
+        self.transforms = transforms
         self.momentum = momentum
         self.projector = projection_head(encoder.feature_size, hidden, outputs, norm=True)
         self.predictor = projection_head(outputs, hidden, outputs, norm=True)

@@ -87,7 +87,7 @@ class CPC(nn.Module):
         if reduction not in ("sum", "mean"):
             raise ValueError(f"The reduction over positions is 'sum' or 'mean', not {reduction!r}.")
         self.encoder = encoder
-        self.transforms = list(transforms)
+        self.transforms = transforms
         self.negatives = negatives
         self.reduction = reduction
         self.horizons = range(1, steps + 1) if all_horizons else [steps]

@@ -30,12 +30,11 @@ def window_length(time: int, share: float, multiple: int = 1) -> int:
 
 
 def windows_at(signals: Tensor, starts: Tensor, length: int) -> Tensor:
-    """The windows of each record that begin at its `starts` `(batch, windows)`: `(batch, leads,
-    windows, length)`.
+    """The windows of each record that begin at its `starts` `(batch, windows)`: `(batch, windows,
+    leads, length)`.
     """
-    places = (starts[:, :, None] + torch.arange(length, device=signals.device)).flatten(1)
-    index = places[:, None].expand(-1, signals.shape[1], -1)
-    return signals.gather(2, index).unflatten(2, (-1, length))
+    rows = torch.arange(len(signals), device=signals.device)[:, None]
+    return signals.unfold(2, length, 1)[rows, :, starts].contiguous()
 
 
 def random_windows(
@@ -52,25 +51,29 @@ def random_windows(
         return signals, torch.zeros(batch, dtype=torch.long, device=signals.device)
     places = (time - length) // multiple + 1
     starts = multiple * torch.randint(places, (batch,), generator=generator, device=signals.device)
-    return windows_at(signals, starts[:, None], length).squeeze(2), starts
+    return windows_at(signals, starts[:, None], length).squeeze(1), starts
 
 
-def random_views(
-    signals: Tensor,
-    shares: Sequence[float],
-    generator: Generator,
-    transforms: Sequence[Transform] = (),
-    multiple: int = 1,
-) -> list[View]:
-    """One view for each of the `shares` of the signals' length, cut at a `multiple` of samples,
-    then transformed.
+class MultiCrop:
+    """`crops(signals, generator)` gives one view for each of the `shares` of the signals' length,
+    cut at whole patches of a transformer `encoder`, then transformed.
     """
-    views = []
-    for share in shares:
-        length = window_length(signals.shape[2], share, multiple)
-        window, start = random_windows(signals, length, generator, multiple)
-        views.append((apply(transforms, window, generator), start))
-    return views
+
+    def __init__(
+        self, encoder: nn.Module, shares: Sequence[float], transforms: Sequence[Transform]
+    ) -> None:
+        self.multiple = getattr(encoder, "patch", 1)
+        self.shares = shares
+        self.transforms = transforms
+
+    def __call__(self, signals: Tensor, generator: Generator) -> list[View]:
+        """The views of one batch; DataError where a share of it is shorter than a patch."""
+        views = []
+        for share in self.shares:
+            length = window_length(signals.shape[2], share, self.multiple)
+            window, start = random_windows(signals, length, generator, self.multiple)
+            views.append((apply(self.transforms, window, generator), start))
+        return views
 
 
 def encode_views(encoder: nn.Module, views: Sequence[View]) -> Tensor:

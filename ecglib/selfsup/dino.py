@@ -15,7 +15,7 @@ from ecglib.batches import Batch
 from ecglib.distributed import gathered
 from ecglib.ema import average_of, momentum_at, update_average
 from ecglib.errors import DataError
-from ecglib.selfsup.crops import encode_views, random_views
+from ecglib.selfsup.crops import MultiCrop, encode_views
 from ecglib.selfsup.heads import Prototypes, cross_view_entropy, need_two_records
 
 
@@ -78,17 +78,16 @@ class DINO(nn.Module):
 
     The encoder given becomes the student's. The teacher is a copy without dropout and stochastic
     depth, and with the student's running statistics of batch norm. Its parameters do not require
-    gradients: ask for them (`requires_grad_()`) before fine-tuning. Crops are the shares
-    `global_share` and `local_share` of the signal, cut at whole patches where the encoder is a
-    transformer.
+    gradients: ask for them (`requires_grad_()`) before fine-tuning. Two crops are 0.8 of the
+    signal, `local_views` ones 0.4, cut at whole patches where the encoder is a transformer.
 
     `momentum` starts at the published 0.996 and rises to 1 along a cosine; for other lengths take
     `ema.momentum_for_steps(steps)`. The teacher must stay slower than the centre (1 - momentum well
-    below 1 - `center_momentum`), which otherwise lags behind it and stops balancing. The published
-    65,536 prototypes are more than the study has records; they stay as they are for the share
-    `frozen` of the run (the first of 100 epochs). `norm` puts batch norm into the head: outputs
-    then differ between records from the first step on, and the loss leaves log(prototypes) at once.
-    A lower loss is not a better encoder: compare probes.
+    below 1 - `center_momentum`), which otherwise lags behind it and stops balancing. The
+    published 65,536 prototypes are more than the study has records; they stay as they are for the
+    share `frozen` of the run (the first of 100 epochs). `norm` puts batch norm into the head:
+    outputs then differ between records from the first step on, and the loss leaves log(prototypes)
+    at once. A lower loss is not a better encoder: compare probes.
     """
 
     def __init__(
@@ -101,10 +100,6 @@ class DINO(nn.Module):
         bottleneck: int = 256,
         norm: bool = False,
         local_views: int = 6,
-        global_share: float = 0.8,
-        local_share: float = 0.4,
-        student_temperature: float = 0.1,
-        teacher_temperature: float = 0.04,
         center_momentum: float = 0.9,
         momentum: float = 0.996,
         frozen: float = 0.01,
@@ -113,13 +108,10 @@ class DINO(nn.Module):
         if local_views < 0:
             raise DataError(f"DINO cannot have {local_views} local views; use 0 or more.")
         self.student = encoder
-        self.transforms = list(transforms)
         self.student_head = DINOHead(encoder.feature_size, hidden, bottleneck, prototypes, norm)
         self.encoder = average_of(encoder)
         self.teacher_head = average_of(self.student_head)
-        self.patch = getattr(encoder, "patch", 1)
-        self.shares = [global_share] * 2 + [local_share] * local_views
-        self.temperatures = (student_temperature, teacher_temperature)
+        self.crops = MultiCrop(encoder, [0.8] * 2 + [0.4] * local_views, transforms)
         self.center_momentum = center_momentum
         self.momentum = momentum
         self.frozen = frozen
@@ -129,14 +121,12 @@ class DINO(nn.Module):
     def loss(self, batch: Batch) -> Tensor:
         """The student's views against the teacher's two long ones; DataError for a batch of one."""
         need_two_records(batch.signals, "DINO")
-        views = random_views(
-            batch.signals, self.shares, batch.generator, self.transforms, self.patch
-        )
+        views = self.crops(batch.signals, batch.generator)
         trained = (self.progress >= self.frozen).float()
         with torch.no_grad():
             teacher = self.teacher_head(encode_views(self.encoder, views[:2])).chunk(2)
         student = self.student_head(encode_views(self.student, views), trained).chunk(len(views))
-        loss = dino_loss(student, teacher, self.center, *self.temperatures)
+        loss = dino_loss(student, teacher, self.center)
         if self.training:
             self.center.copy_(next_center(self.center, teacher, self.center_momentum))
         return loss

@@ -52,15 +52,13 @@ class PatientPairs(nn.Module):
         temperature: float = 0.1,
         order_weight: float = 1.0,
         segments: int = 4,
-        hidden: int = 256,
-        outputs: int = 128,
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.transforms = list(transforms)
+        self.transforms = transforms
         self.temperature = temperature
         self.order_weight = order_weight
-        self.projector = projection_head(encoder.feature_size, hidden, outputs, bias=False)
+        self.projector = projection_head(encoder.feature_size, 256, 128, bias=False)
         # No head where it would not learn: data parallelism refuses parameters without gradients.
         if order_weight:
             self.order_head = OrderHead(encoder.feature_size, segments)

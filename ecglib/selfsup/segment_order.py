@@ -88,15 +88,15 @@ def cut_segments(signals: Tensor, generator: Generator, segments: int = 4) -> Te
     clock = torch.arange(segment, device=signals.device, dtype=signals.dtype)
     distance = torch.minimum(clock, clock.flip(0)) / max(taper, 1)
     weight = 0.5 - 0.5 * torch.cos(torch.pi * distance.clamp(max=1.0))
-    return (pieces * weight).transpose(1, 2)
+    return pieces * weight
 
 
 def join_segments(pieces: Tensor, order: Tensor) -> Tensor:
     """Segments `(batch, segments, leads, samples)` one after the other as `order` `(batch,
     segments)` says: place k holds segment `order[:, k]`; `(batch, leads, segments x samples)`.
     """
-    rows = torch.arange(len(pieces), device=pieces.device)
-    return pieces[rows[:, None], order].transpose(1, 2).flatten(2)
+    rows = torch.arange(len(pieces), device=pieces.device)[:, None]
+    return pieces[rows, order].transpose(1, 2).flatten(2)
 
 
 def shuffle_segments(

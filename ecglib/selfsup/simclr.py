@@ -62,7 +62,7 @@ class SimCLR(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.transforms = list(transforms)
+        self.transforms = transforms
         self.temperature = temperature
         self.projector = projection_head(encoder.feature_size, hidden, outputs)
 

@@ -15,7 +15,7 @@ from ecglib.augment import Transform
 from ecglib.batches import Batch
 from ecglib.distributed import gathered, rank_and_world
 from ecglib.errors import DataError
-from ecglib.selfsup.crops import encode_views, random_views
+from ecglib.selfsup.crops import MultiCrop, encode_views
 from ecglib.selfsup.heads import Prototypes, cross_view_entropy, need_two_records, projection_head
 
 CODE_VIEWS = 2  # codes are made from the first two views only
@@ -50,7 +50,7 @@ class SwAV(nn.Module):
     """Encoder, projector (hidden, batch norm, ReLU, outputs) and prototypes; `.encoder` is kept.
 
     The published runs use 6 full-length views. With `local_views` the last ones of the `views` are
-    windows of the share `local_share` of the crop, the multi-crop of the original paper. The queue
+    windows of half the crop, the multi-crop of the original paper. The queue
     holds the embeddings of the last `queue` batches of `batch_size` records (all processes
     together) and joins the balancing from the share `queue_from` of the run on; prototypes stay as
     they are for the share `frozen` (the first of 100 epochs).
@@ -64,16 +64,12 @@ class SwAV(nn.Module):
         prototypes: int = 3000,
         hidden: int = 2048,
         outputs: int = 128,
-        temperature: float = 0.1,
-        epsilon: float = 0.05,
-        iterations: int = 3,
         batch_size: int = 4096,
         queue: int = 8,
         queue_from: float = 0.15,
         frozen: float = 0.01,
         views: int = 6,
         local_views: int = 0,
-        local_share: float = 0.5,
     ) -> None:
         super().__init__()
         whole = views - local_views
@@ -82,13 +78,9 @@ class SwAV(nn.Module):
                 f"SwAV needs two full-length views, not {whole}; use fewer local views."
             )
         self.encoder = encoder
-        self.transforms = list(transforms)
         self.projector = projection_head(encoder.feature_size, hidden, outputs, norm=True)
         self.prototypes = Prototypes(outputs, prototypes)
-        self.patch = getattr(encoder, "patch", 1)
-        self.shares = [1.0] * whole + [local_share] * local_views
-        self.temperature = temperature
-        self.balancing = (epsilon, iterations)
+        self.crops = MultiCrop(encoder, [1.0] * whole + [0.5] * local_views, transforms)
         self.batch_size = batch_size
         self.batches_queued = queue
         self.queue_from = queue_from
@@ -102,15 +94,13 @@ class SwAV(nn.Module):
         `batch_size`.
         """
         need_two_records(batch.signals, "SwAV")
-        views = random_views(
-            batch.signals, self.shares, batch.generator, self.transforms, self.patch
-        )
+        views = self.crops(batch.signals, batch.generator)
         embeddings = self.projector(encode_views(self.encoder, views)).float()
         # Unit vectors `(views, batch, outputs)`, the full-length views first.
         embeddings = F.normalize(embeddings, dim=1).unflatten(0, (len(views), -1))
         trained = (self.progress >= self.frozen).float()
         scores = self.prototypes(embeddings, trained)
-        return swav_loss(scores, self.codes(embeddings[:CODE_VIEWS].detach()), self.temperature)
+        return swav_loss(scores, self.codes(embeddings[:CODE_VIEWS].detach()))
 
     @torch.no_grad()
     def codes(self, embeddings: Tensor) -> Tensor:
@@ -131,7 +121,7 @@ class SwAV(nn.Module):
         if self.training:
             self.queue.copy_(torch.cat([joint, self.queue], dim=1)[:, : self.queue.shape[1]])
             self.queued += 1
-        codes = sinkhorn(scores, *self.balancing)
+        codes = sinkhorn(scores)
         return codes.split(embeddings.shape[1], dim=1)[rank_and_world()[0]]
 
     def after_step(self, progress: float) -> None:

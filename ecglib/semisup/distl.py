@@ -21,7 +21,7 @@ from ecglib.batches import Batch, CropBatches, need_disjoint, unlabelled_seed
 from ecglib.ema import average_of, momentum_at, momentum_for_steps, update_average
 from ecglib.errors import DataError
 from ecglib.records import Records
-from ecglib.selfsup.crops import encode_views, random_views
+from ecglib.selfsup.crops import MultiCrop, encode_views
 from ecglib.selfsup.dino import DINOHead, dino_loss, next_center
 from ecglib.supervised import Classifier
 
@@ -155,11 +155,10 @@ class DISTL(nn.Module):
         size = network.encoder.feature_size
         self.network_head = DINOHead(size, hidden, bottleneck, prototypes, norm)
         self.teacher_head = average_of(self.network_head)
-        self.transforms = list(transforms)
-        self.patch = getattr(network.encoder, "patch", 1)
         self.pretext = pretext
         self.noised = noised
-        self.shares = [0.8] + [0.4] * local_views if pretext else [0.8]
+        shares = [0.8] + [0.4] * (local_views if pretext else 0)
+        self.crops = MultiCrop(network.encoder, shares, transforms)
         self.momentum = momentum_for_steps(unlabelled_steps, turnover)
         self.labelled = False  # what the last batch was
         self.register_buffer("center", torch.zeros(prototypes))
@@ -168,9 +167,7 @@ class DISTL(nn.Module):
     def loss(self, batch: StageBatch) -> Tensor:
         """Scalar loss of one batch."""
         self.labelled = batch.labelled
-        pieces = random_views(
-            batch.signals, self.shares, batch.generator, self.transforms, self.patch
-        )
+        pieces = self.crops(batch.signals, batch.generator)
         views = [(batch.signals, torch.zeros_like(batch.indices)), *pieces]
         # Each network sees a view once, for both losses, and none that no loss needs.
         seen = views if self.pretext else [views[self.noised]]

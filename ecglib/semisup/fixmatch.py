@@ -79,11 +79,6 @@ class FlexThreshold(FixedThreshold):
 
     def __init__(self, classes: int, records: int, threshold: float = 0.95) -> None:
         super().__init__(threshold)
-        if records < 1:
-            raise DataError(
-                f"FlexMatch cannot follow {records} unlabelled records; give the size of the "
-                "unlabelled pool."
-            )
         self.register_buffer("decisions", torch.full((records, classes), -1, dtype=torch.int8))
 
     def levels(self) -> Tensor:
@@ -101,7 +96,6 @@ class FlexThreshold(FixedThreshold):
             self._remember(torch.cat(gathered(probabilities)), torch.cat(gathered(indices)))
         return (confidence(probabilities) >= level).float()
 
-    @torch.no_grad()
     def _remember(self, probabilities: Tensor, indices: Tensor) -> None:
         """Keep the confident decisions of a batch."""
         confident = confidence(probabilities) >= self.threshold
@@ -134,10 +128,6 @@ class SoftThreshold(nn.Module):
 
     def __init__(self, classes: int, momentum: float = 0.999) -> None:
         super().__init__()
-        if not 0.0 <= momentum < 1.0:
-            raise DataError(
-                f"SoftMatch cannot average with momentum {momentum}; choose one from 0 to below 1."
-            )
         self.momentum = momentum
         self.register_buffer("positive", torch.full((classes,), 0.5))
         self.register_buffer("mean", torch.full((classes,), 0.5))
@@ -146,7 +136,13 @@ class SoftThreshold(nn.Module):
     def forward(self, probabilities: Tensor, indices: Tensor) -> Tensor:
         """Weights `(n, classes)` in (0, 1], by averages that this batch is already part of."""
         if self.training:
-            self._follow(torch.cat(gathered(probabilities)))
+            share = 1.0 - self.momentum
+            everyone = torch.cat(gathered(probabilities))
+            self.positive.lerp_(everyone.mean(dim=0), share)
+            sure = self._confidence(everyone)
+            self.mean.lerp_(sure.mean(dim=0), share)
+            # The unbiased variance, which of a single record does not exist.
+            self.variance.lerp_(sure.var(dim=0, correction=min(len(sure) - 1, 1)), share)
         below = (self._confidence(probabilities) - self.mean).clamp_max(0.0)
         distance = (2.0 * below).square()
         return torch.exp(-distance / (2.0 * self.variance.clamp_min(1e-12)))
@@ -158,16 +154,6 @@ class SoftThreshold(nn.Module):
         no = (1.0 - probabilities) / (1.0 - share)
         aligned = yes / (yes + no)
         return torch.where(probabilities > 0.5, aligned, 1.0 - aligned)
-
-    @torch.no_grad()
-    def _follow(self, probabilities: Tensor) -> None:
-        """Move the averages towards those of a batch."""
-        share = 1.0 - self.momentum
-        self.positive.lerp_(probabilities.mean(dim=0), share)
-        sure = self._confidence(probabilities)
-        self.mean.lerp_(sure.mean(dim=0), share)
-        # The unbiased variance, which of a single record does not exist.
-        self.variance.lerp_(sure.var(dim=0, correction=min(len(sure) - 1, 1)), share)
 
 
 class FixMatch(nn.Module):

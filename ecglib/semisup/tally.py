@@ -1,7 +1,5 @@
 """What a semi-supervised objective tells of its pseudo-labels in each row of the log."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +22,7 @@ class Tally(nn.Module):
 
     def report(self) -> dict[str, float]:
         """The shares since the last report; NaN where there was nothing to share."""
-        part, whole = self.sums.T
-        shares = torch.where(whole > 0, part / whole, math.nan).tolist()
+        parts, wholes = self.sums.T
+        shares = (parts / wholes).tolist()
         self.sums.zero_()
         return dict(zip(self.names, shares, strict=True))

@@ -10,6 +10,7 @@ from ecglib.ema import momentum_for_steps
 from ecglib.encoders.transformer import DropPath, set_drop_path
 from ecglib.encoders.vit1d import ViT1d
 from ecglib.errors import DataError
+from ecglib.selfsup.crops import MultiCrop
 from ecglib.selfsup.dino import DINO, dino_loss, next_center
 from ecglib.train import fit
 from toolkit import TRANSFORMS, Louder, TinyEncoder, check_determinism, check_resume, tiny_batch
@@ -169,8 +170,6 @@ def test_crops_know_where_they_began():
         hidden=8,
         bottleneck=4,
         local_views=3,
-        global_share=0.85,
-        local_share=0.45,
     ).loss(batch)
     assert [tuple(signals.shape) for signals, _ in seen] == [
         (16, 12, 80),
@@ -185,10 +184,8 @@ def test_crops_know_where_they_began():
 
 def test_the_teacher_sees_the_long_views_only_and_loss_is_that_of_the_parts():
     objective, batch = tiny_dino(TinyEncoder()).eval(), tiny_batch()
-    objective.transforms, objective.shares = (
-        [Louder()],
-        (1.0, 1.0, 1.0),
-    )  # whole records, each louder than the last
+    # Whole records, each louder than the last.
+    objective.crops = MultiCrop(objective.student, (1.0, 1.0, 1.0), [Louder()])
     nn.init.normal_(objective.teacher_head.layers[4].bias)
     objective.center.normal_().mul_(0.1)
     views = [gain * batch.signals for gain in (1, 2, 3)]
@@ -261,8 +258,8 @@ def test_bad_inputs_are_one_sentence():
     with pytest.raises(DataError, match="DINO needs at least two records"):
         tiny_dino().loss(tiny_batch(1))
     with pytest.raises(
-        DataError, match="0.05 of a 100-sample crop does not fit .in steps of 10 samples"
+        DataError, match="0.4 of a 20-sample crop does not fit .in steps of 10 samples"
     ):
-        tiny_dino(local_share=0.05).loss(tiny_batch())
+        tiny_dino().loss(tiny_batch(time=20))
     with pytest.raises(DataError, match="-1 local views"):
         tiny_dino(local_views=-1)

@@ -15,7 +15,7 @@ from ecglib.errors import DataError
 from ecglib.evaluate.draws import Interval, PatientDraws, calibration_error
 from ecglib.evaluate.metrics import expected_calibration_error
 from ecglib.records import Records
-from ecglib.selfsup.crops import encode_views, random_views
+from ecglib.selfsup.crops import MultiCrop, encode_views
 from ecglib.selfsup.dino import dino_loss
 from ecglib.semisup.distl import DISTL, StageBatch, StageBatches, ramp, soft_label_loss
 from ecglib.supervised import Classifier
@@ -116,7 +116,9 @@ def by_hand(model: DISTL, batch: StageBatch, pretext: float) -> torch.Tensor:
     whole = (batch.signals, torch.zeros_like(batch.indices))
     views = [
         whole,
-        *random_views(batch.signals, (0.8, 0.4, 0.4), step_generator(0, 0), TRANSFORMS, 10),
+        *MultiCrop(model.network.encoder, (0.8, 0.4, 0.4), TRANSFORMS)(
+            batch.signals, step_generator(0, 0)
+        ),
     ]
     student = [model.network_head(encode_views(model.network.encoder, [view])) for view in views]
     teacher = [

@@ -34,7 +34,7 @@ def test_paper_encoder_has_the_published_size_and_shapes():
     assert sum(p.numel() for p in encoder.parameters()) == 886_432
     with_head = sum(p.numel() for p in nn.Linear(encoder.feature_size, 71).parameters()) + 886_432
     assert with_head == 922_855
-    assert encoder.feature_map(torch.zeros(2, 12, 250)).shape == (2, 256, 8)
+    assert encoder.stages(encoder.stem(torch.zeros(2, 12, 1, 250))).shape == (2, 256, 1, 8)
     assert encoder(torch.zeros(3, 12, 1000)).shape == (3, 512)
 
 

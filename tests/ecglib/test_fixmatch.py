@@ -346,14 +346,6 @@ def test_resumed_equals_undisturbed(make, tmp_path):
         (lambda: FlexThreshold(2, 10, 1.2), "threshold of 1.2; choose"),
         (lambda: FixedThreshold(float("nan")), "threshold of nan; choose"),
         (
-            lambda: FlexThreshold(2, 0),
-            "FlexMatch cannot follow 0 unlabelled records; give the size",
-        ),
-        (
-            lambda: SoftThreshold(2, momentum=1.0),
-            "SoftMatch cannot average with momentum 1.0; choose one from 0",
-        ),
-        (
             lambda: FixMatch(Linear(), FixedThreshold()).loss(tiny_batch(time=20)),
             "FixMatch also learns from unlabelled records and this batch has none; make the "
             "batches with SemiBatches",

@@ -128,7 +128,7 @@ def test_sinkhorn_and_loss_agree_with_lightly():
 
 def test_the_objective_is_the_loss_of_its_parts():
     objective, batch = tiny_swav(queue=0, frozen=0.0).eval(), tiny_batch()
-    objective.transforms = []
+    objective.crops.transforms = []
     embeddings = objective.projector(objective.encoder(batch.signals)).detach()
     units = embeddings / embeddings.norm(dim=1, keepdim=True)
     scores = np.repeat((units @ objective.prototypes.weight.detach().T).numpy()[None], 4, axis=0)
@@ -203,10 +203,10 @@ def test_local_views_are_windows_and_global_views_whole():
             return super().forward(x)
 
     batch = tiny_batch()
-    SwAV(Spy(), queue=0, views=6, local_views=4, local_share=0.4).loss(batch)
-    assert [tuple(x.shape) for x in seen] == [(16, 12, 100), (32, 12, 40)]
+    SwAV(Spy(), queue=0, views=6, local_views=4).loss(batch)
+    assert [tuple(x.shape) for x in seen] == [(16, 12, 100), (32, 12, 50)]
     assert torch.equal(seen[0][:8], batch.signals)
-    windows = batch.signals.unfold(2, 40, 1).permute(0, 2, 1, 3)
+    windows = batch.signals.unfold(2, 50, 1).permute(0, 2, 1, 3)
     for view in seen[1].chunk(4):
         assert (windows == view[:, None]).flatten(2).all(dim=2).any(dim=1).all(), (
             "each is a cut of its record"
