@@ -123,7 +123,7 @@ class LowRankLayer(nn.Module):
             if self.deactivation and float(torch.rand(())) < self.deactivation:
                 return y
             rank = int(torch.randint(1, rank + 1, ())) if self.nested else rank
-            # The scale is alpha / rank with alpha = rank, 1, but for the ranks that DyLoRA cuts.
+            # Alpha / rank with alpha = rank is 1, but for the ranks that DyLoRA cuts.
             share = self.rank / rank
         a, b = self.pairs(rank)
         b = b if share == 1.0 else share * b
@@ -145,9 +145,8 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
     last = last_linear(model)
     layers = {}
     for name, layer in model.named_modules():
-        if not isinstance(layer, nn.Conv1d | nn.Linear) or name == last:
-            continue
-        if name.rpartition(".")[2] == PROJECTION:
+        spared = name == last or name.rpartition(".")[2] == PROJECTION
+        if spared or not isinstance(layer, nn.Conv1d | nn.Linear):
             continue
         if getattr(layer, "groups", 1) > 1:
             raise DataError(

@@ -42,13 +42,14 @@ def importance(
     layers = low_rank_layers(probe)
     rows = []
     for batch in batches:
-        probe.zero_grad(set_to_none=True)
+        probe.zero_grad()
         F.binary_cross_entropy_with_logits(probe(batch.signals).float(), batch.targets).backward()
-        rows.append({})
+        scores = {}
         for name, layer in layers.items():
+            weight = layer.base.weight.double()
             proxy = layer.B.grad.unflatten(0, (layer.parts, -1)) @ layer.pairs()[0]
-            product = layer.base.weight.double() * proxy.double().view_as(layer.base.weight)
-            rows[-1][name] = product.square().mean().item()
+            scores[name] = (weight * proxy.view_as(weight)).square().mean().item()
+        rows.append(scores)
     if not rows:
         raise DataError(
             "There is no labelled batch to measure the importance of layers on; label some records."
@@ -75,11 +76,7 @@ def ranks_by_importance(scores: Mapping[str, float], rank: int, share: float) ->
 
 
 def allocate_ranks(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    rank: int,
-    share: float,
-    score: str = "corrected",
+    model: nn.Module, batches: Iterable[Batch], rank: int, share: float, score: str = "corrected"
 ) -> dict[str, int]:
     """Ranks for `lora.add_lora`: the full `rank` for the important `share` of the layers, half of
     it for the others.
