@@ -184,57 +184,41 @@ def _fetch_all(name, folder, wanted, bases):
             bar.set_postfix_str(f"{count:,} of {len(wanted):,} files", refresh=False)
 
 
-def _fetch(
-    folder,
-    file,
-    urls,
-    transfer,
-    parse=Path.exists,
-    kind="",
-):
+def _fetch(folder, file, urls, transfer, parse=Path.exists, kind=""):
     """What `parse` makes of a file, fetched unless it is there and right, from the first address
     that has it so.
     """
+    import pooch
+    import requests
+
+    pooch.get_logger().setLevel("ERROR")
     path = folder / file.name
+    part = path.with_name(f"{path.name}.part")
     failures = []
     for url in urls:
-        failure = _failure(folder, file, url, transfer)
-        if failure is None:
+        store = pooch.create(folder, "", registry={file.name: file.checksum}, urls={file.name: url})
+        store.retry_if_failed = RETRIES if file.size < GIGABYTE else RETRIES_OF_LARGE_FILES
+        with explain_storage(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if file.checksum is None:  # nothing would tell a stale part from a new one
+                part.unlink(missing_ok=True)
             try:
+                store.fetch(file.name, downloader=partial(transfer, part))
                 return parse(path)
             except DataError as error:
-                failure = str(error)
                 path.unlink()
+                failure = error
+            except (ConnectionError, requests.HTTPError) as error:
+                failure = error
+            except requests.RequestException as error:  # its text names objects in memory
+                failure = re.sub(r"(?<!^)(?=[A-Z])", " ", type(error).__name__).lower()
+            except ValueError:
+                failure = "wrong checksum"
         failures.append(f"{url}: {failure}")
     raise DataError(
         f"{path}: {kind}could not be fetched ({'; '.join(failures)}); check the network and start "
         "again."
     )
-
-
-def _failure(folder, file, url, transfer):
-    """Why a file could not be fetched from an address; None where it is now there and right."""
-    import pooch
-    import requests
-
-    pooch.get_logger().setLevel("ERROR")
-    target = folder / file.name
-    store = pooch.create(folder, "", registry={file.name: file.checksum}, urls={file.name: url})
-    store.retry_if_failed = RETRIES if file.size < GIGABYTE else RETRIES_OF_LARGE_FILES
-    part = target.with_name(f"{target.name}.part")
-    with explain_storage(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if file.checksum is None:  # nothing would tell a stale part from a new one
-            part.unlink(missing_ok=True)
-        try:
-            store.fetch(file.name, downloader=partial(transfer, part))
-        except (ConnectionError, requests.HTTPError) as error:
-            return str(error)
-        except requests.RequestException as error:  # its text names objects in memory
-            return re.sub(r"(?<!^)(?=[A-Z])", " ", type(error).__name__).lower()
-        except ValueError:
-            return "wrong checksum"
-    return None
 
 
 def _transfer(session, report, part, url, output_file, _pooch):

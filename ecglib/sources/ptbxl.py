@@ -156,7 +156,7 @@ def _read_statements(path):
     table = read_index(path, columns)
     names = table.iloc[:, 0]
     refuse_rows(path, names, names.isna(), "which names no statement; download the file again.")
-    return table.set_index(names.astype(str))
+    return table.assign(name=names).set_index(names.astype(str))
 
 
 def _targets(codes, statements, task):
@@ -179,10 +179,10 @@ def _targets(codes, statements, task):
 
 
 def _class_of(statements, task):
-    """The class of each statement that has one in a task."""
-    if task in ("subclass", "superclass"):
-        column = "diagnostic_class" if task == "superclass" else "diagnostic_subclass"
-        chosen = statements.loc[statements["diagnostic"] == 1, column].dropna()
-        return chosen.astype(str).to_dict()
-    names = statements.index if task == "all" else statements.index[statements[task] == 1]
-    return dict(zip(names, names))
+    """Statement -> its class, for those that have one in a task."""
+    kind, column = {
+        "superclass": ("diagnostic", "diagnostic_class"),
+        "subclass": ("diagnostic", "diagnostic_subclass"),
+    }.get(task, (task, "name"))
+    chosen = statements if task == "all" else statements[statements[kind] == 1]
+    return chosen[column].dropna().astype(str).to_dict()
