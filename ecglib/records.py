@@ -86,7 +86,7 @@ class Records:
                     f"The records' table lacks the column {column!r}; it needs "
                     f"{', '.join(TABLE_COLUMNS)}."
                 )
-        if not (0 < self.scale < np.inf and 0 < self.sampling_rate < np.inf):
+        if not all(0 < number < np.inf for number in (self.scale, self.sampling_rate)):
             raise DataError(
                 f"scale {self.scale} and sampling rate {self.sampling_rate} must both be positive "
                 "numbers."
@@ -154,8 +154,8 @@ class Records:
         folds = self.table["fold"]
         crossing = self.table.groupby("patient_id")["fold"].nunique()
         if (crossing > 1).any():
-            patient = crossing.index[crossing > 1][0]
-            found = sorted(folds[self.table["patient_id"] == patient].unique().tolist())
+            patient = crossing.idxmax()
+            found = sorted(folds[self.table["patient_id"] == patient].unique())
             raise DataError(
                 f"Patient {patient} lies in folds {', '.join(map(str, found))}; give each patient "
                 "one fold."
@@ -291,9 +291,8 @@ class Records:
         try:
             signals = np.load(folder / "signals.npy", mmap_mode="r")
             targets = np.load(folder / "targets.npy")
-            table = pd.read_csv(
-                folder / "table.csv", dtype={"record_id": str, "patient_id": str, "source": str}
-            )
+            text = dict.fromkeys(("record_id", "patient_id", "source"), str)
+            table = pd.read_csv(folder / "table.csv", dtype=text)
             left_out = pd.read_csv(folder / "left_out.csv", dtype=str, keep_default_na=False)
             if list(signals.shape) != about["shape"] or about["leads"] != list(LEADS):
                 raise ValueError("signals do not match records.json")
@@ -328,11 +327,12 @@ def counts_on_disk(blocks: Iterable[np.ndarray]) -> np.ndarray:
     """Signals `(n, 12, time)` int16 from blocks of them, mapped from a temporary file without a
     name, which vanishes with them.
     """
+    folder = tempfile.gettempdir()
     shape = (0, len(LEADS), 0)
-    with explain_storage(tempfile.gettempdir()):
+    with explain_storage(folder):
         file = tempfile.TemporaryFile()
     for block in blocks:
-        with explain_storage(tempfile.gettempdir()):
+        with explain_storage(folder):
             file.write(block.tobytes())
             file.flush()
         shape = (shape[0] + len(block), *block.shape[1:])
@@ -343,11 +343,11 @@ def bridge_gaps(signals: np.ndarray, missing: np.ndarray) -> None:
     """Fill missing samples of `(..., time)` in place: straight lines over gaps, zeros where a lead
     has no sample at all.
     """
-    time = np.arange(signals.shape[-1])
     for place in zip(*np.nonzero(missing.any(axis=-1))):
-        known = ~missing[place]
         signal = signals[place]
-        signal[:] = np.interp(time, time[known], signal[known]) if known.any() else 0.0
+        gaps = np.flatnonzero(missing[place])
+        known = np.flatnonzero(~missing[place])
+        signal[gaps] = np.interp(gaps, known, signal[known]) if len(known) else 0.0
 
 
 def find_faults(millivolts: np.ndarray) -> list[tuple[int, str, str, str]]:
