@@ -30,11 +30,10 @@ def read_source(folder: str | Path, task: str = "superclass", sampling_rate: int
     set of classes each.
     """
     folder = existing_folder(folder, "the ECG files")
-    options = {"ptbxl_database.csv": {"task": task}, "labels.csv": {"labels_csv": "labels.csv"}}
     for index, reader in READERS.items():
         if (folder / index).exists():
-            chosen = options.get(index, {})
-            return resolve_name(reader)(folder, sampling_rate=sampling_rate, **chosen)
+            options = {"task": task} if index == "ptbxl_database.csv" else {}
+            return resolve_name(reader)(folder, sampling_rate=sampling_rate, **options)
     cinc2021 = resolve_name(CINC2021)
     dataset = cinc2021.dataset_of(folder)
     if dataset is None:

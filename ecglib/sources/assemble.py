@@ -225,11 +225,9 @@ def resample(signal: np.ndarray, rate: float, wanted: float) -> np.ndarray:
     """
     if rate == wanted:
         return signal
-    ratio = Fraction(wanted / rate).limit_denominator(1000)
+    up, down = Fraction(wanted / rate).limit_denominator(1000).as_integer_ratio()
     # The ends go on in a line: zero padding would draw a step where the baseline is not zero.
-    return resample_poly(signal, *ratio.as_integer_ratio(), axis=-1, padtype="line").astype(
-        np.float32
-    )
+    return resample_poly(signal, up, down, axis=-1, padtype="line").astype(np.float32)
 
 
 def _rebuild_limb_leads(signal, broken):

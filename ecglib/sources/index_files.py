@@ -108,8 +108,7 @@ def read_index(
         refuse_rows(path, table[column], wrong, "not a whole number; correct it.")
         table[column] = values.astype(np.int64)
     if unique:
-        again = table[unique].duplicated()
-        refuse_rows(path, table[unique], again, "which stands there twice; keep one line.")
+        refuse_repeats(path, table[unique])
     return table
 
 
@@ -121,6 +120,11 @@ def refuse_rows(path: Path, column: pd.Series, wrong: pd.Series, problem: str) -
         shown = repr(value) if isinstance(value, str) else value
         said = f"no {column.name}" if pd.isna(value) else f"{column.name} {shown}"
         raise DataError(f"{path}: line {row + 2} has {said}, {problem}")
+
+
+def refuse_repeats(path: Path, column: pd.Series) -> None:
+    """A DataError that names the first line whose value stands in an earlier one too."""
+    refuse_rows(path, column, column.duplicated(), "which stands there twice; keep one line.")
 
 
 def refuse_folds(path: Path, folds: pd.Series) -> None:

@@ -17,6 +17,7 @@ from ecglib.sources.index_files import (
     existing_folder,
     read_index,
     refuse_folds,
+    refuse_repeats,
     refuse_rows,
     ten_folds,
 )
@@ -28,7 +29,7 @@ NOT_CLASSES = (*NAMES, "patient_id", "fold", "labels", "age", "sex", "source")
 
 def read_wfdb_folder(
     folder: str | Path,
-    labels_csv: str | Path,
+    labels_csv: str | Path = "labels.csv",
     *,
     sampling_rate: float = 100,
     seconds: float = 10.0,
@@ -91,8 +92,7 @@ def _read_labels(path):
     for needed in table.columns.intersection([column, "patient_id"]):
         refuse_rows(path, table[needed], table[needed].isna(), "fill it in.")
     table["record"] = table[column].str.strip().str.removesuffix(".hea")
-    again = table["record"].duplicated()
-    refuse_rows(path, table["record"], again, "which stands there twice; keep one line.")
+    refuse_repeats(path, table["record"])
     return table
 
 
