@@ -23,8 +23,8 @@ from ecglib.records import Records
 from ecgstudy.analysis.robustness import STUDIES, noise_arms
 from ecgstudy.arms import noise
 from ecgstudy.arms.trained import trained_classifier
-from ecgstudy.study import Study
 from ecgstudy.runs import Run, machine
+from ecgstudy.study import Study
 
 
 def seconds_a_window(run: Run, records: Records, results: Path) -> tuple[float, int]:
