@@ -23,7 +23,7 @@ from ecglib.sources.simulate.truth import CONDITIONS, TASKS, WAVE_COLUMNS, Simul
 # change.
 BLOCK = 60
 RECORDS_PER_PATIENT = (0.84, 0.10, 0.04, 0.02)  # shares of one to four
-SHARES = read_table("shares")
+SHARES = dict(list(read_table("shares").groupby("group")))
 # Share of people without a condition who have a borderline finding of it; never a complete block.
 BORDERLINE = 0.06
 MISSED = 0.04  # share of plain findings that the reader does not state
@@ -154,8 +154,8 @@ def _simulate_block(seed, start, patients, sampling_rate, seconds):
 
 def _draw_kinds(rng, group):
     """For each patient of a block a kind of a group, by the shares of the table."""
-    rows = SHARES[SHARES["group"] == group]
-    return rng.choice(rows["kinds"], BLOCK, p=rows["share"] / rows["share"].sum())
+    share = SHARES[group]["share"].to_numpy()
+    return rng.choice(SHARES[group]["kinds"].tolist(), BLOCK, p=share / share.sum())
 
 
 def _draw_patients(rng, start):

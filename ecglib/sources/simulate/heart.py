@@ -19,8 +19,8 @@ from ecglib.sources.simulate.tables import read_table
 AXES = ["x", "y", "z"]
 # Leads seen by a dipole: one row per lead (I, II, V1-V6), columns x, y, z.
 LEAD_FIELD = read_table("lead_field")[AXES].to_numpy()
-HEALTHY = read_table("healthy_beat")
-FINDINGS = read_table("findings")
+HEALTHY = dict(list(read_table("healthy_beat").groupby("wave", sort=False)))
+FINDINGS = list(read_table("findings").itertuples())
 REGIONS = read_table("regions").set_index("condition")
 QT_SCALE = 1.08  # the QTc of the table's subject was 0.37 s; adults have 0.41 s
 # From this severity on a condition is present; below it is a borderline finding, not a disease.
@@ -100,7 +100,7 @@ def draw_heart(rng: Generator, age: np.ndarray, male: np.ndarray) -> Heart:
     """A healthy heart for each of n people, with their own wave shapes, directions and sizes."""
     count = len(age)
     heart = {}
-    for name, rows in HEALTHY.groupby("wave", sort=False):
+    for name, rows in HEALTHY.items():
         shape = (count, len(rows))
         dipole = rows[AXES].to_numpy() * rng.lognormal(0, 0.20, shape)[:, :, None]
         phase, width = rows[["phase", "width"]].to_numpy().T / (2 * np.pi)
@@ -155,8 +155,9 @@ def _draw_normal_variants(rng, heart, age, male):
 
 def _add_finding(heart, finding, size):
     """Add the waves of a finding of size `(n,)`."""
-    for row in FINDINGS[FINDINGS["finding"] == finding].itertuples():
-        heart[row.wave].add(row.centre, row.width, np.outer(size, (row.x, row.y, row.z)))
+    for row in FINDINGS:
+        if row.finding == finding:
+            heart[row.wave].add(row.centre, row.width, np.outer(size, (row.x, row.y, row.z)))
 
 
 def draw_lead_field(rng: Generator, count: int) -> np.ndarray:
@@ -340,5 +341,8 @@ def gaussians(times: np.ndarray, centre: np.ndarray, width: np.ndarray) -> np.nd
     """
     centre = centre[:, :, None].astype(np.float32)
     width = width[:, :, None].astype(np.float32)
-    scaled = (times[:, None, :] - centre) / width
-    return np.exp(np.float32(-0.5) * np.square(scaled))
+    bells = times[:, None] - centre
+    bells /= width
+    bells *= bells
+    bells *= -0.5
+    return np.exp(bells, out=bells)

@@ -43,7 +43,7 @@ def record_hearts(
     usual = np.bincount(record, interval, count) / np.maximum(beaten, 1)
     followed = 0.6 * usual[record] + 0.4 * np.clip(interval, 0.5, 1.4)
     shortening = np.clip(followed, 0.35, 1.6) ** (1 / 3)
-    stretch = {"P": shortening**0.5, "QRS": 1.0, "T": shortening}
+    stretch = {"P": shortening**0.5, "QRS": np.ones(len(beats)), "T": shortening}
     height = {"P": np.where(kind == ATRIAL, premature, 1.0) * size, "QRS": size, "T": size}
     shown = {"P": (rhythm.atria == "sinus")[record], "QRS": True, "T": True}
     ectopic = kind == VENTRICULAR
@@ -52,10 +52,13 @@ def record_hearts(
     for waves, chosen in ((heart, ~ectopic), (ectopic_heart(rng, count), ectopic)):
         limits = {name: wave_limits(wave, field, LEVEL[name]) for name, wave in waves.items()}
         for name, wave in waves.items():
-            seen = beats.assign(stretch=stretch[name], height=height[name])[chosen & shown[name]]
-            if len(seen):
-                _add_waves(eight, wave, wave.leads(field), seen, sampling_rate)
-                marks.append(_marks(name, limits, seen, sampling_rate, samples))
+            rows = np.flatnonzero(chosen & shown[name])
+            if len(rows):
+                seen = beats.take(rows)
+                factor = stretch[name][rows, None]
+                tall = height[name][rows, None]
+                _add_waves(eight, wave, wave.leads(field), seen, factor, tall, sampling_rate)
+                marks.append(_marks(name, limits, seen, factor, sampling_rate, samples))
     eight += field.astype(np.float32) @ rhythm.atrial_waves(rng, sampling_rate, samples)
     eight += recorder_noise(rng, count, sampling_rate, samples)
     limb = np.einsum("lk,nkt->nlt", LIMB_FROM_I_AND_II, eight[:, :2])
@@ -63,12 +66,12 @@ def record_hearts(
     return to_counts(np.concatenate([limb, eight[:, 2:]], axis=1)), table
 
 
-def _add_waves(eight, wave, amplitudes, beats, sampling_rate):
+def _add_waves(eight, wave, amplitudes, beats, stretch, height, sampling_rate):
     """Add one wave of some beats to `eight (n, 8, time)`, each Gaussian widened as the anti-alias
     filter does it.
     """
     record = beats["record"].to_numpy()
-    time, stretch, height = beats[["time", "stretch", "height"]].to_numpy().T[:, :, None]
+    time = beats["time"].to_numpy()[:, None]
     centre = wave.centre[record] * stretch
     width = wave.width[record] * stretch
     filtered = np.sqrt(width**2 + (FILTER_WIDTH / sampling_rate) ** 2)
@@ -87,19 +90,20 @@ def _add_waves(eight, wave, amplitudes, beats, sampling_rate):
             eight[signal, :, start:stop] += shape[:, start - begin : stop - begin]
 
 
-def _marks(name, limits, beats, sampling_rate, samples):
+def _marks(name, limits, beats, stretch, sampling_rate, samples):
     """Marks of one wave of some beats, of those waves that lie wholly inside the record; P ends
     before QRS, T begins after it.
     """
     record = beats["record"].to_numpy()
-    spans = limits[name][record] * beats[["stretch"]].to_numpy()
+    spans = limits[name][record] * stretch
     if name == "P":
         spans = np.minimum(spans, limits["QRS"][record, :1])
     if name == "T":
         spans = np.maximum(spans, limits["QRS"][record, 1:])
-    onset, offset = np.rint((beats[["time"]].to_numpy() + spans) * sampling_rate).astype(int).T
-    marks = beats[["record", "beat", "kind"]].assign(wave=name, onset=onset, offset=offset)
-    return marks[(onset >= 0) & (offset < samples)]
+    times = beats["time"].to_numpy()[:, None] + spans
+    onset, offset = np.rint(times * sampling_rate).astype(int).T
+    marks = beats.assign(wave=name, onset=onset, offset=offset)
+    return marks.take(np.flatnonzero((onset >= 0) & (offset < samples)))
 
 
 def recorder_noise(rng: Generator, count: int, sampling_rate: float, samples: int) -> np.ndarray:
