@@ -6,13 +6,11 @@ one. Comments and docstrings do not count.
 
 import ast
 import inspect
-import io
 import re
 import sys
 import sysconfig
 import textwrap
 import time
-import tokenize
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache, partial
@@ -95,43 +93,27 @@ def imported_modules(source: str, packages: Sequence[str] = PACKAGES) -> tuple[s
 
 
 def without_comments(source: str) -> str:
-    """The lines of a Python source that can change what it does.
+    """What a Python source does, in one form: no comments, docstrings, blank lines or registries.
 
-    Left out are comments, docstrings, blank lines, and registries, that is, dicts whose values
-    are all of the form "module:name": what an entry names counts where it is used, so that a new
-    entry leaves the others' runs as they are.
+    A registry is a dict whose values are all of the form "module:name": what an entry names counts
+    where it is used, so that a new entry leaves the others' runs as they are.
     """
     tree = ast.parse(source)
-    left_out = _docstring_lines(tree) | _registry_lines(tree)
-    lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    kept = [line.rstrip() for row, line in enumerate(lines, start=1) if row not in left_out]
-    return "\n".join(line for line in kept if line)
-
-
-def _docstring_lines(tree: ast.AST) -> set[int]:
-    """Numbers of the lines that docstrings take."""
     owners = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)
-    lines: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, owners) and ast.get_docstring(node, clean=False) is not None:
-            lines.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return lines
+            node.body = node.body[1:] or [ast.Pass()]
+    tree.body = [node for node in tree.body if not _is_registry(node)]
+    return ast.unparse(tree)
 
 
-def _registry_lines(tree: ast.Module) -> set[int]:
-    """Numbers of the lines that registries of "module:name" take."""
-    lines: set[int] = set()
-    for node in tree.body:
-        value = getattr(node, "value", None)
-        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(value, ast.Dict):
-            entries = [getattr(entry, "value", None) for entry in value.values]
-            if entries and all(isinstance(e, str) and ENTRY.fullmatch(e) for e in entries):
-                lines.update(range(node.lineno, node.end_lineno + 1))
-    return lines
+def _is_registry(node: ast.stmt) -> bool:
+    """Whether a statement assigns a dict of "module:name"."""
+    table = getattr(node, "value", None)
+    if not isinstance(node, ast.Assign | ast.AnnAssign) or not isinstance(table, ast.Dict):
+        return False
+    entries = [getattr(entry, "value", None) for entry in table.values]
+    return bool(entries) and all(isinstance(e, str) and ENTRY.fullmatch(e) for e in entries)
 
 
 def _is_own(name: str) -> bool:
