@@ -75,7 +75,7 @@ def read_ludb(
     index = _read_index(folder)
     names = index["ID"].astype(str)
     classes = tuple(dict.fromkeys(CLASSES.values()))
-    statements = [_statements(entry) for _, entry in index.iterrows()]
+    statements = [_statements(cells) for cells in index[list(STATEMENT_COLUMNS)].to_numpy()]
     targets = binary_targets([set(map(_class, stated)) for stated in statements], classes)
     without = Counter(name for stated in statements for name in stated if not _class(name))
     ages = index["Age"].astype(str).str.strip().replace(">89", "90")
@@ -196,9 +196,9 @@ def _header_path(folder, record):
     return inside(folder / "data", f"{record}.hea", f"the list of LUDB records of {folder}")
 
 
-def _statements(entry):
-    """All statements of one record; each line of a cell holds one."""
-    lines = "\n".join(entry[list(STATEMENT_COLUMNS)].dropna().astype(str)).splitlines()
+def _statements(cells):
+    """All statements in the cells of one record; each line of a cell holds one."""
+    lines = "\n".join(str(cell) for cell in cells if pd.notna(cell)).splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 
