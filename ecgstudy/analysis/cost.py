@@ -41,20 +41,18 @@ def saved_bytes(function: Callable[[], torch.Tensor], parameters: list[nn.Parame
     """Bytes that autograd keeps for the backward pass of `function()`, each storage once, without
     `parameters`.
     """
-    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    kept: dict[int, int] = {}
+    kept = {}  # the storages are held, so that none is freed and its place given to another
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        result = function()  # held, so that no storage is freed and its place given to another
-    total = sum(kept.values())
-    del result
-    return total
+        function()
+    for parameter in parameters:
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def measure(
@@ -76,12 +74,11 @@ def measure(
     whole network where every weight is trained. peak_bytes is the memory of the process (of the
     device on a GPU), so call this in a process of its own: `measure_apart`.
     """
-    adaptation = replace(adaptation, crop_seconds=samples / 100.0, steps=iterations + 1)
-    count = 2 * round(adaptation.batch_size * (1 + adaptation.ratio))
-    records = _noise(count, classes, samples)
-    pools = np.arange(count).reshape(2, -1)
-    network = make_network(adaptation.backbone, classes, 0)
-    objective, source, notes = recipe.prepare(network, records, pools, adaptation, 0, device)
+    settings = replace(adaptation, crop_seconds=samples / 100.0, steps=iterations + 1)
+    records = _noise(2 * round(settings.batch_size * (1 + settings.ratio)), classes, samples)
+    pools = np.arange(len(records)).reshape(2, -1)
+    network = make_network(settings.backbone, classes, 0)
+    objective, source, notes = recipe.prepare(network, records, pools, settings, 0, device)
     objective.train()
     parameters = list(objective.parameters())
     saved = []
@@ -89,25 +86,20 @@ def measure(
         torch.manual_seed(step)
         with autocast(device, dtype):
             saved.append(saved_bytes(lambda step=step: objective.loss(source(step)), parameters))
-    history = fit(
-        objective,
-        source,
-        adaptation.steps,
-        learning_rate=1e-3,
-        schedule=linear_schedule,
-        log_every=1,
-        dtype=dtype,
-    )
+    how = {"schedule": linear_schedule, "log_every": 1, "dtype": dtype}
+    history = fit(objective, source, settings.steps, **how)
+    about = machine()
+    name = about["processor"] if about["accelerator"] == "none" else about["accelerator"]
     return {
         "method": method,
-        "backbone": adaptation.backbone,
+        "backbone": settings.backbone,
         "trained_parameters": notes["trained_parameters"],
         "stored_bytes": _stored(network),
-        "seconds_per_iteration": statistics.median(history["seconds"].diff().iloc[1:]),
+        "seconds_per_iteration": history["seconds"].diff().median(),
         "peak_bytes": _peak(device),
         "saved_activation_bytes": round(statistics.mean(saved)),
         "rank_pass_seconds": notes.get("rank_pass_seconds", 0.0),
-        "machine": _machine(),
+        "machine": f"{name}, {about['threads']} threads",
     }
 
 
@@ -124,14 +116,13 @@ def _noise(count: int, classes: int, samples: int) -> Records:
     table = pd.DataFrame({"record_id": names, "patient_id": names, "fold": 1, "source": "noise"})
     signals = generator.integers(-1000, 1000, (count, len(LEADS), samples), dtype=np.int16)
     targets = (generator.random((count, classes)) < 0.2).astype(np.uint8)
-    names = tuple(f"class {number}" for number in range(classes))
-    return Records(signals, 0.001, 100.0, table, targets, names)
+    return Records(signals, 0.001, 100.0, table, targets, map(str, range(classes)))
 
 
 def _stored(network: nn.Module) -> int:
     """Bytes of the file that this network needs besides its backbone."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "stored.safetensors"
+        path = Path(folder, "stored.safetensors")
         if low_rank_layers(network):
             save_adapter(network, path)
         else:
@@ -141,19 +132,12 @@ def _stored(network: nn.Module) -> int:
 
 def _peak(device: str) -> int:
     """Most memory so far in bytes."""
-    if torch.device(device).type == "cuda":
+    if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would tell the peak of the parent, from before the fork
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _machine() -> str:
-    """The machine in a few words."""
-    about = machine()
-    name = about["processor"] if about["accelerator"] == "none" else about["accelerator"]
-    return f"{name}, {about['threads']} threads"
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 COSTS = {
@@ -162,22 +146,25 @@ COSTS = {
     "stored_bytes": ("Stored for the task (kB)", 1e3),
 }
 
+HOLLOW = {"markerfacecolor": "white"}
+
 
 def plot_cost(costs: pd.DataFrame, summary: pd.DataFrame, title: str | None = None) -> Figure:
     """Macro AUROC over time, memory and storage: a point per method.
 
     costs has method and the columns of `COSTS` (see `measure`), summary method, value, low, high.
     """
+    scores = ["method", "value", "low", "high"]
     require_columns(costs, ("method", *COSTS), "table of costs")
-    require_columns(summary, ("method", "value", "low", "high"), "summary")
-    table = costs.merge(summary[["method", "value", "low", "high"]], on="method")
-    colours, markers = method_colours(table["method"]), looks(table["method"], MARKERS)
+    require_columns(summary, scores, "summary")
+    table = costs.merge(summary[scores], on="method")
+    colours = method_colours(table["method"])
+    markers = looks(table["method"], MARKERS)
     figure, grid = panels(len(COSTS), (13.5, 4.6), sharey=True)
-    for axes, (column, (name, unit)) in zip(grid[0], COSTS.items(), strict=True):
+    for axes, (column, (name, unit)) in zip(grid[0], COSTS.items()):
         for method, rows in table.groupby("method", sort=False):
-            look = {"color": colours[method], "marker": markers[method], "markersize": 7}
-            label = method_label(method)
-            draw_line(axes, rows[column] / unit, rows, linestyle="none", label=label, **look)
+            look = {"color": colours[method], "marker": markers[method], "linestyle": "none"}
+            draw_line(axes, rows[column] / unit, rows, label=method_label(method), **look)
         axes.set_xlabel(name)
         axes.set_xscale("log") if column == "stored_bytes" else axes.set_xlim(left=0)
     grid[0, 0].set_ylabel("Macro AUROC (95 % interval)")
@@ -193,20 +180,21 @@ def plot_ranks(scores: pd.DataFrame, ranks: pd.DataFrame, title: str | None = No
     """
     require_columns(scores, (), "table of scores")
     require_columns(ranks, scores.columns, "table of ranks")
-    parts = [name.split(".")[0] for name in scores.index]
+    layers = scores.index
+    parts = layers.str.split(".").str[0]
     colours = looks(parts, PALETTE)
-    figure, grid = panels(len(scores.columns), (9.5, 1.6 + 0.26 * len(parts)), sharey=True)
+    figure, grid = panels(len(scores.columns), (9.5, 1.6 + 0.26 * len(layers)), sharey=True)
     dot = {"marker": "o", "linestyle": "", "markersize": 7}
-    for axes, score in zip(grid[0], scores.columns, strict=True):
-        full = ranks[score] == ranks[score].max()
-        for height, (x, part, filled) in enumerate(zip(scores[score], parts, full, strict=True)):
-            face = colours[part] if filled else "white"
-            axes.plot(x, height, color=colours[part], markerfacecolor=face, **dot)
+    for axes, score in zip(grid[0], scores):
+        for height, part in enumerate(parts):
+            full = ranks[score].iloc[height] == ranks[score].max()
+            look = {"color": colours[part], **dot, **({} if full else HOLLOW)}
+            axes.plot(scores[score].iloc[height], height, **look)
         axes.set(title=score, xlabel="Importance", xscale="log")
-    grid[0, 0].set_yticks(range(len(parts)), scores.index)
-    grid[0, 0].set_ylim(len(parts) - 0.4, -0.6)  # the first layer on top
+    grid[0, 0].set_yticks(range(len(layers)), layers)
+    grid[0, 0].set_ylim(len(layers) - 0.4, -0.6)  # the first layer on top
     legend = [legend_line(part, colour, **dot) for part, colour in colours.items()]
-    for place, rank in enumerate(sorted(set(ranks.to_numpy().ravel()), reverse=True)):
-        face = "white" if place else "0.2"
-        legend.append(legend_line(f"rank {rank}", "0.2", markerfacecolor=face, **dot))
+    full, *fewer = np.unique(ranks)[::-1]
+    legend.append(legend_line(f"rank {full}", "0.2", **dot))
+    legend += [legend_line(f"rank {rank}", "0.2", **dot, **HOLLOW) for rank in fewer]
     return finish(figure, title, legend)

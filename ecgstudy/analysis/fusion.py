@@ -21,15 +21,15 @@ def plot_similarity(similarity: pd.DataFrame, title: str | None = None) -> Figur
     its numbers.
     """
     require_columns(similarity, similarity.index, "table of similarities")
-    names = [method_label(name) for name in similarity]
     size = 2.2 + 0.6 * len(similarity)
     figure, grid = panels(1, (size + 0.9, size))
+    named = similarity.set_axis(map(method_label, similarity), axis=1)
     look = {"vmin": 0, "vmax": 1, "cmap": "viridis", "annot": True, "fmt": ".2f", "square": True}
-    ticks = {"xticklabels": names, "yticklabels": names, "cbar_kws": {"label": "Linear CKA"}}
-    axes = sns.heatmap(similarity.to_numpy(), ax=grid[0, 0], **look, **ticks)
-    axes.grid(visible=False)
+    bar = {"cbar_kws": {"label": "Linear CKA"}, "yticklabels": list(named)}
+    axes = sns.heatmap(named, ax=grid[0, 0], **look, **bar)
     axes.tick_params(axis="x", rotation=45)
     axes.tick_params(axis="y", rotation=0)
+    axes.set(xlabel="", ylabel="")
     return finish(figure, title)
 
 
@@ -39,18 +39,18 @@ def plot_token_weights(weights: pd.DataFrame, title: str | None = None) -> Figur
     weights has measure, class, member and share, see `fusion.token_weights`.
     """
     require_columns(weights, ("measure", "class", "member", "share"), "table of token weights")
-    measures, members = pd.unique(weights["measure"]), list(pd.unique(weights["member"]))
+    members = pd.unique(weights["member"])
     colours = looks(weights["class"], PALETTE)
+    measures = weights.groupby("measure", sort=False)
     size = 1.5 + 4.5 * len(measures), 1.6 + 0.42 * len(members)
     figure, grid = panels(len(measures), size, grid="x", sharey=True)
-    for axes, measure in zip(grid[0], measures):
-        rows = weights[weights["measure"] == measure]
+    for axes, (measure, rows) in zip(grid[0], measures):
         table = rows.pivot(index="member", columns="class", values="share").loc[members]
         for place, (name, colour) in enumerate(colours.items()):
             heights = np.arange(len(members))[::-1] + 0.5 * (0.5 - (place + 0.5) / len(colours))
             axes.plot(table[name], heights, "o", color=colour, markersize=5)
         axes.axvline(1 / len(members), color="0.5", linestyle=":", linewidth=1)
         axes.set(title=measure, xlabel="Share", xlim=(0, None))
-    grid[0, 0].set_yticks(range(len(members)), [method_label(name) for name in members[::-1]])
+    grid[0, 0].set_yticks(range(len(members)), map(method_label, members[::-1]))
     legend = [legend_line(name, colour, marker="o") for name, colour in colours.items()]
     return finish(figure, title, legend)

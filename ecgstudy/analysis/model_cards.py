@@ -23,7 +23,7 @@ LICENCES = {
     "trained",
     "simulated cohort": "MIT, that of this repository",
 }
-CARD = """# {method} on `{encoder}`
+CARD = """# {method} on `{settings[encoder]}`
 
 An encoder for 12-lead ECGs, pretrained without labels. It maps an ECG to {size} features, for a
 linear probe or for fine-tuning. For research and teaching; not a medical device.
@@ -34,25 +34,26 @@ linear probe or for fine-tuning. For research and teaching; not a medical device
 from ecglib.encoders import make_encoder
 from ecglib.checkpoints import load_state, load_tensors
 
-encoder = make_encoder("{encoder}").eval()
+encoder = make_encoder("{settings[encoder]}").eval()
 load_state(encoder, load_tensors("model.safetensors")[0], "model.safetensors")
 features = encoder(signals)  # (batch, 12, {samples}) mV at {rate:g} Hz -> (batch, {size})
 ```
 
 Leads in the order {leads}; millivolts, neither filtered nor scaled.
-The features of a record are their mean over windows of {seconds:g} s
+The features of a record are their mean over windows of {settings[crop_seconds]:g} s
 (`ecglib.evaluate.encode_windows`).
 
 ## Trained on
 
-The signals of folds 1 to 8 of {data}{caveat}.
-No label was used, and no record of folds 9 and 10. {steps:,} steps of {batch} crops took
-{minutes:.1f} minutes on {machine}.
+The signals of folds 1 to 8 of {source}{records.caveat}.
+No label was used, and no record of folds 9 and 10. {settings[steps]:,} steps of
+{settings[batch_size]} crops took {minutes:.1f} minutes on {machine[cores]} cores of
+{machine[processor]}, accelerator: {machine[accelerator]}.
 All settings are in `run.json`.
 
 ## What it is worth
 
-Macro AUROC of {classes} on fold 10{caveat}:
+Macro AUROC of {classes} on fold 10{records.caveat}:
 mean over label subsets, 95 % patient-bootstrap interval. Its controls: the same encoder from
 scratch and never trained.
 
@@ -68,7 +69,8 @@ and what did not help, is in the repository's README and notebook 17.
 ## Licence and origin
 
 The weights: {licence}.
-Run {run} of the notebook of this method, torch {torch}; SHA-256 of `model.safetensors`:
+Run {run.spec.key} of the notebook of this method, torch
+{run.about[packages][torch]}; SHA-256 of `model.safetensors`:
 `{sha256}`. To cite it, see the repository's `CITATION.cff`.
 """
 LIMITS = {
@@ -89,41 +91,36 @@ def release_encoders(
     """
     released = []
     for name, run in pretrained.items():
-        text = model_card(name, run, summary, records)
-        with atomic_folder(Path(folder) / name) as temporary:
+        text = _card(name, run, summary, records)
+        released.append(Path(folder) / name)
+        with atomic_folder(released[-1]) as temporary:
             for file in (MODEL, RESULT):
                 shutil.copyfile(run.folder / file, temporary / file)
             (temporary / "README.md").write_text(text, encoding="utf-8")
-        released.append(Path(folder) / name)
     return released
 
 
-def model_card(name: str, run: Run, summary: pd.DataFrame, records: Records) -> str:
+def _card(name: str, run: Run, summary: pd.DataFrame, records: Records) -> str:
     """The card of one pretrained encoder in Markdown, every figure taken from its run and from
     `summary`.
     """
-    settings, machine, source = run.spec.settings, run.about["machine"], records.about["source"]
-    hardware = f"{machine['cores']} cores of {machine['processor']}"
-    hardware += f", accelerator: {machine['accelerator']}"
+    settings = run.spec.settings
+    source = records.about["source"]
     return CARD.format(
         method=name,
-        encoder=settings["encoder"],
+        run=run,
+        settings=settings,
+        machine=run.about["machine"],
+        records=records,
+        source=source,
         size=run.predictions()["features"].shape[1],
         samples=round(settings["crop_seconds"] * records.sampling_rate),
         rate=records.sampling_rate,
         leads=", ".join(LEADS),
-        seconds=settings["crop_seconds"],
-        data=source,
-        caveat=records.caveat,
-        steps=settings["steps"],
-        batch=settings["batch_size"],
         minutes=run.about["seconds"] / 60,
-        machine=hardware,
         classes=", ".join(records.classes),
         table=_scores(name, settings["encoder"], summary),
         limits=LIMITS[bool(records.about.get("simulated"))],
-        run=run.spec.key,
-        torch=run.about["packages"]["torch"],
         licence=LICENCES.get(source, f"that of {source}, on which they were trained"),
         sha256=hashlib.sha256((run.folder / MODEL).read_bytes()).hexdigest(),
     )
@@ -140,7 +137,6 @@ def _scores(name: str, encoder: str, summary: pd.DataFrame) -> str:
         )
     own = own.assign(use=own["method"].map(words) + ", " + own["protocol"])
     cells = interval_table(own, "use")
-    fractions = sorted(set(own["fraction"]))
-    header = ["use", *(percent_label(fraction) for fraction in fractions)]
+    header = ["use", *map(percent_label, sorted(set(own["fraction"])))]
     rows = [header, ["---"] * len(header), *cells.fillna("–").reset_index().to_numpy()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

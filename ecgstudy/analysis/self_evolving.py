@@ -32,17 +32,18 @@ def plot_stages(summary: pd.DataFrame, title: str | None = None) -> Figure:
     left, right = grid[0]
     arms = list(summary.groupby(["method", "network"], sort=False))
     for place, ((method, network), rows) in enumerate(arms):
-        rows, shift = rows.sort_values("stage"), 0.025 * (place - (len(arms) - 1) / 2)
+        rows = rows.sort_values("stage")
+        shifted = rows["stage"] + 0.025 * (place - (len(arms) - 1) / 2)
         look = {"color": colours[method], "marker": "o", "markersize": 4, "linewidth": 1.4}
         look["linestyle"] = "-" if network == STUDENT else "--"
         name = method_label(method) + ("" if network == STUDENT else f", {network}")
-        left.plot(rows["stage"] + shift, rows["value"], **look, label=name)
+        left.plot(shifted, rows["value"], **look, label=name)
         right.plot(rows["stage"], rows["calibration_error"], **look)
         # A teacher's interval is as wide as its student's, and the start is the same for all.
-        barred = rows[(network == STUDENT) & ((rows["stage"] > 0) | (place == 0))]
-        if len(barred):
-            x = barred["stage"] + shift
-            left.vlines(x, barred["low"], barred["high"], color=colours[method], linewidth=0.7)
+        if network == STUDENT:
+            barred = rows[(rows["stage"] > 0) | (place == 0)]
+            limits = (shifted[barred.index], barred["low"], barred["high"])
+            left.vlines(*limits, color=colours[method], linewidth=0.7)
     stages = sorted(summary["stage"].unique())
     left.set(xlabel="Stage T", ylabel="Macro AUROC, 95 % interval", xticks=stages)
     right.set(xlabel="Stage T", ylabel="Calibration error", xticks=stages, ylim=(0, None))
@@ -55,15 +56,13 @@ def stage_summary(runs: Sequence[Run], records: Records) -> pd.DataFrame:
 
     Every arm has the common start as its stage 0.
     """
-    key = ["network", "method", "stage", "fraction"]
     cell = ("network", "method", "stage", "data", "labels", "fraction")
+    key = ["network", "method", "stage", "fraction"]
     rows = pd.DataFrame([row for run in runs for row in run.rows()])
-    errors = rows[(rows["split"] == "test") & (rows["metric"] == "expected_calibration_error")]
-    errors = errors.groupby(key, as_index=False)["value"].mean()
-    errors = errors.rename(columns={"value": "calibration_error"})
-    table = seed_summary(runs, records, cell=cell).merge(errors, on=key)
-    start = table[table["stage"] == 0]
+    errors = rows.query("split == 'test' and metric == 'expected_calibration_error'")
+    errors = errors.groupby(key)["value"].mean().rename("calibration_error")
+    table = seed_summary(runs, records, cell=cell).join(errors, on=key)
     later = table[table["stage"] > 0]
-    arms = later[["method", "network"]].drop_duplicates()
-    starts = [start.assign(method=arm.method, network=arm.network) for arm in arms.itertuples()]
-    return pd.concat([*starts, later], ignore_index=True)
+    start = table[table["stage"] == 0].drop(columns=["method", "network"])
+    starts = later[["method", "network"]].drop_duplicates().merge(start, "cross")
+    return pd.concat([starts, later], ignore_index=True)[table.columns]

@@ -44,7 +44,7 @@ def plot_pretraining(history: pd.DataFrame, title: str | None = None) -> Figure:
     """
     require_columns(history, ("step", *WATCHED), "pretraining history")
     figure, grid = panels(len(WATCHED), (13, 2.9))
-    for axes, (column, name) in zip(grid[0], WATCHED.items(), strict=True):
+    for axes, (column, name) in zip(grid[0], WATCHED.items()):
         axes.plot(history["step"], history[column], color=PALETTE[0])
         for start in history.loc[history["step"] == 0, column].dropna():
             axes.axhline(start, color="0.5", linestyle=":", linewidth=1)
