@@ -142,7 +142,7 @@ def simulated_truth(simulation: Simulation) -> Truth:
     def mark(mask: np.ndarray, place: int, code: str) -> None:
         leads, first, last, kinds = EVIDENCE[code]
         beats = simulation.beats[records.table["record_id"].iloc[place]]
-        mark_beats(mask, leads, beats[beats["kind"].isin(kinds)], first, last)
+        mark_beats(mask, leads, beats[beats["kind"].isin(kinds.split())], first, last)
 
     codes = [set(text.split()) for text in records.table["statements"]]
     return Truth("simulated cohort", records, codes, records.split, mark)

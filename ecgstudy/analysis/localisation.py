@@ -16,7 +16,6 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 from scipy.ndimage import maximum_filter1d
 from scipy.stats import rankdata
 from torch import nn
@@ -40,7 +39,8 @@ from ecgstudy.analysis.figures import (
 SIZES = ("|input|", "|input|²")  # of the signal, which every attribution is compared with
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)  # of the patches that are deleted
 TOLERANCE = 0.05  # seconds that the pointing game forgives
-# Published thresholds: how many times its chance the lower limit of a measure must exceed.
+# Published thresholds: how many times its chance the lower limit of a measure must exceed; None
+# where there is no threshold.
 TIMES_CHANCE = {
     "enrichment": 1.5,
     "localisation_auc": 1.2,
@@ -48,6 +48,9 @@ TIMES_CHANCE = {
     "pointing_game": 2.0,
     "rank_accuracy": 1.0,
     "mass": 1.0,
+    "lead_mass": None,
+    "gini": None,
+    "mass over chance": None,
 }
 
 
@@ -66,14 +69,14 @@ def plot_enrichment(table: pd.DataFrame, title: str | None = None) -> Figure:
     figure, grid = panels(len(classes), size, grid="x", sharey=True)
     for axes, (name, rows) in zip(grid[0], classes):
         ceiling = rows["ceiling"].mean()
-        axes.axvline(1, color="0.5", linewidth=1)
-        axes.axvline(ceiling, color="0.5", linewidth=1, linestyle=":")
+        for place, style in ((1, "-"), (ceiling, ":")):
+            axes.axvline(place, color="0.5", linewidth=1, linestyle=style)
         for row in rows.to_dict("records"):
             draw_dot(axes, names.index(row["attribution"]), row, colours[row["attribution"]])
         axes.set(title=name, xscale="log")
         ticks = [tick for tick in (0.5, 1, 2, 3, 5, 10, 20, 50) if tick <= 1.2 * ceiling]
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(ticks, map("{:g}".format, ticks))
+        axes.minorticks_off()
     grid[0, 0].set_yticks(range(len(names)), names)
     grid[0, 0].invert_yaxis()  # the first attribution on top
     label = "Mass in the region over chance (1: chance, dotted: the largest possible)"
@@ -222,32 +225,27 @@ def measure_rows(
     chance = chances(region, sampling_rate)
     rows = []
     for name, values in found.items():
-        for which, numbers in values.items():
-            threshold = chance[which], TIMES_CHANCE.get(which)
-            row = interval_row(which, numbers, patients, draws, *threshold)
-            rows.append({"attribution": name, **row})
         for size in SIZES:
             if size in found and size != name:
                 over = values["enrichment"] - found[size]["enrichment"]
-                row = interval_row(f"enrichment over {size}", over, patients, draws)
-                rows.append({"attribution": name, **row})
+                values[f"enrichment over {size}"] = over
+        for which, numbers in values.items():
+            row = interval_row(which, numbers, patients, draws, chance.get(which, 0.0))
+            rows.append({"attribution": name, **row})
     return rows
 
 
 def interval_row(
-    measure: str,
-    values: np.ndarray,
-    patients: Sequence,
-    draws: int,
-    chance: float = 0.0,
-    times: float | None = 1.0,
+    measure: str, values: np.ndarray, patients: Sequence, draws: int, chance: float = 0.0
 ) -> dict:
     """Mean of one number per record `(n,)` with its interval, such as the difference of two methods
     on the same records.
 
-    It passes where the lower limit exceeds `times` its chance; None where there is no threshold.
+    It passes where the lower limit exceeds its chance as many times as `TIMES_CHANCE` says, once if
+    it says nothing of this measure; None where there is no threshold.
     """
     interval = mean_interval(values, patients, draws)
+    times = TIMES_CHANCE.get(measure, 1.0)
     passes = None if times is None else interval.low > times * chance
     return {"measure": measure, **interval._asdict(), "chance": chance, "passes": passes}
 
@@ -305,19 +303,17 @@ def deletion_area(
     is called relevant is what the network uses. Probabilities are those of `score_signals`.
     """
     device = next(network.parameters()).device
-    filled = torch.from_numpy(np.nan_to_num(millivolts).astype(np.float32)).to(device)
-    without = bridged(filled, PATCH)
-    weight = np.add.reduceat(relevance, np.arange(0, filled.shape[2], PATCH), axis=2)
+    filled = torch.from_numpy(np.nan_to_num(millivolts).astype(np.float32))
+    records, leads, time = filled.shape
+    weight = np.add.reduceat(relevance, np.arange(0, time, PATCH), axis=2).reshape(records, -1)
     # Ties are broken by chance.
-    noise = np.random.default_rng(0).random((len(weight), weight[0].size)).reshape(weight.shape)
-    weight = (weight + 1e-9 * noise * (weight.max() + 1e-12)).reshape(len(weight), -1)
-    rank = weight.argsort(axis=1).argsort(axis=1)  # (n, leads x patches), 0: the least relevant
+    weight = weight + 1e-9 * np.random.default_rng(0).random(weight.shape) * (weight.max() + 1e-12)
     patches = weight.shape[1]
+    rank = weight.argsort(axis=1).argsort(axis=1).reshape(records, leads, -1)  # 0: least relevant
+    rank = torch.from_numpy(rank.repeat(PATCH, axis=2)[:, :, :time])
 
-    def probabilities(gone: np.ndarray) -> np.ndarray:
-        samples = torch.from_numpy(gone).to(device).view(*filled.shape[:2], -1)
-        samples = samples.repeat_interleave(PATCH, dim=2)[:, :, : filled.shape[2]]
-        signals = torch.where(samples, without, filled)
+    def probabilities(gone: torch.Tensor) -> np.ndarray:
+        signals = torch.where(gone, bridged(filled, PATCH), filled).to(device)
         scores = score_signals([network], signals, sampling_rate, window_seconds)
         return scores[0, :, class_index].cpu().numpy()
 
@@ -342,17 +338,16 @@ def randomised_cascade(network: nn.Module, seed: int = 0) -> list[tuple[str, nn.
         name, modules = _parts(network)[place]
         for module in modules:
             for key, value in [*module.named_parameters(), *module.named_buffers()]:
-                if value.is_floating_point() and value.numel() > 1:
-                    value.data.copy_(_anew(key, value.detach().cpu(), generator))
+                if not value.is_floating_point() or value.numel() == 1:
+                    continue
+                old = value.detach().cpu()
+                if key.endswith("running_var"):
+                    new = old[torch.randperm(len(old), generator=generator)]
+                else:
+                    new = old.mean() + old.std() * torch.randn(old.shape, generator=generator)
+                value.data.copy_(new)
         copies.append((name, network))
     return copies
-
-
-def _anew(key: str, value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Random numbers in place of one tensor."""
-    if key.endswith("running_var"):
-        return value[torch.randperm(len(value), generator=generator)]
-    return value.mean() + value.std() * torch.randn(value.shape, generator=generator)
 
 
 def _parts(network: nn.Module) -> list[tuple[str, Iterable[nn.Module]]]:
@@ -373,14 +368,12 @@ def rank_correlation(first: np.ndarray, second: np.ndarray, signed: bool = False
     With `signed` it is that of a itself: |a| also agrees where both are small because nothing
     happens in the signal.
     """
-
-    def centred_ranks(values: np.ndarray) -> np.ndarray:
-        values = values if signed else np.abs(values)
-        ranks = rankdata(values.reshape(len(values), -1), axis=1)
-        return ranks - ranks.mean(axis=1, keepdims=True)
-
-    first = centred_ranks(first)
-    second = centred_ranks(second)
+    first, second = (
+        rankdata((each if signed else np.abs(each)).reshape(len(each), -1), axis=1)
+        for each in (first, second)
+    )
+    first -= first.mean(axis=1, keepdims=True)
+    second -= second.mean(axis=1, keepdims=True)
     size = np.sqrt((first**2).sum(axis=1) * (second**2).sum(axis=1))
     return (first * second).sum(axis=1) / np.where(size > 0, size, 1)
 
