@@ -151,7 +151,8 @@ def _read(path: Path) -> tuple[str, tuple[str, ...]]:
             "so that what runs is what is written."
         )
     source = path.read_text(encoding="utf-8")
-    tables = [table for table in sorted(path.parent.glob("*.csv")) if table.name in source]
+    beside = sorted(path.parent.glob("*.csv")) + sorted(path.parent.glob("*.json"))
+    tables = [table for table in beside if table.name in source]
     texts = [without_comments(source), *(table.read_text(encoding="utf-8") for table in tables)]
     return short_hash(texts), imported_modules(source)
 

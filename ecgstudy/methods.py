@@ -1,13 +1,16 @@
 """Every method of the study: one entry says how it is trained and how tables and figures show it.
 
-A new method is one file with its objective and one entry here, or from elsewhere
+The entries stand in `methods.json`, each with its kind, one of the classes below, and that class's
+fields. A new method is one file with its objective and one entry there, or from elsewhere
 `METHODS["mine"] = SelfSupervised("Mine", "tab:pink", "my_module:Mine")`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from pkgutil import resolve_name
 
+from ecglib.files import read_json
 from ecglib.selfsup import Pretraining
 from ecglib.semisup import Adaptation
 from ecgstudy.arms.fusion import (
@@ -19,7 +22,7 @@ from ecgstudy.arms.fusion import (
     check_members,
 )
 from ecgstudy.arms.pretrain import Pretrain
-from ecgstudy.arms.self_evolving import LABELS_ALONE, Arm, distl, fixmatch
+from ecgstudy.arms.self_evolving import Arm
 from ecgstudy.arms.semi_supervised import Adapted, Recipe, Start
 from ecgstudy.runs import Run
 from ecgstudy.study import LabelSubset, Study
@@ -56,28 +59,34 @@ class SemiSupervised(Method):
     """A method that adapts a pretrained backbone to few labels, with unlabelled records beside.
 
     `objective` is the "module:name" of `make(network, task)`, see `ecglib.semisup.Task`, `adapt`
-    that of a way to adapt the network, see `arms.semi_supervised`. `unlabelled` says whether it
-    learns from unlabelled records.
+    that of a way to adapt the network, which gets the `options`, see `arms.semi_supervised`.
+    `unlabelled` says whether it learns from unlabelled records.
     """
 
     what = "semi-supervised method"
     objective: str
     adapt: str = "ecgstudy.arms.semi_supervised:every_weight"
     unlabelled: bool = True
+    options: Mapping = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
         """The functions themselves."""
-        names = (self.objective, self.adapt)
-        return Recipe(*map(resolve_name, names), unlabelled=self.unlabelled)
+        functions = map(resolve_name, (self.objective, self.adapt))
+        return Recipe(*functions, self.unlabelled, self.options)
 
 
 @dataclass(frozen=True)
 class SelfEvolving(Method):
-    """An arm of the study in which unlabelled records arrive in stages."""
+    """An arm of the study in which unlabelled records arrive in stages.
+
+    `learner` is the "module:name" of its way to learn, `options` are the other fields of
+    `arms.self_evolving.Arm`.
+    """
 
     what = "arm"
-    arm: Arm
+    learner: str = "ecgstudy.arms.self_evolving:distl"
+    options: Mapping = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ class FusionOfProbes(Method):
     what = "fusion"
     combine: str
 
-    def fits(self, *shared: object, settings: FusionSettings) -> Fits:
+    def fits(self, settings: FusionSettings, *shared: object) -> Fits:
         """The fits of some members with some subsets of labels."""
         return Fits(*shared, resolve_name(self.combine))
 
@@ -105,131 +114,37 @@ class TrainedFusion(Method):
     options: Mapping = field(default_factory=dict)
     keep: bool = False
 
-    def fits(self, *shared: object, settings: FusionSettings) -> TrainedFits:
+    def fits(self, settings: FusionSettings, *shared: object) -> TrainedFits:
         """The fits of some members with some subsets of labels."""
         return TrainedFits(*shared, resolve_name(self.stack), settings, self.options, self.keep)
 
 
-ADAPT = "ecgstudy.arms.semi_supervised:"
-FIXMATCH = "ecglib.semisup.fixmatch:"
-CE_SSL = "ecglib.semisup.ce_ssl:make_ce_ssl"
-CUTMIX = "ecglib.semisup.ce_ssl:make_supervised_cutmix"
-METHODS: dict[str, Method] = {
-    "supervised": Method("supervised", "black"),
-    "random": Method("never trained", "0.6"),
-    "simclr": SelfSupervised("SimCLR", "#0173b2", "ecglib.selfsup.simclr:SimCLR"),
-    "byol": SelfSupervised("BYOL", "#de8f05", "ecglib.selfsup.byol:BYOL"),
-    "swav": SelfSupervised("SwAV", "#029e73", "ecglib.selfsup.swav:SwAV"),
-    "cpc": SelfSupervised("CPC", "#d55e00", "ecglib.selfsup.cpc:CPC"),
-    "dino": SelfSupervised("DINO", "#cc78bc", "ecglib.selfsup.dino:DINO"),
-    "patient_pairs": SelfSupervised(
-        "patient pairs",
-        "#ca9161",
-        "ecglib.selfsup.patient_pairs:PatientPairs",
-        "ecglib.batches:PatientBatches",
-    ),
-    "frozen": Method("linear probe", "0.6", noise=False),
-    "ce_ssl": SemiSupervised("CE-SSL", "#0173b2", CE_SSL, f"{ADAPT}allocated_and_deactivated"),
-    "ce_ssl_without_deactivation": SemiSupervised(
-        "CE-SSL without deactivation", "#56b4e9", CE_SSL, f"{ADAPT}allocated", noise=False
-    ),
-    "ce_ssl_without_allocation": SemiSupervised(
-        "CE-SSL without allocation", "#029e73", CE_SSL, f"{ADAPT}deactivated", noise=False
-    ),
-    "ce_ssl_without_norm": SemiSupervised(
-        "CE-SSL without norm",
-        "#949494",
-        CUTMIX,
-        f"{ADAPT}allocated_and_deactivated",
-        False,
-        noise=False,
-    ),
-    "fixmatch": SemiSupervised("FixMatch", "#d55e00", f"{FIXMATCH}make_fixmatch"),
-    "supervised_cutmix": SemiSupervised(
-        "supervised with CutMix", "black", CUTMIX, unlabelled=False
-    ),
-    "flexmatch": SemiSupervised("FlexMatch", "#de8f05", f"{FIXMATCH}make_flexmatch", noise=False),
-    "softmatch": SemiSupervised("SoftMatch", "#ca9161", f"{FIXMATCH}make_softmatch", noise=False),
-    "mixed_teacher": SemiSupervised(
-        "MixedTeacher", "#cc78bc", "ecglib.semisup.mixed_teacher:make_mixed_teacher", noise=False
-    ),
-    "fixmatch_lora": SemiSupervised(
-        "FixMatch with LoRA", "#ece133", f"{FIXMATCH}make_fixmatch", f"{ADAPT}low_rank", noise=False
-    ),
-    "fixmatch_adalora": SemiSupervised(
-        "FixMatch with AdaLoRA",
-        "#fbafe4",
-        f"{FIXMATCH}make_adalora",
-        f"{ADAPT}singular",
-        noise=False,
-    ),
-    "fixmatch_dylora": SemiSupervised(
-        "FixMatch with DyLoRA", "#730014", f"{FIXMATCH}make_fixmatch", f"{ADAPT}nested", noise=False
-    ),
-    "oracle": SelfEvolving(
-        "oracle", "0.6", Arm(distl, pretext=0.0, unlabelled=False, all_labels=True), noise=False
-    ),
-    "distl": SelfEvolving("DISTL", "#0173b2", Arm(distl, taught=True)),
-    "supervised_noised": SelfEvolving("supervised with noise", "black", LABELS_ALONE),
-    "noisy_student": SelfEvolving(
-        "noisy student", "#de8f05", Arm(distl, pretext=0.0, taught=True), noise=False
-    ),
-    "dino_fine_tuned": SelfEvolving(
-        "DINO, fine-tuned", "#cc78bc", Arm(distl, pretext=1.0, tuned=True), noise=False
-    ),
-    "distl_without_correction": SelfEvolving(
-        "DISTL without correction", "#56b4e9", Arm(distl, corrected=False, taught=True), noise=False
-    ),
-    "distl_without_noise": SelfEvolving(
-        "DISTL without noise", "#029e73", Arm(distl, noised=False, taught=True), noise=False
-    ),
-    "fixmatch_noised": SelfEvolving(
-        "FixMatch with the same noise", "#d55e00", Arm(fixmatch), noise=False
-    ),
-    "dvme": TrainedFusion("DVME", "#0173b2", keep=True),
-    "dvme_random_start": TrainedFusion(
-        "DVME from random weights", "#56b4e9", options={"votes": False}, noise=False
-    ),
-    "uniform_attention": TrainedFusion(
-        "uniform attention", "#de8f05", options={"mixing": "uniform"}, noise=False
-    ),
-    "softmax_gate": TrainedFusion(
-        "softmax gate", "#029e73", options={"mixing": "gate"}, noise=False
-    ),
-    "perceptron": TrainedFusion(
-        "matched perceptron", "#d55e00", "ecgstudy.arms.fusion:perceptron_stack", noise=False
-    ),
-    "alone": FusionOfProbes("one encoder", "0.6", "ecgstudy.arms.fusion:alone", noise=False),
-    "best_single": FusionOfProbes(
-        "best single encoder", "black", "ecgstudy.arms.fusion:best_single", noise=False
-    ),
-    "concatenation": FusionOfProbes(
-        "concatenation + logistic", "#ca9161", "ecgstudy.arms.fusion:concatenation", noise=False
-    ),
-    "mean_of_logits": FusionOfProbes(
-        "mean of logits", "#949494", "ecgstudy.arms.fusion:mean_of_logits", noise=False
-    ),
-}
+def _listed(path: Path) -> dict[str, Method]:
+    """The entries of a file, by name."""
+    kinds = (Method, *Method.__subclasses__())
+    classes = {kind.__name__: kind for kind in kinds}
+    return {name: classes[row.pop("kind")](**row) for name, row in read_json(path).items()}
+
+
+METHODS = _listed(Path(__file__).with_name("methods.json"))
 SPARE_COLOURS = ("#fbafe4", "#ece133", "#56b4e9", "#730014", "#4a6a2f", "#3b3b98")
 
 
 def method(name: str) -> Method:
     """The entry of a method; one that has none gets a label and a spare colour of its own."""
-    if name in METHODS:
-        return METHODS[name]
-    place = sum(name.encode()) % len(SPARE_COLOURS)
-    return Method(name.replace("_", " "), SPARE_COLOURS[place])
+    spare = SPARE_COLOURS[sum(name.encode()) % len(SPARE_COLOURS)]
+    return METHODS.get(name, Method(name.replace("_", " "), spare))
 
 
-def names_of(kind: type[Method]) -> list[str]:
-    """Names of the methods of one kind."""
-    return [name for name, entry in METHODS.items() if isinstance(entry, kind)]
+def names_of(*kinds: type[Method]) -> list[str]:
+    """Names of the methods of some kinds."""
+    return [name for name, entry in METHODS.items() if isinstance(entry, kinds)]
 
 
 def _entry(name: str, *kinds: type[Method]) -> Method:
     """The entry of a method that is of one of the kinds; ValueError for others."""
-    if not isinstance(METHODS.get(name), kinds):
-        known = ", ".join(each for kind in kinds for each in names_of(kind))
+    if name not in names_of(*kinds):
+        known = ", ".join(names_of(*kinds))
         raise ValueError(f"There is no {kinds[0].what} {name!r}; choose from {known}.")
     return METHODS[name]
 
@@ -255,7 +170,10 @@ def adapted(
 
 def evolving(names: Iterable[str]) -> dict[str, Arm]:
     """The arms of these names for `self_evolving.evolve`; ValueError for other methods."""
-    return {name: _entry(name, SelfEvolving).arm for name in names}
+    entries = {name: _entry(name, SelfEvolving) for name in names}
+    return {
+        name: Arm(resolve_name(entry.learner), **entry.options) for name, entry in entries.items()
+    }
 
 
 def fuse(
@@ -275,6 +193,6 @@ def fuse(
     members = list(members or data.members)
     if name != "alone":
         check_members(members)
-    fits = entry.fits(data, members, list(subsets or data.subsets), settings=settings)
+    fits = entry.fits(settings, data, members, list(subsets or data.subsets))
     jobs = [Fused(subset, name, fits) for subset in fits.subsets]
     return study.grid(jobs, workers=1, progress_bar=False)

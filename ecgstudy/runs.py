@@ -9,6 +9,7 @@ and holds `run.json` (settings used, metrics, timings, machine, versions),
 
 import os
 import platform
+import re
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +22,7 @@ import torch
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
-from ecglib.checkpoints import load_tensors, save_tensors
+from ecglib.checkpoints import load_state, load_tensors, save_tensors
 from ecglib.errors import DataError, StorageError, explain_storage
 from ecglib.files import read_json, replace_folder, short_hash, write_json
 from ecglib.records import Records
@@ -124,9 +125,20 @@ class Run:
         tensors, _ = load_tensors(self.folder / PREDICTIONS)
         return {name: tensor.numpy() for name, tensor in tensors.items()}
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The trained network's tensors."""
-        return load_tensors(self.folder / MODEL)[0]
+    def weights(self, part: str = "") -> dict[str, torch.Tensor]:
+        """The trained network's tensors, or those of a part, such as "encoder.", by the names that
+        they have in it.
+        """
+        tensors, _ = load_tensors(self.folder / MODEL)
+        names = [name for name in tensors if name.startswith(part)]
+        return {name.removeprefix(part): tensors[name] for name in names}
+
+    def load(self, network: torch.nn.Module, part: str = "") -> torch.nn.Module:
+        """`network` with the weights that the run kept, or with those of a part; DataError where
+        they are another network's.
+        """
+        load_state(network, self.weights(part), self.folder / MODEL)
+        return network
 
 
 def open_run(folder: str | Path) -> Run:
@@ -201,12 +213,10 @@ def run_all(
     or an unwritable folder stops at once. With several `workers`, processes of one thread each
     work side by side: small networks gain little from threads.
     """
-    outcomes: Iterable[Run | str]
+    outcomes = (_try_run(*pair, folder) for pair in pairs)
     if workers > 1:
         parallel = Parallel(workers, return_as="generator", inner_max_num_threads=1)
         outcomes = parallel(delayed(_try_run)(*pair, folder) for pair in pairs)
-    else:
-        outcomes = (_try_run(*pair, folder) for pair in pairs)
     outcomes = list(tqdm(outcomes, total=len(pairs), disable=not progress_bar, unit="run"))
     failed = [outcome for outcome in outcomes if isinstance(outcome, str)]
     if failed:
@@ -254,7 +264,7 @@ def kept_runs(name: str, results: str | Path, records: Records | None = None) ->
         if not (folder / RESULT).exists():
             raise DataError(f"{path}: its run {folder.name} is gone; run {maker} again.")
     runs = [open_run(folder) for folder in folders]
-    if records is not None and any(run.spec.data_key != records.fingerprint for run in runs):
+    if records is not None and {run.spec.data_key for run in runs} - {records.fingerprint}:
         raise DataError(f"{path}: lists runs on other records; run {maker} again.")
     return runs
 
@@ -286,27 +296,18 @@ def tidy(rows: Iterable[dict], extra: Sequence[str] = ()) -> pd.DataFrame:
 
 def machine() -> dict:
     """What the run was computed on: processor, cores, threads, memory, accelerator, system."""
-    pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    memory = pages * os.sysconf("SC_PAGE_SIZE") if pages else 0
+    known = hasattr(os, "sysconf")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 0
+    cores = Path("/proc/cpuinfo")
+    model = re.search("model name.*: (.+)", cores.read_text()) if cores.exists() else None
     return {
-        "processor": _processor(),
+        "processor": model[1] if model else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gb": round(memory / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
-
-
-def _processor() -> str:
-    """The processor's name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def package_versions() -> dict[str, str]:

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ecglib.checkpoints import load_state
 from ecglib.encoders import encoder_maker, make_encoder
 from ecglib.encoders.vit1d import ViT1d
 from ecglib.errors import DataError
@@ -32,12 +32,11 @@ from ecglib.settings import Settings
 from ecglib.supervised import Training
 from ecglib.train import parameter_groups
 from ecgstudy.arms.pretrain import Encode, encoded_result
-from ecgstudy.arms.supervised import Labelled, scored_result
-from ecgstudy.runs import MODEL, Result, Run
+from ecgstudy.arms.supervised import SPLITS, Labelled, scored
+from ecgstudy.runs import Result, Run
 from ecgstudy.study import LabelSubset, Study
 
 Member = Run | Mapping[LabelSubset, Run]  # one encoder for all label subsets, or one for each
-SPLITS = ("validation", "test")
 # Logits `(subsets, n, classes)` of both splits, and notes, one for each subset.
 Combination = tuple[dict[str, Tensor], dict]
 # Side by side, the features of K members are about K times as large, and with them the penalties
@@ -91,8 +90,7 @@ def member_encoder(run: Run) -> nn.Module:
     """The encoder that `run` keeps, its output the member's features: [CLS] tokens for a
     transformer.
     """
-    encoder = make_encoder(run.spec.settings["encoder"])
-    load_state(encoder, run.weights(), run.folder / MODEL)
+    encoder = run.load(make_encoder(run.spec.settings["encoder"]))
     return ClassTokens(encoder) if isinstance(encoder, ViT1d) else encoder
 
 
@@ -102,19 +100,16 @@ class EncodeTokens(Encode):
 
     def compute(self, study: Study, workspace: Path) -> Result:
         module = member_encoder(self.start).to(study.device)
-        result = encoded_result(study, module, self.crop_seconds)
-        result.model = module.encoder
-        return result
+        return replace(encoded_result(study, module, self.crop_seconds), model=module.encoder)
 
 
 def as_member(study: Study, run: Run) -> Run:
     """`run` itself, or for a transformer a run with the [CLS] tokens of every record."""
-    settings = run.spec.settings
-    if not isinstance(make_encoder(settings["encoder"]), ViT1d):
+    encoder = run.spec.settings["encoder"]
+    if not isinstance(make_encoder(encoder), ViT1d):
         return run
-    about = {"class_blocks": CLASS_BLOCKS}
-    own = (run.spec.method, settings["encoder"], settings["crop_seconds"], run.spec.seed)
-    return study.run(EncodeTokens(*own, run, about))
+    own = (run.spec.method, encoder, run.spec.settings["crop_seconds"], run.spec.seed)
+    return study.run(EncodeTokens(*own, run, {"class_blocks": CLASS_BLOCKS}))
 
 
 def supervised_member(
@@ -127,13 +122,12 @@ def supervised_member(
     the run of a subset is missing.
     """
     found = {
-        (run.spec.fraction, run.spec.seed): run
+        tuple(map(run.spec.value, ("protocol", "encoder", "fraction", "seed"))): run
         for run in trained
-        if run.spec.value("protocol") == "supervised" and run.spec.value("encoder") == encoder
     }
     jobs = {}
     for subset in subsets:
-        run = found.get((subset.fraction, subset.seed))
+        run = found.get(("supervised", encoder, subset.fraction, subset.seed))
         if run is None:
             raise DataError(
                 f"supervised: no {encoder} was trained from scratch at {subset.fraction:.0%} with "
@@ -148,10 +142,9 @@ def supervised_member(
 def check_members(names: Sequence[str]) -> None:
     """DataError where there is nothing to fuse."""
     if len(names) < 2:
-        only = names[0] if names else "no encoder"
         raise DataError(
-            f"{only}: a single member cannot be fused; add at least one more encoder to the "
-            "members."
+            f"{', '.join(names) or 'no encoder'}: a single member cannot be fused; add at least "
+            "one more encoder to the members."
         )
 
 
@@ -178,10 +171,6 @@ class FusionData:
         }
         self.features = {name: self._prepared(name) for name in members}
 
-    def runs(self, names: Iterable[str], subset: LabelSubset) -> dict[str, Run]:
-        """The runs whose features stand for members with the labels of one subset."""
-        return {name: self.members[name][subset] for name in names}
-
     def _prepared(self, name: str) -> Tensor:
         """Features `(1, records, d)`, or `(subsets, records, d)` where the encoder differs by
         subset.
@@ -201,44 +190,47 @@ class FusionData:
         return torch.stack(prepared)
 
     @cached_property
-    def probes(self) -> dict[str, tuple[Tensor, Tensor, list[float]]]:
-        """Each member's probes, see `probed`."""
+    def probes(self) -> dict[str, "MemberProbes"]:
+        """Each member's probes."""
         return {name: self.probed(features) for name, features in self.features.items()}
 
-    def probed(
-        self, features: Tensor, penalties: Sequence[float] = PENALTIES
-    ) -> tuple[Tensor, Tensor, list[float]]:
-        """Probes of features `(1 or subsets, records, d)`: weights `(subsets, d, classes)`, bias
-        `(subsets, classes)`, and the penalty of each, chosen on fold 9.
-        """
+    def probed(self, features: Tensor, penalties: Sequence[float] = PENALTIES) -> "MemberProbes":
+        """Probes of features `(1 or subsets, records, d)`, the penalty of each chosen on fold 9."""
         groups = [self.positions]
         if len(features) > 1:
             groups = [{subset: positions} for subset, positions in self.positions.items()]
-        weights, bias, strengths = [], [], []
-        for each, positions in zip(features, groups, strict=True):
-            probes = chosen_probes(
-                each, self.records.targets, positions, self.split, penalties, self.records.classes
-            )
-            weights.append(probes.weights.mT.float())
-            bias.append(probes.bias.float())
-            strengths += probes.penalties
-        return torch.cat(weights), torch.cat(bias), strengths
+        rest = (self.split, penalties, self.records.classes)
+        probes = [
+            chosen_probes(each, self.records.targets, positions, *rest)
+            for each, positions in zip(features, groups, strict=True)
+        ]
+        weights = torch.cat([each.weights.mT.float() for each in probes])
+        bias = torch.cat([each.bias.float() for each in probes])
+        logits = {
+            split: features[:, self.split[split]] @ weights + bias[:, None] for split in SPLITS
+        }
+        return MemberProbes(weights, bias, sum((each.penalties for each in probes), ()), logits)
 
-    def logits(self, features: Tensor, weights: Tensor, bias: Tensor) -> dict[str, Tensor]:
-        """Logits `(subsets, n, classes)` of both splits, of probes of such features."""
-        return {split: features[:, self.split[split]] @ weights + bias[:, None] for split in SPLITS}
+    def votes(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Logits of the members' own probes, `(members, subsets, n, classes)` of both splits."""
+        each = [self.probes[name].logits for name in names]
+        return {split: torch.stack([logits[split] for logits in each]) for split in SPLITS}
 
-    def probe_logits(self, name: str) -> dict[str, Tensor]:
-        """Those of a member's own probes."""
-        weights, bias, _ = self.probes[name]
-        return self.logits(self.features[name], weights, bias)
-
-    def validation_scores(self, logits: Tensor) -> np.ndarray:
+    def validation_scores(self, logits: Tensor) -> list[float]:
         """Macro AUROC on fold 9 of logits `(models, n, classes)`."""
         targets = self.records.targets[self.split["validation"]]
-        return np.array(
-            [macro_auroc(targets, each, self.records.classes) for each in logits.numpy()]
-        )
+        return [macro_auroc(targets, each, self.records.classes) for each in logits.numpy()]
+
+
+class MemberProbes(NamedTuple):
+    """Probes of one encoder, one for each label subset: weights `(subsets, d, classes)`, bias
+    `(subsets, classes)`, penalties, and logits `(subsets, n, classes)` of both splits.
+    """
+
+    weights: Tensor
+    bias: Tensor
+    penalties: tuple[float, ...]
+    logits: dict[str, Tensor]
 
 
 # Ways to use the members without training.
@@ -247,22 +239,21 @@ class FusionData:
 def alone(data: FusionData, names: list[str]) -> Combination:
     """One member's probes."""
     (name,) = names
-    return data.probe_logits(name), {"penalty": data.probes[name][2]}
+    return data.probes[name].logits, {"penalty": data.probes[name].penalties}
 
 
 def mean_of_logits(data: FusionData, names: list[str]) -> Combination:
     """Every member has one vote."""
-    votes = member_logits(data, names)
-    return {split: each.mean(dim=0) for split, each in votes.items()}, {}
+    return {split: each.mean(dim=0) for split, each in data.votes(names).items()}, {}
 
 
 def best_single(data: FusionData, names: list[str]) -> Combination:
     """Each subset with the member whose probe is best on fold 9."""
-    logits = member_logits(data, names)
-    best = np.argmax([data.validation_scores(each) for each in logits["validation"]], axis=0)
+    votes = data.votes(names)
+    best = np.argmax([data.validation_scores(each) for each in votes["validation"]], axis=0)
     chosen = torch.from_numpy(best), torch.arange(len(best))
     notes = {"member": [names[place] for place in best]}
-    return {split: each[chosen] for split, each in logits.items()}, notes
+    return {split: each[chosen] for split, each in votes.items()}, notes
 
 
 def concatenation(data: FusionData, names: list[str]) -> Combination:
@@ -270,14 +261,8 @@ def concatenation(data: FusionData, names: list[str]) -> Combination:
     features = [data.features[name] for name in names]
     largest = max(map(len, features))
     joint = torch.cat([each.expand(largest, -1, -1) for each in features], dim=2)
-    weights, bias, penalties = data.probed(joint, CONCATENATED_PENALTIES)
-    return data.logits(joint, weights, bias), {"penalty": penalties}
-
-
-def member_logits(data: FusionData, names: list[str]) -> dict[str, Tensor]:
-    """Logits `(members, subsets, n, classes)` of both splits."""
-    each = [data.probe_logits(name) for name in names]
-    return {split: torch.stack([logits[split] for logits in each]) for split in SPLITS}
+    probes = data.probed(joint, CONCATENATED_PENALTIES)
+    return probes.logits, {"penalty": probes.penalties}
 
 
 # Untrained stacks of fusions, one for each seed.
@@ -295,8 +280,8 @@ def perceptron_stack(
 ) -> FusionPerceptron:
     """A perceptron on all features with as many parameters."""
     options = {"dropout": settings.dropout, "token_dropout": settings.token_dropout}
-    options["hidden"] = matched_hidden(sizes, classes, **settings.network)
-    return FusionPerceptron(seeds, sizes, classes, **options)
+    hidden = matched_hidden(sizes, classes, **settings.network)
+    return FusionPerceptron(seeds, sizes, classes, hidden=hidden, **options)
 
 
 # Fitted for all label subsets together, when the first is asked for.
@@ -316,33 +301,32 @@ class Fits:
         """The settings of the training."""
         return {}
 
-    def fit(self) -> dict[LabelSubset, Result]:
-        """Probabilities of both splits for each subset, as predictions of a result."""
+    @property
+    def places(self) -> list[int]:
+        """Where the subsets stand among those of the data."""
+        return [self.data.subsets.index(subset) for subset in self.subsets]
+
+    def fit(self) -> list[Result]:
+        """The probabilities of each subset, not yet scored."""
         logits, notes = self.combine(self.data, self.names)
-        results = {}
-        for subset in self.subsets:
-            place = self.data.subsets.index(subset)
-            arrays = {split: torch.sigmoid(each[place]).numpy() for split, each in logits.items()}
+        results = []
+        for place in self.places:
             own = {name: values[place] for name, values in notes.items()}
-            results[subset] = Result([], arrays, notes=own)
+            arrays = _probabilities({split: each[place] for split, each in logits.items()})
+            results.append(Result([], arrays, notes=own))
         return results
 
     @cached_property
     def fitted(self) -> dict[LabelSubset, Result]:
         """The result of each subset, not yet scored."""
         started = time.perf_counter()
-        results = self.fit()
-        for result in results.values():
-            result.seconds = (time.perf_counter() - started) / len(results)
-        return results
+        results = dict(zip(self.subsets, self.fit(), strict=True))
+        seconds = (time.perf_counter() - started) / len(results)
+        return {subset: replace(each, seconds=seconds) for subset, each in results.items()}
 
     def result(self, subset: LabelSubset) -> Result:
         """The scores of one subset."""
-        result = self.fitted[subset]
-        arrays = dict(result.predictions)
-        probabilities = {name: arrays.pop(name) for name in SPLITS}
-        scored = scored_result(self.data.records, probabilities, self.data.positions[subset])
-        return replace(result, metrics=scored.metrics, predictions={**scored.predictions, **arrays})
+        return scored(self.fitted[subset], self.data.records, self.data.positions[subset])
 
 
 @dataclass(frozen=True, eq=False)
@@ -358,40 +342,40 @@ class TrainedFits(Fits):
     def about(self) -> dict:
         return {**asdict(self.settings), "options": dict(self.options)}
 
-    def fit(self) -> dict[LabelSubset, Result]:
+    def fit(self) -> list[Result]:
         """Each subset has the learning rate that is best on fold 9, of equal ones the smallest."""
         data = self.data
-        places = [data.subsets.index(subset) for subset in self.subsets]
-        features = [_at(data.features[name], places) for name in self.names]
+        features = [_at(data.features[name], self.places) for name in self.names]
         rates = sorted(self.settings.learning_rates)
-        stacks = [self._trained_stack(features, places, rate) for rate in rates]
+        stacks = [self._trained_stack(features, rate) for rate in rates]
         validation = data.split["validation"]
         logits = [stack_logits(stack, features, validation) for stack in stacks]
-        best = np.argmax([data.validation_scores(each) for each in logits], axis=0)
-        results = {}
-        for place, subset in enumerate(self.subsets):
-            network = model_of(stacks[best[place]], place)
-            result = network_result(data, network, [_at(each, [place]) for each in features])
-            result.notes = {"learning_rate": rates[best[place]]}
-            result.model = network if self.keep else None
-            results[subset] = result
+        scores = list(map(data.validation_scores, logits))
+        results = []
+        for place, best in enumerate(np.argmax(scores, axis=0)):
+            network = model_of(stacks[best], place)
+            arrays = network_arrays(data, network, [_at(each, [place]) for each in features])
+            kept = network if self.keep else None
+            results.append(Result([], arrays, kept, notes={"learning_rate": rates[best]}))
         return results
 
-    def _trained_stack(self, features: list[Tensor], places: list[int], rate: float) -> nn.Module:
+    def _trained_stack(self, features: list[Tensor], rate: float) -> nn.Module:
         """A model for each subset, trained at one learning rate."""
         data = self.data
         settings = self.settings
         seeds = [subset.seed for subset in self.subsets]
         positions = [data.positions[subset] for subset in self.subsets]
         sizes = [each.shape[2] for each in features]
-        classes = len(data.records.classes)
-        stack = self.combine(sizes, classes, settings, seeds, **self.options)
+        stack = self.combine(sizes, len(data.records.classes), settings, seeds, **self.options)
         if stack.votes is not None:
-            weights, bias, _ = zip(*(data.probes[name] for name in self.names), strict=True)
-            stack.start_from(torch.cat(weights, dim=1)[places], torch.stack(bias, dim=1)[places])
-        steps = settings.steps
+            probes = [data.probes[name] for name in self.names]
+            weights = torch.cat([each.weights for each in probes], dim=1)
+            bias = torch.stack([each.bias for each in probes], dim=1)
+            stack.start_from(weights[self.places], bias[self.places])
         targets = data.records.targets
-        batches = FusionBatches(features, targets, positions, seeds, steps, settings.batch_size)
+        batches = FusionBatches(
+            features, targets, positions, seeds, settings.steps, settings.batch_size
+        )
         train_stack(stack, batches, rate)
         return stack
 
@@ -401,18 +385,31 @@ def _at(features: Tensor, places: list[int]) -> Tensor:
     return features[places] if len(features) > 1 else features
 
 
-def network_result(data: FusionData, network: nn.Module, features: Sequence[Tensor]) -> Result:
+def _probabilities(logits: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """What a result keeps of the logits `(n, classes)` of both splits."""
+    return {f"{split}/probabilities": torch.sigmoid(logits[split]).numpy() for split in SPLITS}
+
+
+def network_arrays(
+    data: FusionData, network: nn.Module, features: Sequence[Tensor]
+) -> dict[str, np.ndarray]:
     """Probabilities of both splits, and token weights on fold 9 where there are tokens."""
-    arrays = {
-        name: torch.sigmoid(stack_logits(network, features, data.split[name])[0]).numpy()
-        for name in SPLITS
-    }
+    arrays = _probabilities(
+        {split: stack_logits(network, features, data.split[split])[0] for split in SPLITS}
+    )
     if isinstance(network, FusionNetwork):
-        positions = torch.from_numpy(data.split["validation"])
-        targets = torch.from_numpy(data.records.targets[data.split["validation"]])[None]
-        weights = token_weights(network, gather(features, positions[None]), targets)
+        positions = data.split["validation"]
+        targets = torch.from_numpy(data.records.targets[positions])[None]
+        inputs = gather(features, torch.from_numpy(positions)[None])
+        weights = token_weights(network, inputs, targets)
         arrays |= {f"tokens/{name}": values[0].numpy() for name, values in weights.items()}
-    return Result([], arrays)
+    return arrays
+
+
+def origin_of_members(members: Mapping[str, Run], protocol: str) -> dict:
+    """The settings that tell which members are fused, and how they are used."""
+    keys = {name: run.spec.key for name, run in members.items()}
+    return {"protocol": protocol, "members": "+".join(members), "member_keys": keys}
 
 
 @dataclass(frozen=True)
@@ -428,47 +425,39 @@ class Fused(Labelled):
         return "ecgstudy.arms.trained:fused_encoders" if self.fits.keep else ""
 
     def settings(self) -> Mapping:
-        members = self.fits.data.runs(self.fits.names, self.subset)
-        return {**self.fits.about(), **origin_of_members(members, "frozen", self.subset)}
+        members = {name: self.fits.data.members[name][self.subset] for name in self.fits.names}
+        origin = origin_of_members(members, "frozen")
+        return self.fits.about() | origin | super().settings()
 
     def compute(self, study: Study, workspace: Path) -> Result:
         return self.fits.result(self.subset)
 
 
-def origin_of_members(members: Mapping[str, Run], protocol: str, subset: LabelSubset) -> dict:
-    """The settings that tell which members are fused, and how they are used."""
-    return {
-        "protocol": protocol,
-        "members": "+".join(members),
-        "member_keys": {name: run.spec.key for name, run in members.items()},
-        "fractions": list(subset.fractions),
-    }
+class EncodersAndHead(nn.Module):
+    """Encoders and what was trained on their frozen features as one network: `(batch, leads, time)`
+    mV -> logits `(batch, classes)`.
 
-
-class FusedClassifier(nn.Module):
-    """Encoders and their fusion as one network: `(batch, leads, time)` mV -> logits `(batch,
-    classes)`.
-
-    Features are scaled as for the frozen fusion, with the training pool's mean and deviation from
-    before fine-tuning. `windows` are the seconds of each encoder's windows where the encoders are
-    frozen, see `score_signals`; fine-tuned ones answer for windows together.
+    `head` maps `(1, batch, d)` to logits, as a stack of one fusion does. Features are scaled as it
+    saw them: standardised by `references`, each encoder's features `(n, d)` of the training pool
+    from before fine-tuning, and of unit length for each encoder. `windows` are the seconds of each encoder's windows where the
+    encoders are frozen, see `score_signals`; fine-tuned ones answer for windows together.
     """
-
-    windows: tuple[float, ...] = ()
 
     def __init__(
         self,
         encoders: Sequence[nn.Module],
-        network: FusionNetwork,
+        head: nn.Module,
         references: Sequence[Tensor],
+        windows: tuple[float, ...] = (),
     ) -> None:
         super().__init__()
         self.encoders = nn.ModuleList(encoders)
-        self.network = network
-        scales = [feature_scale(reference) for reference in references]
-        mean, deviation = (torch.cat(parts).float() for parts in zip(*scales, strict=True))
-        self.register_buffer("mean", mean)
-        self.register_buffer("deviation", deviation)
+        self.head = head
+        self.windows = windows
+        self.sizes = [reference.shape[1] for reference in references]
+        mean, deviation = feature_scale(torch.cat(references, dim=1))
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("deviation", deviation.float())
 
     def features(self, signals: Tensor) -> Tensor:
         """What the encoders say of signals `(n, leads, time)`, side by side, `(n, d)`."""
@@ -477,27 +466,25 @@ class FusedClassifier(nn.Module):
     def answer(self, features: Tensor) -> Tensor:
         """Logits `(n, classes)` of such features."""
         scaled = (features - self.mean) / self.deviation
-        parts = [unit_length(part) for part in scaled.split(self.network.sizes, dim=1)]
-        return self.network(torch.cat(parts, dim=1)[None])[0]
+        parts = map(unit_length, scaled.split(self.sizes, dim=1))
+        return self.head(torch.cat(list(parts), dim=1)[None])[0]
 
     def forward(self, signals: Tensor) -> Tensor:
         return self.answer(self.features(signals))
 
 
-def fused_classifier(frozen: Run, members: Sequence[Run], records: Records) -> FusedClassifier:
+def fused_classifier(frozen: Run, members: Sequence[Run], records: Records) -> EncodersAndHead:
     """The network of the run `frozen` on the encoders of its `members`, which can be trained on.
 
     It answers for a window what the frozen fusion would answer for the window's features.
     """
-    train = records.split["train"]
     settings = FusionSettings.of(frozen.spec.settings)
+    train = records.split["train"]
     raw = [torch.from_numpy(run.predictions()["features"][train]).double() for run in members]
     sizes = [each.shape[1] for each in raw]
     options = frozen.spec.settings["options"]
-    network = tokens_stack(sizes, len(records.classes), settings, [0], **options)
-    load_state(network, frozen.weights(), frozen.folder / MODEL)
-    encoders = [member_encoder(run) for run in members]
-    return FusedClassifier(encoders, network, raw)
+    network = frozen.load(tokens_stack(sizes, len(records.classes), settings, [0], **options))
+    return EncodersAndHead(list(map(member_encoder, members)), network, raw)
 
 
 @dataclass(frozen=True)
@@ -520,8 +507,8 @@ class TunedFusion(Labelled):
 
     def settings(self) -> Mapping:
         own = {"encoder_factor": self.encoder_factor, "start_key": self.frozen.spec.key}
-        origin = origin_of_members(self.members, "fine-tuned", self.subset)
-        return {**asdict(self.training), **own, **origin}
+        origin = origin_of_members(self.members, "fine-tuned")
+        return asdict(self.training) | own | origin | super().settings()
 
     def reaches(self) -> tuple[Callable, ...]:
         names = [run.spec.settings["encoder"] for run in self.members.values()]
@@ -533,5 +520,5 @@ class TunedFusion(Labelled):
             {**group, "learning_rate_factor": self.encoder_factor}
             for group in parameter_groups(classifier.encoders, self.training.weight_decay)
         ]
-        groups.append({"params": list(classifier.network.parameters()), "weight_decay": 0.0})
+        groups.append({"params": list(classifier.head.parameters()), "weight_decay": 0.0})
         return self.train(study, classifier, workspace, groups)

@@ -18,7 +18,7 @@ from ecglib.batches import CropBatches, step_generator
 from ecglib.checkpoints import load_state
 from ecglib.encoders import make_encoder
 from ecglib.evaluate.metrics import class_auroc
-from ecglib.evaluate.windows import encode_windows
+from ecglib.evaluate.windows import encode_windows, evaluation
 from ecglib.probe import fit_probes
 from ecglib.records import Records
 from ecglib.selfsup import Pretraining
@@ -43,17 +43,16 @@ def alignment(first: Tensor, second: Tensor) -> float:
     """Mean squared distance of two views `(n, d)` on the unit sphere, 0 when they agree (Wang &
     Isola 2020, eq. 2).
     """
-    return float(
-        (F.normalize(first, dim=1) - F.normalize(second, dim=1)).square().sum(dim=1).mean()
-    )
+    distance = F.normalize(first, dim=1) - F.normalize(second, dim=1)
+    return float(distance.square().sum(dim=1).mean())
 
 
-def uniformity(features: Tensor, sharpness: float = 2.0) -> float:
-    """log mean exp(-t |x - y|^2) over pairs of `(n, d)` on the unit sphere; 0: collapse, lower:
+def uniformity(features: Tensor) -> float:
+    """log mean exp(-2 |x - y|^2) over pairs of `(n, d)` on the unit sphere; 0: collapse, lower:
     more even (eq. 3).
     """
     squared = torch.pdist(F.normalize(features, dim=1)).square()
-    return float(torch.logsumexp(-sharpness * squared, dim=0) - math.log(len(squared)))
+    return float(torch.logsumexp(-2.0 * squared, dim=0) - math.log(len(squared)))
 
 
 def effective_rank(features: Tensor) -> float:
@@ -77,20 +76,18 @@ class Watch:
     def __init__(
         self, encoder: nn.Module, records: Records, crop_seconds: float, device: torch.device | str
     ) -> None:
-        self.encoder, self.transforms = encoder, named_transforms(VIEWS)
-        split, generator = records.split, np.random.default_rng(0)
-        labelled = {
-            name: split[name][records.targets[split[name]].any(axis=1)]
-            for name in ("train", "validation")
-        }
-        chosen = [generator.permutation(indices)[:WATCHED] for indices in labelled.values()]
-        self.training, indices = len(chosen[0]), np.concatenate(chosen)
+        self.encoder = encoder
+        self.transforms = named_transforms(VIEWS)
+        generator = np.random.default_rng(0)
+        labelled = records.targets.any(axis=1)
+        pools = [records.split[name] for name in ("train", "validation")]
+        chosen = [generator.permutation(pool[labelled[pool]])[:WATCHED] for pool in pools]
+        self.training = len(chosen[0])
+        indices = np.concatenate(chosen)
         length = round(crop_seconds * records.sampling_rate)
         start = (records.signals.shape[2] - length) // 2
-        self.signals = torch.from_numpy(
-            np.nan_to_num(records.millivolts(indices)[:, :, start : start + length])
-        )
-        self.signals = self.signals.to(device)
+        crops = np.nan_to_num(records.millivolts(indices)[:, :, start : start + length])
+        self.signals = torch.from_numpy(crops).to(device)
         self.targets = records.targets[indices]
 
     def __call__(self, step: int) -> dict:
@@ -107,21 +104,16 @@ class Watch:
 
     def _encode(self, signals: Tensor) -> Tensor:
         """Features `(records, d)` in evaluation mode."""
-        training = self.encoder.training
-        self.encoder.eval()
-        with torch.inference_mode(), autocast(signals.device, precision(signals.device)):
-            features = torch.cat([self.encoder(part).float() for part in signals.split(128)])
-        self.encoder.train(training)
-        return features.cpu()
+        device = signals.device
+        with evaluation(self.encoder), torch.inference_mode(), autocast(device, precision(device)):
+            return torch.cat([self.encoder(part).float() for part in signals.split(128)]).cpu()
 
     def _probe(self, features: Tensor) -> float:
         """Macro AUROC on the validation records of a probe with a middling penalty."""
         features = (features - features.mean(dim=0)) / features.std(dim=0).clamp_min(1e-6)
-        known, asked = features[: self.training], features[self.training :]
-        probes = fit_probes(
-            known, self.targets[: self.training], [np.arange(self.training)], [100.0]
-        )
-        scores = asked.double() @ probes.weights[0, 0].T
+        own = np.arange(self.training)
+        probes = fit_probes(features[own], self.targets[own], [own], [100.0])
+        scores = features[self.training :].double() @ probes.weights[0, 0].T
         return float(np.nanmean(class_auroc(self.targets[self.training :], scores.numpy())))
 
 
@@ -151,14 +143,8 @@ class Pretrain(Job):
         transforms = named_transforms(settings.transforms)
         model = self.objective(encoder, transforms, **settings.options).to(study.device)
         training = records.split["train"]
-        batches = self.batches(
-            records,
-            training,
-            settings.batch_size,
-            settings.crop_seconds,
-            self.seed,
-            study.device,
-        )
+        crops = (settings.batch_size, settings.crop_seconds)
+        batches = self.batches(records, training, *crops, self.seed, study.device)
         watch = Watch(model.encoder, records, settings.crop_seconds, study.device)
         before = {"step": 0, "learning_rate": 0.0, "seconds": 0.0, **watch(0)}
         history = fit(
@@ -195,8 +181,8 @@ class Encode(Job):
     about: Mapping = field(default_factory=dict)
 
     def settings(self) -> Mapping:
-        own = {"encoder": self.encoder, "crop_seconds": self.crop_seconds, **self.about}
-        return own if self.start is None else {**own, "start_key": self.start.spec.key}
+        start = {"start_key": self.start.spec.key} if self.start else {}
+        return {"encoder": self.encoder, "crop_seconds": self.crop_seconds, **self.about, **start}
 
     def compute(self, study: Study, workspace: Path) -> Result:
         torch.manual_seed(self.seed)
@@ -214,19 +200,17 @@ def untrained(start: Run) -> Encode:
 
 def start_weights(run: Run) -> dict[str, Tensor]:
     """The encoder's weights of a finished pretraining, or of a finished training with labels."""
-    weights = run.weights()
-    prefix = "encoder." if any(name.startswith("encoder.") for name in weights) else ""
-    return {
-        name.removeprefix(prefix): value
-        for name, value in weights.items()
-        if name.startswith(prefix)
-    }
+    return run.weights("encoder.") or run.weights()
 
 
 def encoded_result(study: Study, encoder: nn.Module, crop_seconds: float) -> Result:
-    """An encoder with its `features` `(records, feature_size)` of every record."""
+    """An encoder with its `features` `(records, feature_size)` of every record: the mean over
+    overlapping windows as long as the crops.
+    """
     started = time.perf_counter()
-    features = encode_records(encoder, study.records, crop_seconds, study.device)
+    features = encode_windows(
+        encoder, study.records, np.arange(len(study.records)), crop_seconds, study.device
+    )
     return Result([], {"features": features}, encoder, time.perf_counter() - started)
 
 
@@ -240,12 +224,3 @@ def pretrained_runs(study: Study) -> dict[str, Run]:
     or about other records.
     """
     return kept_group(PRETRAINED, study.results, study.records)
-
-
-def encode_records(
-    encoder: nn.Module, records: Records, crop_seconds: float, device: str = "cpu"
-) -> np.ndarray:
-    """Features `(records, feature_size)` of every record: the mean over overlapping windows as long
-    as the crops.
-    """
-    return encode_windows(encoder, records, np.arange(len(records)), crop_seconds, device)

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ecglib.augment import named_transforms
 from ecglib.batches import SemiBatches
-from ecglib.checkpoints import load_state
 from ecglib.encoders.transformer import set_drop_path
 from ecglib.errors import DataError
 from ecglib.evaluate.metrics import expected_calibration_error
@@ -29,7 +28,7 @@ from ecglib.semisup.fixmatch import FixedThreshold, FixMatch
 from ecglib.settings import Settings
 from ecglib.supervised import Classifier, Training, new_classifier
 from ecglib.train import fit
-from ecgstudy.arms.supervised import Labelled, classifier_result
+from ecgstudy.arms.supervised import SPLITS, Labelled, classifier_result
 from ecgstudy.runs import MODEL, Result, Run
 from ecgstudy.study import LabelSubset, Study
 
@@ -87,12 +86,7 @@ class Arm:
     tuned: bool = False
 
 
-def stage_pools(
-    records: Records,
-    fraction: float,
-    seed: int,
-    stages: int = 3,
-) -> list[np.ndarray]:
+def stage_pools(records: Records, fraction: float, seed: int, stages: int) -> list[np.ndarray]:
     """Positions of the records at each T: the labelled `fraction` at 0, then all that have arrived,
     up to the whole.
 
@@ -108,13 +102,13 @@ def stage_pools(
     shares = [fraction, *later]
     subsets = label_subsets(records, shares, seed)
     pools = [subsets[share] for share in shares]
-    for stage in range(1, stages + 1):
-        if len(pools[stage]) == len(pools[stage - 1]):
-            raise DataError(
-                f"The unlabelled fold that arrives at T = {stage} is empty ({len(pools[0])} of "
-                f"{len(pools[-1])} records are labelled); label a smaller share or use fewer "
-                "stages."
-            )
+    arriving = np.diff(list(map(len, pools)))
+    if not arriving.all():
+        raise DataError(
+            f"The unlabelled fold that arrives at T = {1 + np.argmin(arriving)} is empty "
+            f"({len(pools[0])} of {len(pools[-1])} records are labelled); label a smaller share or "
+            "use fewer stages."
+        )
     return pools
 
 
@@ -142,11 +136,6 @@ class Evolved(Labelled):
         """Each stage draws batches of its own."""
         return self.seed + 1000 * self.stage
 
-    @property
-    def transforms(self) -> list:
-        """The student's noise."""
-        return named_transforms(self.evolution.transforms) if self.arm.noised else []
-
     def settings(self) -> Mapping:
         arm = {**asdict(self.arm), "learner": self.arm.learner.__name__}
         previous = self.previous.spec.key if self.previous else "none"
@@ -162,31 +151,37 @@ class Evolved(Labelled):
         network = new_classifier(study.records, self.seed, Training.of(asdict(settings)))
         network = network.to(study.device)
         set_drop_path(network.encoder, settings.drop_path if arm.noised else 0.0)
-        before = self._before()
-        if before:
-            network.load_state_dict(student_weights(before))
-        steps = settings.steps if self.previous else settings.first_steps
+        steps = settings.first_steps
+        if self.previous:
+            steps = settings.steps
+            self._check_previous()
+            self.previous.load(network, STUDENT)
         own = steps // 2 if arm.tuned else steps
         data = (labelled, unlabelled)
-        objective, history = self._train(study, network, data, own, before, workspace)
+        objective, history = self._train(study, network, data, own, self.previous, workspace)
         final = network
         if arm.tuned:
             final = copy.deepcopy(network)
             tuning = replace(self, arm=LABELS_ALONE)
             _, more = tuning._train(study, final, (labelled, labelled[:0]), steps - own)
             history += [{**row, "seconds": row["seconds"] + history[-1]["seconds"]} for row in more]
-        return self._result(study, objective, final, labelled, history)
+        result = self._scored(study, final, "student", labelled, history)
+        goes_on = arm.taught or arm.tuned
+        result.model = objective if goes_on else nn.ModuleDict({"network": final})
+        if arm.taught:
+            taught = self._scored(study, objective.teacher, "teacher", labelled, history)
+            result.metrics += taught.metrics
+            arrays = taught.predictions.items()
+            result.predictions |= {f"teacher/{name}": a for name, a in arrays if name != "labelled"}
+        return result
 
-    def _before(self) -> dict[str, Tensor]:
-        """What the stage before left, nothing for T = 0; DataError where that run is gone."""
-        if self.previous is None:
-            return {}
+    def _check_previous(self) -> None:
+        """DataError where the run of the stage before is gone."""
         if not (self.previous.folder / MODEL).exists():
             raise DataError(
                 f"{self.method}: stage {self.stage} goes on from {self.previous.folder.name}, "
                 f"which is not there; run stage {self.stage - 1} first."
             )
-        return self.previous.weights()
 
     def _train(
         self,
@@ -194,14 +189,17 @@ class Evolved(Labelled):
         network: Classifier,
         pools: Pools,
         steps: int,
-        before: Mapping[str, Tensor] | None = None,
+        previous: Run | None = None,
         folder: Path | None = None,
     ) -> tuple[nn.Module, list[dict]]:
-        """Train `network` in place; its objective, which goes on from `before`, and the history."""
+        """Train `network` in place; its objective, which goes on from `previous`, and the
+        history.
+        """
         settings = self.evolution
         torch.manual_seed(self.stage_seed)
         objective, batches = self.arm.learner(self, study, network, pools, steps)
-        if before and "center" in before:
+        before = previous.weights() if previous else {}
+        if "center" in before:
             # Teacher, heads and centre go on, too; but each stage has a progress of its own.
             objective.load_state_dict({**before, "progress": objective.progress})
         history = fit(
@@ -215,55 +213,37 @@ class Evolved(Labelled):
         )
         return objective, history.to_dict("records")
 
-    def _result(
-        self,
-        study: Study,
-        objective: nn.Module,
-        final: Classifier,
-        labelled: np.ndarray,
-        history: list[dict],
+    def _scored(
+        self, study: Study, network: nn.Module, name: str, labelled: np.ndarray, history: list[dict]
     ) -> Result:
-        """Scores of the student, those of its teacher where it has one, and what goes on."""
-        shared = (labelled, self.evolution.crop_seconds, history)
-        result = classifier_result(study, final, *shared)
-        self._name_rows(study, result, "student")
-        result.model = nn.ModuleDict({"network": final})
-        if self.arm.taught:
-            taught = classifier_result(study, objective.teacher, *shared)
-            self._name_rows(study, taught, "teacher")
-            result.metrics += taught.metrics
-            del taught.predictions["labelled"]
-            result.predictions |= {
-                f"teacher/{name}": values for name, values in taught.predictions.items()
-            }
-        if self.arm.taught or self.arm.tuned:
-            result.model = objective
-        return result
-
-    def _name_rows(self, study: Study, result: Result, network: str) -> None:
-        """Add calibration errors to the metrics, and whose they are."""
-        for name in ("validation", "test"):
-            targets, _ = study.records.split_truth(name)
-            error = expected_calibration_error(targets, result.predictions[f"{name}/probabilities"])
-            row = next(row for row in result.metrics if row["split"] == name)
+        """The result of a network with calibration errors among the metrics, and whose they are."""
+        seconds = self.evolution.crop_seconds
+        result = classifier_result(study, network, labelled, seconds, history)
+        for split in SPLITS:
+            targets, _ = study.records.split_truth(split)
+            error = expected_calibration_error(
+                targets, result.predictions[f"{split}/probabilities"]
+            )
+            row = next(row for row in result.metrics if row["split"] == split)
             own = {"metric": "expected_calibration_error", "value": error}
             result.metrics.append({**row, **own, "low": np.nan, "high": np.nan})
-        for row in result.metrics:
-            row |= {"stage": self.stage, "network": network}
+        origin = {"stage": self.stage, "network": name}
+        result.metrics = [row | origin for row in result.metrics]
+        return result
 
 
 def distl(job: Evolved, study: Study, network: Classifier, pools: Pools, steps: int) -> Learned:
     """DISTL."""
     settings = job.evolution
-    every = settings.correction_every if job.arm.corrected else math.inf
+    arm = job.arm
+    every = settings.correction_every if arm.corrected else math.inf
     crops = (settings.batch_size, settings.crop_seconds)
     batches = StageBatches(study.records, *pools, *crops, every, job.stage_seed, study.device)
-    options = {**settings.options, "noised": job.arm.noised}
-    if job.arm.pretext is not None:
-        options["pretext"] = job.arm.pretext
+    pretext = {} if arm.pretext is None else {"pretext": arm.pretext}
+    options = {**settings.options, "noised": arm.noised, **pretext}
+    transforms = named_transforms(settings.transforms if arm.noised else {})
     unlabelled_steps = batches.unlabelled_steps(steps)
-    objective = DISTL(network, job.transforms, unlabelled_steps=unlabelled_steps, **options)
-    return objective, batches
+    return DISTL(network, transforms, unlabelled_steps=unlabelled_steps, **options), batches
 
 
 def fixmatch(job: Evolved, study: Study, network: Classifier, pools: Pools, steps: int) -> Learned:
@@ -273,48 +253,33 @@ def fixmatch(job: Evolved, study: Study, network: Classifier, pools: Pools, step
     settings = job.evolution
     crops = (settings.batch_size // 2, 1, settings.crop_seconds)
     batches = SemiBatches(study.records, *pools, *crops, job.stage_seed, study.device)
-    objective = FixMatch(network, FixedThreshold(settings.threshold), job.transforms)
-    return objective, batches
+    transforms = named_transforms(settings.transforms)
+    return FixMatch(network, FixedThreshold(settings.threshold), transforms), batches
 
 
 LABELS_ALONE = Arm(distl, pretext=0.0, unlabelled=False)  # T = 0 of every arm
 
 
 def evolve(
-    study: Study,
-    arms: Mapping[str, Arm],
-    subsets: Sequence[LabelSubset],
-    evolution: Evolution,
-    first: str = "supervised_noised",
+    study: Study, arms: Mapping[str, Arm], subsets: Sequence[LabelSubset], evolution: Evolution
 ) -> list[Run]:
     """Every stage of every arm for some label subsets, computing what is missing, one stage after
-    the other.
-
-    `first` names the runs of T = 0.
+    the other. The runs of T = 0 are those of `supervised_noised`.
     """
     for subset in subsets:
         stage_pools(study.records, subset.fraction, subset.seed, evolution.stages)
+    first = "supervised_noised"
     runs = study.grid(Evolved(subset, first, LABELS_ALONE, evolution) for subset in subsets)
     latest = {(name, run.spec.seed): run for name in arms for run in runs}
     for _ in range(evolution.stages):
-        jobs = [
+        done = study.grid(
             Evolved(subset, name, arm, evolution, latest[name, subset.seed])
             for name, arm in arms.items()
             for subset in subsets
-        ]
-        done = study.grid(jobs)
+        )
         latest = {(run.spec.method, run.spec.seed): run for run in done}
         runs += done
     return runs
-
-
-def student_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The student's among the weights that a stage kept."""
-    return {
-        name.removeprefix(STUDENT): value
-        for name, value in weights.items()
-        if name.startswith(STUDENT)
-    }
 
 
 def kept_student(run: Run, records: Records, results: Path) -> nn.Module:
@@ -325,6 +290,4 @@ def kept_student(run: Run, records: Records, results: Path) -> nn.Module:
             f"{run.folder.name}: keeps what goes on to the next stage, not the network that was "
             "fine-tuned to be scored; choose another arm."
         )
-    network = new_classifier(records, run.spec.seed, Training.of(settings))
-    load_state(network, student_weights(run.weights()), run.folder / MODEL)
-    return network
+    return run.load(new_classifier(records, run.spec.seed, Training.of(settings)), STUDENT)

@@ -2,8 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from inspect import signature
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ecglib.batches import CropBatches, SemiBatches
-from ecglib.checkpoints import first_difference, load_state
+from ecglib.checkpoints import first_difference
 from ecglib.encoders import ENCODERS, encoder_maker, make_encoder
 from ecglib.errors import DataError
 from ecglib.lora import (
@@ -28,7 +27,7 @@ from ecglib.semisup import Adaptation, Task
 from ecglib.train import fit, linear_schedule
 from ecgstudy.arms.pretrain import start_weights
 from ecgstudy.arms.supervised import Labelled, classifier_result
-from ecgstudy.runs import MODEL, Result, Run
+from ecgstudy.runs import Result, Run
 from ecgstudy.study import Study
 
 
@@ -69,12 +68,12 @@ def make_network(
     torch.manual_seed(seed)
     network = make_encoder(backbone, classes=classes)
     if start is not None:
-        own = network.state_dict()
         last = f"{last_linear(network)}."
-        taken = {name: start[name] for name in own if name in start and not name.startswith(last)}
+        own = {name: w for name, w in network.state_dict().items() if not name.startswith(last)}
+        taken = {name: start[name] for name in own if name in start}
         needed = {name: own[name] for name in own if name in taken or not name.startswith("head.")}
         name = first_difference(needed, taken)
-        if name is not None:
+        if name:
             raise DataError(
                 f"The start does not fit the backbone {backbone} (first difference at {name}); "
                 "pretrain this backbone."
@@ -104,33 +103,28 @@ def low_rank(
     """
     started = time.perf_counter()
     ranks = round(start * settings.rank)
+    seconds = 0.0
     if allocate:
-        steps = max(len(labelled.indices) // labelled.batch_size, 1)
-        batches = (labelled(step) for step in range(steps))
+        batches = map(labelled, range(max(len(labelled.indices) // labelled.batch_size, 1)))
         ranks = allocate_ranks(network, batches, settings.rank, settings.share, settings.score)
-    seconds = time.perf_counter() - started if allocate else 0.0
+        seconds = time.perf_counter() - started
     add_lora(network, ranks, settings.deactivation if deactivate else 0.0, **kind)
     ranks = {name: layer.rank for name, layer in low_rank_layers(network).items()}
     return {"ranks": ranks, "rank_pass_seconds": seconds}
 
 
-allocated = partial(low_rank, allocate=True)
-deactivated = partial(low_rank, deactivate=True)
-allocated_and_deactivated = partial(low_rank, allocate=True, deactivate=True)  # CE-SSL
-nested = partial(low_rank, nested=True)  # DyLoRA
-singular = partial(low_rank, start=1.5, singular_values=True)  # AdaLoRA
-
-
 @dataclass(frozen=True)
 class Recipe:
-    """What makes a semi-supervised method: `adapt(network, labelled, settings)` changes the network
-    in place, as those above, and returns what it decided, `objective(network, task)` gives the loss
-    around the adapted network, and `unlabelled` says whether it learns from unlabelled records.
+    """What makes a semi-supervised method: `adapt(network, labelled, settings, **options)` changes
+    the network in place, as those above, and returns what it decided, `objective(network, task)`
+    gives the loss around the adapted network, and `unlabelled` says whether it learns from
+    unlabelled records.
     """
 
     objective: Callable[[nn.Module, Task], nn.Module]
-    adapt: Callable[[nn.Module, CropBatches, Adaptation], dict] = every_weight
+    adapt: Callable[..., dict] = every_weight
     unlabelled: bool = True
+    options: Mapping = field(default_factory=dict)
 
     def prepare(
         self,
@@ -148,7 +142,7 @@ class Recipe:
         crops = (settings.batch_size, settings.ratio, settings.crop_seconds)
         batches = SemiBatches(records, *pools, *crops, seed, device)
         network.to(device)
-        notes = self.adapt(network, batches.labelled, settings)
+        notes = self.adapt(network, batches.labelled, settings, **self.options)
         objective = self.objective(network, Task(len(records.classes), len(pools[1]), settings))
         notes["trained_parameters"] = sum(p.numel() for p in trainable_parameters(network))
         return objective.to(device), batches if self.unlabelled else batches.labelled, notes
@@ -168,8 +162,9 @@ class Adapted(Labelled):
     rebuild = "ecgstudy.arms.semi_supervised:kept_network"
 
     def settings(self) -> Mapping:
-        own = {"unlabelled": self.recipe.unlabelled, "fractions": list(self.subset.fractions)}
-        return {**asdict(self.adaptation), **self.start.settings(), **own}
+        recipe = {"unlabelled": self.recipe.unlabelled, "adapt": dict(self.recipe.options)}
+        own = super().settings() | self.start.settings()
+        return asdict(self.adaptation) | own | recipe
 
     def compute(self, study: Study, workspace: Path) -> Result:
         settings = self.adaptation
@@ -203,6 +198,4 @@ class Adapted(Labelled):
 def kept_network(run: Run, records: Records, results: Path) -> nn.Module:
     """The network that an adapted run kept."""
     backbone = run.spec.settings["backbone"]
-    network = make_network(backbone, len(records.classes), run.spec.seed)
-    load_state(network, run.weights(), run.folder / MODEL)
-    return network
+    return run.load(make_network(backbone, len(records.classes), run.spec.seed))

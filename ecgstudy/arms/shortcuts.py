@@ -35,14 +35,8 @@ class OrderShortcuts(Job):
 
     def compute(self, study: Study, workspace: Path) -> Result:
         started = time.perf_counter()
-        split = study.records.split
-        table = shortcut_probes(
-            study.records,
-            split["train"],
-            split["validation"],
-            seed=self.seed,
-            device=study.device,
-            **self.settings(),
-        )
+        pools = [study.records.split[name] for name in ("train", "validation")]
+        options = {"seed": self.seed, "device": study.device, **self.settings()}
+        table = shortcut_probes(study.records, *pools, **options)
         notes = {"probes": table.to_dict("records")}
         return Result([], notes=notes, seconds=time.perf_counter() - started)

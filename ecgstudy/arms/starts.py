@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ecglib.checkpoints import load_state
 from ecglib.encoders import make_encoder
 from ecglib.errors import DataError
 from ecglib.evaluate.windows import predict_windows
@@ -63,8 +62,7 @@ def without_real_labels(
             f"The simulated cohort has no statement of the class {absent[0]}; ask for superclasses."
         )
     network = Classifier(make_encoder(run.spec.settings["encoder"]), len(statements)).to(device)
-    load_state(network, run.weights(), run.folder)
     window = run.spec.settings["crop_seconds"]
-    stated = predict_windows(network, records, indices, window, device)
+    stated = predict_windows(run.load(network), records, indices, window, device)
     inside = np.array(belongs) == np.array(records.classes)[:, None]  # (classes, statements)
     return np.stack([1.0 - (1.0 - stated[:, own]).prod(axis=1) for own in inside], axis=1)

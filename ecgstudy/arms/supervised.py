@@ -2,19 +2,20 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from torch import nn
 
-from ecglib.checkpoints import load_state
 from ecglib.evaluate.draws import score_rows
 from ecglib.evaluate.windows import predict_windows
 from ecglib.records import Records
 from ecglib.supervised import Training, new_classifier, train_classifier
-from ecgstudy.runs import MODEL, Result, Run
+from ecgstudy.runs import Result, Run
 from ecgstudy.study import Job, LabelSubset, Study
+
+SPLITS = ("validation", "test")  # that are scored
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class Labelled(Job):
     """A job that uses the labels of one subset."""
 
     subset: LabelSubset
+
+    def settings(self) -> Mapping:
+        return {"fractions": list(self.subset.fractions)}
 
     @property
     def fraction(self) -> float:
@@ -67,8 +71,7 @@ class FromScratch(Labelled):
     rebuild = "ecgstudy.arms.supervised:kept_classifier"
 
     def settings(self) -> Mapping:
-        own = {"protocol": "supervised", "fractions": list(self.subset.fractions)}
-        return {**asdict(self.training), **own}
+        return asdict(self.training) | super().settings() | {"protocol": "supervised"}
 
     def compute(self, study: Study, workspace: Path) -> Result:
         classifier = new_classifier(study.records, self.seed, self.training)
@@ -84,30 +87,27 @@ def classifier_result(
     """
     started = time.perf_counter()
     records = study.records
-    probabilities = {
-        name: predict_windows(classifier, records, records.split[name], seconds, study.device)
-        for name in ("validation", "test")
+    arrays = {
+        f"{name}/probabilities": predict_windows(
+            classifier, records, records.split[name], seconds, study.device
+        )
+        for name in SPLITS
     }
-    result = scored_result(records, probabilities, labelled)
+    result = scored(Result([], arrays, classifier, notes={"history": history}), records, labelled)
     result.seconds = history[-1]["seconds"] + time.perf_counter() - started
-    result.model = classifier
-    result.notes = {"history": history}
     return result
 
 
 def kept_classifier(run: Run, records: Records, results: Path) -> nn.Module:
     """The classifier that a run kept."""
-    classifier = new_classifier(records, run.spec.seed, Training.of(run.spec.settings))
-    load_state(classifier, run.weights(), run.folder / MODEL)
-    return classifier
+    return run.load(new_classifier(records, run.spec.seed, Training.of(run.spec.settings)))
 
 
-def scored_result(
-    records: Records, probabilities: Mapping[str, np.ndarray], labelled: np.ndarray
-) -> Result:
-    """Metrics and kept arrays of one model with `probabilities` for validation and test, trained on
-    `labelled`.
+def scored(result: Result, records: Records, labelled: np.ndarray) -> Result:
+    """A result that holds `validation/probabilities` and `test/probabilities`, with their metrics
+    and with the positions of the records that the model was trained on, `labelled`.
     """
-    arrays = {f"{name}/probabilities": values for name, values in probabilities.items()}
+    arrays = result.predictions
+    probabilities = {name: arrays[f"{name}/probabilities"] for name in SPLITS}
     rows = score_rows(records, probabilities, labelled)
-    return Result(rows, {**arrays, "labelled": labelled})
+    return replace(result, metrics=rows, predictions={**arrays, "labelled": labelled})

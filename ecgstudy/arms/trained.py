@@ -6,51 +6,14 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ecglib.checkpoints import load_state
 from ecglib.encoders import make_encoder
 from ecglib.errors import DataError
-from ecglib.probe import chosen_probes, feature_scale, standardise, unit_length
+from ecglib.probe import chosen_probes, standardise, unit_length
 from ecglib.records import Records
-from ecgstudy.arms.fusion import fused_classifier
-from ecgstudy.runs import MODEL, Run, find_run
-
-
-class ProbedEncoder(nn.Module):
-    """A frozen encoder and its linear probe as one network: `(batch, leads, time)` mV -> logits
-    `(batch, classes)`.
-
-    It answers for a window; of a record `score_signals` probes the mean features, as the run did.
-    """
-
-    def __init__(
-        self, encoder: nn.Module, seconds: float, reference: Tensor, weights: Tensor, bias: Tensor
-    ) -> None:
-        """`seconds` of the encoder's windows; `reference (n, d)` are the features by whose mean and
-        deviation the probe's were standardised.
-        """
-        super().__init__()
-        self.encoder, self.windows = encoder, (seconds,)
-        mean, deviation = feature_scale(reference)
-        self.register_buffer("mean", mean.float())
-        self.register_buffer("deviation", deviation.float())
-        self.head = nn.Linear(encoder.feature_size, len(bias))
-        with torch.no_grad():
-            self.head.weight.copy_(weights)
-            self.head.bias.copy_(bias)
-
-    @property
-    def encoders(self) -> list[nn.Module]:
-        """The encoder whose features are answered."""
-        return [self.encoder]
-
-    def answer(self, features: Tensor) -> Tensor:
-        """Logits `(n, classes)` of features `(n, d)`."""
-        return self.head(unit_length((features - self.mean) / self.deviation))
-
-    def forward(self, signals: Tensor) -> Tensor:
-        return self.answer(self.encoder(signals).float())
+from ecgstudy.arms.fusion import EncodersAndHead, fused_classifier
+from ecgstudy.runs import Run, find_run
 
 
 def trained_classifier(run: Run, records: Records, results: str | Path) -> tuple[nn.Module, float]:
@@ -76,24 +39,27 @@ def trained_classifier(run: Run, records: Records, results: str | Path) -> tuple
     return network, max(windows)
 
 
-def probed_encoder(run: Run, records: Records, results: Path) -> nn.Module:
+def probed_encoder(run: Run, records: Records, results: Path) -> EncodersAndHead:
     """Encoder and probe of a frozen run. The probe is fitted again, which takes less than keeping
     it would.
+
+    It answers for a window; of a record `score_signals` probes the mean features, as the run did.
     """
     start = needed_run(run, "pretraining", run.spec.settings["pretraining"], results)
-    encoder = make_encoder(start.spec.settings["encoder"])
-    load_state(encoder, start.weights(), start.folder / MODEL)
+    settings = start.spec.settings
+    encoder = start.load(make_encoder(settings["encoder"]))
     features = torch.from_numpy(start.predictions()["features"]).double()
     split = records.split
     reference = features[split["train"]]
     prepared = unit_length(standardise(features, reference))
     own = {"own": run.predictions()["labelled"]}
     probe = chosen_probes(prepared, records.targets, own, split, classes=records.classes)
-    seconds = start.spec.settings["crop_seconds"]
-    return ProbedEncoder(encoder, seconds, reference, probe.weights[0], probe.bias[0])
+    head = nn.Linear(features.shape[1], len(records.classes))
+    head.load_state_dict({"weight": probe.weights[0], "bias": probe.bias[0]})
+    return EncodersAndHead([encoder], head, [reference], (settings["crop_seconds"],))
 
 
-def fused_encoders(run: Run, records: Records, results: Path) -> nn.Module:
+def fused_encoders(run: Run, records: Records, results: Path) -> EncodersAndHead:
     """The members' encoders and their fusion. Each encoder has the windows of its own pretraining;
     the network answers for windows as long as the longest of them.
     """

@@ -5,21 +5,19 @@ Both give runs in the form of the supervised control, so that all stand in one t
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from ecglib.checkpoints import load_state
 from ecglib.probe import probe_layer, probe_subsets
 from ecglib.records import Records
 from ecglib.supervised import Classifier, Training, new_classifier
 from ecglib.train import parameter_groups
-from ecgstudy.arms.supervised import Labelled, scored_result
-from ecgstudy.runs import MODEL, Result, Run
+from ecgstudy.arms.supervised import Labelled, scored
+from ecgstudy.runs import Result, Run
 from ecgstudy.study import LabelSubset, Study
 
 
@@ -37,49 +35,39 @@ def layerwise_groups(classifier: Classifier, weight_decay: float, factor: float)
         for group in parameter_groups(part, weight_decay)
     ]
     # What belongs to no layer, such as a transformer's positions, stands below them all.
-    grouped = {id(parameter) for group in groups for parameter in group["params"]}
-    rest = [parameter for parameter in classifier.parameters() if id(parameter) not in grouped]
-    groups.append(
-        {"params": rest, "weight_decay": 0.0, "learning_rate_factor": factor ** (len(parts) - 1)}
-    )
+    grouped = {parameter for group in groups for parameter in group["params"]}
+    rest = [parameter for parameter in classifier.parameters() if parameter not in grouped]
+    groups.append({**groups[-1], "params": rest, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
 
 
+@dataclass(frozen=True)
 class Probes:
     """Linear probes on the features that one run kept, all label subsets fitted together when the
     first is asked for.
     """
 
-    def __init__(self, records: Records, start: Run, subsets: Iterable[LabelSubset]) -> None:
-        self.records = records
-        self.start = start
-        self.subsets = list(subsets)
+    records: Records
+    start: Run
+    subsets: Sequence[LabelSubset]
 
     @cached_property
-    def positions(self) -> dict[LabelSubset, np.ndarray]:
-        """The labelled records of each subset."""
-        return {subset: subset.positions(self.records) for subset in self.subsets}
-
-    @cached_property
-    def fitted(self) -> tuple[dict, float]:
-        """The probe of each subset, see `probe.probe_subsets`, and the seconds for each."""
+    def fitted(self) -> dict[LabelSubset, Result]:
+        """The result of each subset's probe, see `probe.probe_subsets`."""
         started = time.perf_counter()
         records = self.records
         features = self.start.predictions()["features"]
+        positions = {subset: subset.positions(records) for subset in self.subsets}
         probes = probe_subsets(
-            features, records.targets, self.positions, records.split, classes=records.classes
+            features, records.targets, positions, records.split, classes=records.classes
         )
-        return probes, (time.perf_counter() - started) / len(self.subsets)
-
-    def result(self, subset: LabelSubset) -> Result:
-        """The scores of one subset's probe."""
-        probes, seconds = self.fitted
-        probe = probes[subset]
-        probabilities = {name: probe[f"{name}/probabilities"] for name in ("validation", "test")}
-        result = scored_result(self.records, probabilities, self.positions[subset])
-        result.seconds = seconds
-        result.notes = {"penalty": probe["penalty"]}
-        return result
+        seconds = (time.perf_counter() - started) / len(probes)
+        results = {}
+        for subset, arrays in probes.items():
+            notes = {"penalty": arrays.pop("penalty")}
+            result = Result([], arrays, seconds=seconds, notes=notes)
+            results[subset] = scored(result, records, positions[subset])
+        return results
 
 
 @dataclass(frozen=True)
@@ -96,10 +84,10 @@ class Frozen(Labelled):
     rebuild = "ecgstudy.arms.trained:probed_encoder"
 
     def settings(self) -> Mapping:
-        return {**self.about, "fractions": list(self.subset.fractions)}
+        return {**self.about, **super().settings()}
 
     def compute(self, study: Study, workspace: Path) -> Result:
-        return self.probes.result(self.subset)
+        return self.probes.fitted[self.subset]
 
 
 def frozen_arms(
@@ -113,7 +101,7 @@ def frozen_arms(
 
     `method` and `about` name the arm otherwise than after the encoder's pretraining.
     """
-    probes = Probes(study.records, start, subsets)
+    probes = Probes(study.records, start, list(subsets))
     method = method or start.spec.method
     about = origin_of(start, "frozen") if about is None else about
     return [Frozen(subset, start, probes, method, about) for subset in probes.subsets]
@@ -144,8 +132,8 @@ class FineTuned(Labelled):
         return self.start.spec.method
 
     def settings(self) -> Mapping:
-        own = {**origin_of(self.start, "fine-tuned"), "fractions": list(self.subset.fractions)}
-        return {**asdict(self.training), **own}
+        origin = origin_of(self.start, "fine-tuned")
+        return asdict(self.training) | origin | super().settings()
 
     def compute(self, study: Study, workspace: Path) -> Result:
         training = self.training
@@ -163,13 +151,10 @@ def start_classifier(
     DataError where the weights of `start` are those of another encoder.
     """
     classifier = new_classifier(records, seed, training)
-    load_state(classifier.encoder, start.weights(), start.folder / MODEL)
+    start.load(classifier.encoder)
     features = start.predictions()["features"]
     weights, bias = probe_layer(
         features, records.targets, labelled, records.split, classes=records.classes
     )
-    layer = classifier.head[-1]
-    with torch.no_grad():
-        layer.weight.copy_(weights)
-        layer.bias.copy_(bias)
+    classifier.head[-1].load_state_dict({"weight": weights, "bias": bias})
     return classifier

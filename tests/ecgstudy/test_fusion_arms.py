@@ -237,7 +237,7 @@ def test_fine_tuning_starts_as_the_frozen_fusion_and_moves_the_encoders(records,
         classifier.encoders, raw, strict=True
     ):  # the kept features in place of its own
         encoder.forward = lambda signals, each=each: each[positions]
-    expected = stack_logits(classifier.network, list(data.features.values()), positions)[0]
+    expected = stack_logits(classifier.head, list(data.features.values()), positions)[0]
     torch.testing.assert_close(classifier(torch.zeros(4, 12, 100)), expected, atol=1e-4, rtol=1e-4)
     job = TunedFusion(SUBSETS[0], frozen[0], encoded, TRAINING, 0.1)
     tuned = Study(records, folder).run(job)

@@ -11,6 +11,7 @@ import torch
 from ecglib.checkpoints import load_state
 from ecglib.encoders import make_encoder
 from ecglib.errors import DataError
+from ecglib.evaluate.windows import encode_windows
 from ecglib.records import Records
 from ecgstudy.analysis.training_curves import plot_pretraining
 from ecgstudy.arms.pretrain import (
@@ -18,7 +19,6 @@ from ecgstudy.arms.pretrain import (
     Watch,
     alignment,
     effective_rank,
-    encode_records,
     keep_pretrained,
     pretrained_runs,
     uniformity,
@@ -92,7 +92,8 @@ def test_the_run_keeps_weights_features_and_what_was_watched(tmp_path):
     load_state(encoder, run.weights(), "here")
     features = run.predictions()["features"]
     assert features.shape == (len(records), encoder.feature_size)
-    np.testing.assert_allclose(encode_records(encoder.eval(), records, 1.0), features, atol=1e-5)
+    again = encode_windows(encoder.eval(), records, np.arange(len(records)), 1.0)
+    np.testing.assert_allclose(again, features, atol=1e-5)
     history = pd.DataFrame(run.about["notes"]["history"])
     assert history["step"].tolist() == [0, 1, 2, 3, 4, 5, 6] and np.isnan(history["loss"].iloc[0])
     assert run.about["notes"]["effective_rank"] > 1
