@@ -31,7 +31,6 @@ OPTIONS = {
     "swav": {"prototypes": 6, "hidden": 16, "outputs": 8, "batch_size": 8, "queue": 1},
     "cpc": {"steps": 2, "negatives": 4},
     "dino": {"prototypes": 8, "hidden": 16, "bottleneck": 8, "local_views": 1},
-    "patient_pairs": {"hidden": 16, "outputs": 8},
 }
 TRAINING = Training(
     ENCODER, steps=3, batch_size=8, crop_seconds=1.0, learning_rate=0.003, weight_decay=0.0
