@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -28,10 +29,10 @@ from ecglib.files import read_json, replace_folder, short_hash, write_json
 from ecglib.records import Records
 from ecgstudy.code import code_of
 
-TABLE_COLUMNS = (
-    *("method", "data", "labels", "fraction", "seed", "split", "metric", "value", "low", "high"),
-    *("n_records", "n_patients", "seconds"),
-)
+IDENTITY = ("method", "data", "labels", "fraction", "seed")
+MEASURED = ("split", "metric", "value", "low", "high", "n_records", "n_patients", "seconds")
+TABLE_COLUMNS = (*IDENTITY, *MEASURED)
+# Their versions can change a number.
 PACKAGES = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "safetensors")
 RESULT = "run.json"
 PREDICTIONS = "predictions.safetensors"
@@ -79,6 +80,10 @@ class RunSpec:
         name = f"{method}-{self.labels}-{self.fraction:g}-seed{self.seed}-{self.key}"
         return name.replace(" ", "_").replace("/", "_")
 
+    def of(self, function: Callable) -> Self:
+        """The spec with a code fingerprint, that of `function` where it has none."""
+        return self if self.code else replace(self, code=code_of(function))
+
     def value(self, name: str) -> object:
         """A field or a setting of the spec by its name, None where it has neither."""
         return getattr(self, name, self.settings.get(name))
@@ -115,8 +120,7 @@ class Run:
         """
         settings = self.spec.settings.items()
         shared = {name: value for name, value in settings if isinstance(value, str)}
-        identity = ("method", "data", "labels", "fraction", "seed")
-        shared |= {name: getattr(self.spec, name) for name in identity}
+        shared |= {name: getattr(self.spec, name) for name in IDENTITY}
         seconds = self.about["seconds"]
         return [{**shared, **metric, "seconds": seconds} for metric in self.about["metrics"]]
 
@@ -164,7 +168,7 @@ def run_or_load(spec: RunSpec, function: Compute, folder: str | Path) -> Run:
     run. `workspace` is a folder that survives a kill; `train.fit` keeps its checkpoint there.
     Raises StorageError where the result cannot be written.
     """
-    spec = spec if spec.code else replace(spec, code=code_of(function))
+    spec = spec.of(function)
     target = Path(folder) / "runs" / spec.name
     if (target / RESULT).exists():
         return Run(spec, target, read_json(target / RESULT))
@@ -180,6 +184,7 @@ def run_or_load(spec: RunSpec, function: Compute, folder: str | Path) -> Run:
 
 def _keep(spec: RunSpec, result: Result, workspace: Path) -> dict:
     """Write a result to its workspace, `run.json` last, and return the content of `run.json`."""
+    packages = {name: metadata.version(name) for name in PACKAGES}
     about = {
         "spec": asdict(spec),
         "key": spec.key,
@@ -187,7 +192,7 @@ def _keep(spec: RunSpec, result: Result, workspace: Path) -> dict:
         "notes": result.notes,
         "seconds": result.seconds,
         "machine": machine(),
-        "packages": package_versions(),
+        "packages": {"python": platform.python_version(), **packages},
     }
     arrays = result.predictions.items()
     tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in arrays}
@@ -229,7 +234,7 @@ def run_all(
 
 def _try_run(spec: RunSpec, function: Compute, folder: str | Path) -> Run | str:
     """The run, or the sentence on why it failed; its traceback is kept in its workspace."""
-    spec = spec if spec.code else replace(spec, code=code_of(function))
+    spec = spec.of(function)
     try:
         return run_or_load(spec, function, folder)
     except StorageError:
@@ -288,10 +293,9 @@ def tidy(rows: Iterable[dict], extra: Sequence[str] = ()) -> pd.DataFrame:
     """Rows as the study's table with the `extra` columns after method, sorted by what identifies a
     run and measure.
     """
-    columns = [TABLE_COLUMNS[0], *extra, *TABLE_COLUMNS[1:]]
+    columns = ["method", *extra, *TABLE_COLUMNS[1:]]
     frame = pd.DataFrame(list(rows), columns=columns)
-    order = ["method", *extra, "data", "labels", "fraction", "seed", "split", "metric"]
-    return frame.sort_values(order, ignore_index=True)
+    return frame.sort_values(columns[: columns.index("value")], ignore_index=True)
 
 
 def machine() -> dict:
@@ -308,9 +312,3 @@ def machine() -> dict:
         "system": f"{platform.system()} {platform.machine()}",
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that can change a number."""
-    versions = {name: metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), **versions}

@@ -439,8 +439,9 @@ class EncodersAndHead(nn.Module):
 
     `head` maps `(1, batch, d)` to logits, as a stack of one fusion does. Features are scaled as it
     saw them: standardised by `references`, each encoder's features `(n, d)` of the training pool
-    from before fine-tuning, and of unit length for each encoder. `windows` are the seconds of each encoder's windows where the
-    encoders are frozen, see `score_signals`; fine-tuned ones answer for windows together.
+    from before fine-tuning, and of unit length for each encoder. `windows` are the seconds of each
+    encoder's windows where the encoders are frozen, see `score_signals`; fine-tuned ones answer for
+    windows together.
     """
 
     def __init__(
