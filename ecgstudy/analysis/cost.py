@@ -86,8 +86,8 @@ def measure(
         torch.manual_seed(step)
         with autocast(device, dtype):
             saved.append(saved_bytes(lambda step=step: objective.loss(source(step)), parameters))
-    how = {"schedule": linear_schedule, "log_every": 1, "dtype": dtype}
-    history = fit(objective, source, settings.steps, **how)
+    options = {"schedule": linear_schedule, "log_every": 1, "dtype": dtype}
+    history = fit(objective, source, settings.steps, **options)
     about = machine()
     name = about["processor"] if about["accelerator"] == "none" else about["accelerator"]
     return {
@@ -95,7 +95,7 @@ def measure(
         "backbone": settings.backbone,
         "trained_parameters": notes["trained_parameters"],
         "stored_bytes": _stored(network),
-        "seconds_per_iteration": history["seconds"].diff().median(),
+        "seconds_per_iteration": history["seconds"].diff().median(),  # that of all but the first
         "peak_bytes": _peak(device),
         "saved_activation_bytes": round(statistics.mean(saved)),
         "rank_pass_seconds": notes.get("rank_pass_seconds", 0.0),
@@ -140,13 +140,12 @@ def _peak(device: str) -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+HOLLOW = {"markerfacecolor": "white"}
 COSTS = {
     "seconds_per_iteration": ("Seconds an iteration", 1.0),
     "saved_activation_bytes": ("Activations kept (MiB)", 2**20),
     "stored_bytes": ("Stored for the task (kB)", 1e3),
 }
-
-HOLLOW = {"markerfacecolor": "white"}
 
 
 def plot_cost(costs: pd.DataFrame, summary: pd.DataFrame, title: str | None = None) -> Figure:

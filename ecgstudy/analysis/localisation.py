@@ -304,6 +304,7 @@ def deletion_area(
     """
     device = next(network.parameters()).device
     filled = torch.from_numpy(np.nan_to_num(millivolts).astype(np.float32))
+    without = bridged(filled, PATCH)
     records, leads, time = filled.shape
     weight = np.add.reduceat(relevance, np.arange(0, time, PATCH), axis=2).reshape(records, -1)
     # Ties are broken by chance.
@@ -313,7 +314,7 @@ def deletion_area(
     rank = torch.from_numpy(rank.repeat(PATCH, axis=2)[:, :, :time])
 
     def probabilities(gone: torch.Tensor) -> np.ndarray:
-        signals = torch.where(gone, bridged(filled, PATCH), filled).to(device)
+        signals = torch.where(gone, without, filled).to(device)
         scores = score_signals([network], signals, sampling_rate, window_seconds)
         return scores[0, :, class_index].cpu().numpy()
 
