@@ -29,7 +29,6 @@ def plot_similarity(similarity: pd.DataFrame, title: str | None = None) -> Figur
     axes = sns.heatmap(named, ax=grid[0, 0], **look, **bar)
     axes.tick_params(axis="x", rotation=45)
     axes.tick_params(axis="y", rotation=0)
-    axes.set(xlabel="", ylabel="")
     return finish(figure, title)
 
 
