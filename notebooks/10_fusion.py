@@ -130,10 +130,10 @@ print(f"{tokens.shape[2]} tokens of width {tokens.shape[3]}; largest difference 
 # %%
 votes = [data.probes[name] for name in members]
 network.start_from(
-    torch.cat([weights[:1] for weights, _, _ in votes], dim=1),
-    torch.stack([bias[:1] for _, bias, _ in votes], dim=1),
+    torch.cat([vote.weights[:1] for vote in votes], dim=1),
+    torch.stack([vote.bias[:1] for vote in votes], dim=1),
 )
-mean = sum(data.probe_logits(name)["validation"][0] for name in members) / len(members)
+mean = sum(vote.logits["validation"][0] for vote in votes) / len(votes)
 validation = torch.from_numpy(data.split["validation"])[None]
 with torch.no_grad():
     start = network(gather([values[:1] for values in data.features.values()], validation))[0]
