@@ -137,7 +137,11 @@ class Run:
         names = [name for name in tensors if name.startswith(part)]
         return {name.removeprefix(part): tensors[name] for name in names}
 
-    def load(self, network: torch.nn.Module, part: str = "") -> torch.nn.Module:
+    def load(
+        self,
+        network: torch.nn.Module,
+        part: str = "",
+    ) -> torch.nn.Module:
         """`network` with the weights that the run kept, or with those of a part; DataError where
         they are another network's.
         """
@@ -245,7 +249,11 @@ def _try_run(spec: RunSpec, function: Compute, folder: str | Path) -> Run | str:
         return f"{spec.name} ({type(error).__name__}: {error})"
 
 
-def keep_runs(runs: Iterable[Run], name: str, results: str | Path) -> None:
+def keep_runs(
+    runs: Iterable[Run],
+    name: str,
+    results: str | Path,
+) -> None:
     """Note below `results` that these runs stand behind `name`: a table, or `group/member`.
 
     Later notebooks ask the runs of the list and no older ones.
@@ -254,7 +262,11 @@ def keep_runs(runs: Iterable[Run], name: str, results: str | Path) -> None:
     write_json(Path(results) / LISTS / f"{name}.json", {"runs": names})
 
 
-def kept_runs(name: str, results: str | Path, records: Records | None = None) -> list[Run]:
+def kept_runs(
+    name: str,
+    results: str | Path,
+    records: Records | None = None,
+) -> list[Run]:
     """The runs noted as `name`, made on `records` where these are given.
 
     DataError, with the notebook to run, where the list or a run is missing or is about other
@@ -274,7 +286,11 @@ def kept_runs(name: str, results: str | Path, records: Records | None = None) ->
     return runs
 
 
-def kept_group(group: str, results: str | Path, records: Records | None = None) -> dict[str, Run]:
+def kept_group(
+    group: str,
+    results: str | Path,
+    records: Records | None = None,
+) -> dict[str, Run]:
     """The one run of each list `group/member`, by member; DataError as in `kept_runs`."""
     members = sorted(path.stem for path in (Path(results) / LISTS / group).glob("*.json"))
     if not members:

@@ -116,7 +116,14 @@ def _noise(count: int, classes: int, samples: int) -> Records:
     table = pd.DataFrame({"record_id": names, "patient_id": names, "fold": 1, "source": "noise"})
     signals = generator.integers(-1000, 1000, (count, len(LEADS), samples), dtype=np.int16)
     targets = (generator.random((count, classes)) < 0.2).astype(np.uint8)
-    return Records(signals, 0.001, 100.0, table, targets, map(str, range(classes)))
+    return Records(
+        signals,
+        0.001,
+        100.0,
+        table,
+        targets,
+        map(str, range(classes)),
+    )
 
 
 def _stored(network: nn.Module) -> int:
@@ -148,7 +155,11 @@ COSTS = {
 }
 
 
-def plot_cost(costs: pd.DataFrame, summary: pd.DataFrame, title: str | None = None) -> Figure:
+def plot_cost(
+    costs: pd.DataFrame,
+    summary: pd.DataFrame,
+    title: str | None = None,
+) -> Figure:
     """Macro AUROC over time, memory and storage: a point per method.
 
     costs has method and the columns of `COSTS` (see `measure`), summary method, value, low, high.
@@ -163,14 +174,24 @@ def plot_cost(costs: pd.DataFrame, summary: pd.DataFrame, title: str | None = No
     for axes, (column, (name, unit)) in zip(grid[0], COSTS.items()):
         for method, rows in table.groupby("method", sort=False):
             look = {"color": colours[method], "marker": markers[method], "linestyle": "none"}
-            draw_line(axes, rows[column] / unit, rows, label=method_label(method), **look)
+            draw_line(
+                axes,
+                rows[column] / unit,
+                rows,
+                label=method_label(method),
+                **look,
+            )
         axes.set_xlabel(name)
         axes.set_xscale("log") if column == "stored_bytes" else axes.set_xlim(left=0)
     grid[0, 0].set_ylabel("Macro AUROC (95 % interval)")
     return finish(figure, title, grid[0, 0].get_legend_handles_labels()[0])
 
 
-def plot_ranks(scores: pd.DataFrame, ranks: pd.DataFrame, title: str | None = None) -> Figure:
+def plot_ranks(
+    scores: pd.DataFrame,
+    ranks: pd.DataFrame,
+    title: str | None = None,
+) -> Figure:
     """Importance of each layer on a logarithmic axis, in the order of the network; filled where it
     gets the full rank.
 

@@ -40,7 +40,11 @@ class Region:
     evidence: what is counted of the mask. DataError for a mask of another form.
     """
 
-    def __init__(self, mask: np.ndarray, counted: np.ndarray | bool = True) -> None:
+    def __init__(
+        self,
+        mask: np.ndarray,
+        counted: np.ndarray | bool = True,
+    ) -> None:
         if mask.ndim != 3 or mask.dtype != bool:
             form = f"{mask.dtype} {mask.shape}"
             raise DataError(f"A mask is bool (records, leads, time), not {form}.")
@@ -93,7 +97,12 @@ class Truth:
             )
         return found
 
-    def region(self, group: str, positions: np.ndarray, like: np.ndarray | None = None) -> Region:
+    def region(
+        self,
+        group: str,
+        positions: np.ndarray,
+        like: np.ndarray | None = None,
+    ) -> Region:
         """Where the evidence of the group lies in the records at `positions`.
 
         With `like`, where it would lie had each record the statements of another one: for records
@@ -106,13 +115,21 @@ class Truth:
                 self.mark(row, place, code)
         return Region(mask, True if self.counted is None else self.counted[positions])
 
-    def groups(self, split: str = "test", least: int = 3) -> tuple[str, ...]:
+    def groups(
+        self,
+        split: str = "test",
+        least: int = 3,
+    ) -> tuple[str, ...]:
         """The groups with at least `least` records in a split."""
         stated = {group: self.stated(group)[self.split[split]] for group in GROUPS}
         return tuple(group for group, codes in stated.items() if sum(map(bool, codes)) >= least)
 
 
-def ground_truth(records: Records, results: str | Path, ludb: Path | None = None) -> Truth:
+def ground_truth(
+    records: Records,
+    results: str | Path,
+    ludb: Path | None = None,
+) -> Truth:
     """The truth that belongs to a study's records: evidence of the simulated cohort, or LUDB's
     marks for real ones.
 
@@ -142,7 +159,13 @@ def simulated_truth(simulation: Simulation) -> Truth:
     def mark(mask: np.ndarray, place: int, code: str) -> None:
         leads, first, last, kinds = EVIDENCE[code]
         beats = simulation.beats[records.table["record_id"].iloc[place]]
-        mark_beats(mask, leads, beats[beats["kind"].isin(kinds.split())], first, last)
+        mark_beats(
+            mask,
+            leads,
+            beats[beats["kind"].isin(kinds.split())],
+            first,
+            last,
+        )
 
     codes = [set(text.split()) for text in records.table["statements"]]
     return Truth("simulated cohort", records, codes, records.split, mark)
@@ -183,7 +206,14 @@ def targets_truth(records: Records) -> Truth:
     stands_for = {name: codes.split(", ")[0] for name, codes, _ in reversed(GROUPS.values())}
     codes = [{stands_for[name] for name in found & set(stands_for)} for found in _classes(records)]
     note = f"no wave is marked; `{FETCH}` fetches LUDB, where cardiologists marked them"
-    return Truth(records.name, records, codes, records.split, lambda *_: None, note=note)
+    return Truth(
+        records.name,
+        records,
+        codes,
+        records.split,
+        lambda *_: None,
+        note=note,
+    )
 
 
 def _classes(records: Records) -> list[set[str]]:
@@ -191,7 +221,13 @@ def _classes(records: Records) -> list[set[str]]:
     return [set(np.array(records.classes)[row > 0]) for row in records.targets]
 
 
-def mark_beats(mask: np.ndarray, leads: str, beats: pd.DataFrame, first: str, last: str) -> None:
+def mark_beats(
+    mask: np.ndarray,
+    leads: str,
+    beats: pd.DataFrame,
+    first: str,
+    last: str,
+) -> None:
     """Set in a record's mask `(12, time)`, in these leads, what lies between two marks of each
     beat, ends included.
     """

@@ -24,7 +24,14 @@ def plot_similarity(similarity: pd.DataFrame, title: str | None = None) -> Figur
     size = 2.2 + 0.6 * len(similarity)
     figure, grid = panels(1, (size + 0.9, size))
     named = similarity.set_axis(map(method_label, similarity), axis=1)
-    look = {"vmin": 0, "vmax": 1, "cmap": "viridis", "annot": True, "fmt": ".2f", "square": True}
+    look = {
+        "vmin": 0,
+        "vmax": 1,
+        "cmap": "viridis",
+        "annot": True,
+        "fmt": ".2f",
+        "square": True,
+    }
     bar = {"cbar_kws": {"label": "Linear CKA"}, "yticklabels": list(named)}
     axes = sns.heatmap(named, ax=grid[0, 0], **look, **bar)
     axes.tick_params(axis="x", rotation=45)

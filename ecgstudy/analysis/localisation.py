@@ -123,7 +123,11 @@ def enrichment(relevance: np.ndarray, region: Region) -> np.ndarray:
     return _share(counted * region.mask, counted, region) / chance_mass(region)
 
 
-def measure(relevance: np.ndarray, region: Region, sampling_rate: float) -> dict[str, np.ndarray]:
+def measure(
+    relevance: np.ndarray,
+    region: Region,
+    sampling_rate: float,
+) -> dict[str, np.ndarray]:
     """All measures by name, each `(n,)`; `chances` tells what they are by chance.
 
     mass: share of the relevance in the region S (M1), enrichment: the same over its chance.
@@ -175,7 +179,11 @@ def chances(region: Region, sampling_rate: float) -> dict[str, float]:
     }
 
 
-def _share(part: np.ndarray, whole: np.ndarray, region: Region) -> np.ndarray:
+def _share(
+    part: np.ndarray,
+    whole: np.ndarray,
+    region: Region,
+) -> np.ndarray:
     """Sum of part over that of whole in each record `(n,)`, NaN without evidence or without
     anything to divide.
     """
@@ -362,7 +370,11 @@ def _parts(network: nn.Module) -> list[tuple[str, Iterable[nn.Module]]]:
     return parts if encoder is network else [*parts, ("head", head)]
 
 
-def rank_correlation(first: np.ndarray, second: np.ndarray, signed: bool = False) -> np.ndarray:
+def rank_correlation(
+    first: np.ndarray,
+    second: np.ndarray,
+    signed: bool = False,
+) -> np.ndarray:
     """Spearman's correlation of |a| of each record, `(n, 12, time)` twice -> `(n,)`; 0 where one is
     constant.
 

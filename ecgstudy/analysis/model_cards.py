@@ -100,7 +100,12 @@ def release_encoders(
     return released
 
 
-def _card(name: str, run: Run, summary: pd.DataFrame, records: Records) -> str:
+def _card(
+    name: str,
+    run: Run,
+    summary: pd.DataFrame,
+    records: Records,
+) -> str:
     """The card of one pretrained encoder in Markdown, every figure taken from its run and from
     `summary`.
     """

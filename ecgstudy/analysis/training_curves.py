@@ -20,7 +20,13 @@ def plot_training(history: pd.DataFrame, title: str | None = None) -> Figure:
     """
     require_columns(history, ("step", "loss", "learning_rate"), "training history")
     colours = looks([column for column in history if column.endswith("loss")], PALETTE)
-    figure, grid = panels(1, (7.5, 4.8), rows=2, sharex=True, height_ratios=(3, 1))
+    figure, grid = panels(
+        1,
+        (7.5, 4.8),
+        rows=2,
+        sharex=True,
+        height_ratios=(3, 1),
+    )
     above, below = grid[:, 0]
     for column, colour in colours.items():
         rows = history[["step", column]].dropna()  # a validation loss is known at a few steps only

@@ -366,7 +366,13 @@ class TrainedFits(Fits):
         seeds = [subset.seed for subset in self.subsets]
         positions = [data.positions[subset] for subset in self.subsets]
         sizes = [each.shape[2] for each in features]
-        stack = self.combine(sizes, len(data.records.classes), settings, seeds, **self.options)
+        stack = self.combine(
+            sizes,
+            len(data.records.classes),
+            settings,
+            seeds,
+            **self.options,
+        )
         if stack.votes is not None:
             probes = [data.probes[name] for name in self.names]
             weights = torch.cat([each.weights for each in probes], dim=1)
@@ -484,7 +490,15 @@ def fused_classifier(frozen: Run, members: Sequence[Run], records: Records) -> E
     raw = [torch.from_numpy(run.predictions()["features"][train]).double() for run in members]
     sizes = [each.shape[1] for each in raw]
     options = frozen.spec.settings["options"]
-    network = frozen.load(tokens_stack(sizes, len(records.classes), settings, [0], **options))
+    network = frozen.load(
+        tokens_stack(
+            sizes,
+            len(records.classes),
+            settings,
+            [0],
+            **options,
+        )
+    )
     return EncodersAndHead(list(map(member_encoder, members)), network, raw)
 
 

@@ -86,7 +86,12 @@ class Arm:
     tuned: bool = False
 
 
-def stage_pools(records: Records, fraction: float, seed: int, stages: int) -> list[np.ndarray]:
+def stage_pools(
+    records: Records,
+    fraction: float,
+    seed: int,
+    stages: int,
+) -> list[np.ndarray]:
     """Positions of the records at each T: the labelled `fraction` at 0, then all that have arrived,
     up to the whole.
 
@@ -232,13 +237,26 @@ class Evolved(Labelled):
         return result
 
 
-def distl(job: Evolved, study: Study, network: Classifier, pools: Pools, steps: int) -> Learned:
+def distl(
+    job: Evolved,
+    study: Study,
+    network: Classifier,
+    pools: Pools,
+    steps: int,
+) -> Learned:
     """DISTL."""
     settings = job.evolution
     arm = job.arm
     every = settings.correction_every if arm.corrected else math.inf
     crops = (settings.batch_size, settings.crop_seconds)
-    batches = StageBatches(study.records, *pools, *crops, every, job.stage_seed, study.device)
+    batches = StageBatches(
+        study.records,
+        *pools,
+        *crops,
+        every,
+        job.stage_seed,
+        study.device,
+    )
     pretext = {} if arm.pretext is None else {"pretext": arm.pretext}
     options = {**settings.options, "noised": arm.noised, **pretext}
     transforms = named_transforms(settings.transforms if arm.noised else {})
@@ -246,7 +264,13 @@ def distl(job: Evolved, study: Study, network: Classifier, pools: Pools, steps: 
     return DISTL(network, transforms, unlabelled_steps=unlabelled_steps, **options), batches
 
 
-def fixmatch(job: Evolved, study: Study, network: Classifier, pools: Pools, steps: int) -> Learned:
+def fixmatch(
+    job: Evolved,
+    study: Study,
+    network: Classifier,
+    pools: Pools,
+    steps: int,
+) -> Learned:
     """FixMatch with the other arms' noise: its own strong view shuffles leads and turns time
     round.
     """

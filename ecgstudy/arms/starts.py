@@ -34,7 +34,16 @@ def frozen_start(
 ) -> list[Frozen]:
     """A linear probe for each label subset on the frozen features of a start."""
     about = start.settings()
-    encoded = study.run(Encode("encoded", backbone, crop_seconds, 0, start.run, about))
+    encoded = study.run(
+        Encode(
+            "encoded",
+            backbone,
+            crop_seconds,
+            0,
+            start.run,
+            about,
+        )
+    )
     about = {**origin_of(encoded, "frozen"), "backbone": backbone, **about}
     return frozen_arms(study, encoded, subsets, "frozen", about)
 
