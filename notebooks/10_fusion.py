@@ -378,7 +378,7 @@ tuned = study.grid(
     TunedFusion(
         subset,
         frozen[subset],
-        data.runs(members, subset),
+        {name: data.members[name][subset] for name in members},
         replace(training, learning_rate=rates[subset.fraction]),
         encoder_factor,
     )
