@@ -1,5 +1,6 @@
 """The plan of the house, read from the imports: three floors, nothing upwards, no cycle."""
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,13 @@ def test_the_thin_package_names_a_reading_order():
     folders = sorted(path.parent.name for path in (ROOT / "ecglib").glob("*/__init__.py"))
     lacking = [name for name in modules + folders if f"`{name}`" not in ecglib.__doc__]
     assert not lacking, "the docstring of ecglib tells where these stand"
+
+
+def test_no_function_is_longer_than_a_page():
+    too_long = []
+    for path in [path for floor in FLOORS for path in (ROOT / floor).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                too_long += [(path.name, node.name, lines)] if lines > 60 else []
+    assert not too_long
