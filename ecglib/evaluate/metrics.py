@@ -143,7 +143,7 @@ def choose_thresholds(
     """
     targets, scores = _check(targets, scores)
     found = targets.any(axis=0)
-    _warn(_pick(classes, ~found), "gets no threshold")
+    _warn("thresholds are chosen", _pick(classes, ~found))
     columns = zip(targets.T, scores.T, found, strict=True)
     return np.array([_best_threshold(*pair, beta) if known else np.nan for *pair, known in columns])
 
@@ -257,22 +257,26 @@ def _pick(classes: Sequence[str] | None, chosen: np.ndarray) -> tuple[str, ...]:
     return tuple(name for name, wanted in zip(names, chosen, strict=True) if wanted)
 
 
-def _warn(absent: Sequence[str], consequence: str) -> None:
-    """Name the absent classes, if any, in one warning."""
-    if absent:
-        message = f"Classes without positive or negative records: {', '.join(absent)}"
-        warnings.warn(f"{message}; each {consequence}.", AbsentClassWarning, stacklevel=4)
-
-
-def warn_of_absent_classes(targets: np.ndarray, classes: Sequence[str] | None) -> None:
-    """Warn of absent classes; DataError where all are absent."""
+def warn_of_absent_classes(
+    targets: np.ndarray, classes: Sequence[str] | None, result: str = "mean", verb: str = "taken"
+) -> None:
+    """Warn that the `result` is taken, or what the `verb` says, without the absent classes;
+    DataError where all are absent.
+    """
     absent = absent_classes(targets, classes)
     if len(absent) == np.shape(targets)[1]:
         raise DataError(
-            "No class has both positive and negative records: nothing can be measured; use more "
+            f"No class has both positive and negative records: no {result} can be {verb}; use more "
             "records."
         )
-    _warn(absent, "is left out of the mean")
+    _warn(f"{result} is {verb}", absent)
+
+
+def _warn(what, absent):
+    """Name the absent classes, if any, in one warning."""
+    if absent:
+        message = f"The {what} without {', '.join(absent)}: all or none of the records have the"
+        warnings.warn(f"{message} class.", AbsentClassWarning, stacklevel=4)
 
 
 def mean_finite(values: np.ndarray, axis: int = 0) -> np.ndarray:

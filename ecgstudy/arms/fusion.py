@@ -199,7 +199,7 @@ class FusionData:
         groups = [self.positions]
         if len(features) > 1:
             groups = [{subset: positions} for subset, positions in self.positions.items()]
-        rest = (self.split, penalties, self.records.classes)
+        rest = (self.split, self.records.classes, penalties)
         probes = [
             chosen_probes(each, self.records.targets, positions, *rest)
             for each, positions in zip(features, groups, strict=True)
