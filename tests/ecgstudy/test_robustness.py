@@ -158,7 +158,7 @@ def test_frozen_runs_with_one_encoder_share_its_features(
 ):
     noisy = make_noisy(records, records.split["test"], tmp_path / "n.npy", NoiseGrid((), ()))
     networks = [trained_classifier(run, records, folder)[0] for run in arms[1:]]
-    monkeypatch.setattr(networks[1].encoder, "forward", None)  # would fail if asked
+    monkeypatch.setattr(networks[1].encoders[0], "forward", None)  # would fail if asked
     assert score_conditions(networks, noisy, 1.0).shape[0] == 2
 
 
